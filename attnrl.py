@@ -1,0 +1,401 @@
+r"""attnrl.py: train a reasoning model with AttnRL. The configuration, the training loop, the command line.
+
+    python attnrl.py                                                  # the toy: a real run on a laptop CPU, a few minutes
+    python attnrl.py --branch entropy --ads_filter false --ads_expansion false --ads_batch false       # TreeRL
+    python attnrl.py --advantage grpo --one_step_off_policy false                                      # GRPO
+    python attnrl.py --preset paper --model DIR --problems FILE.parquet --test_problems FILE.parquet
+
+One training step, each part in the file of its name (`train` below is the loop):
+
+    rollout.py   ONE generation call: continuations for batch m and the initial responses of batch m+1
+    fci.py       one scoring pass over each: behaviour log-probs, entropies, and FCI of the initial responses
+    eval.py      grade all of them
+    sampler.py   which problems of batch m+1 are expanded, how many trees, how large batch m+2 is
+    tree.py      branch points of batch m+1; values and advantages of batch m, flattened into training sequences
+    learner.py   the PPO update on batch m
+
+One-step off-policy: the initial responses of batch m+1 are sampled before the update on batch m, so they are one update
+older than their continuations; each token keeps the log-prob of the policy that sampled it. With
+--one_step_off_policy false the initial responses get a call of their own, after the update.
+
+A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), samples.jsonl, curves.png,
+last/ and best/ (models for AutoModelForCausalLM.from_pretrained). Left out, for later files: resuming, several GPUs.
+"""
+import copy
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+import eval as evaluation
+import view
+from data import Problem, UserError, load_problems, stop_on_user_error
+from fci import Sequence, branchable_steps, score, separator_tokens, split_steps
+from learner import Learner, TrainStats, learning_rate
+from rollout import Completion, Request, TransformersEngine, request_seed
+from runlog import Display, RunFolder, batch_metrics
+from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, notices, problem_fci, solve_rate,
+                     tree_count)
+from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration = command line
+# ---------------------------------------------------------------------------------------------------------------------
+def option(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Defaults are the paper's; a preset changes some; the command line has the last word."""
+    preset: Literal["toy", "paper"] = option("toy", "settings to start from")
+    # what is trained, on what, where it is written
+    model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
+    problems: str = option("deepscaler.parquet", "training problems: FILE.jsonl, FILE.parquet or toy:8:2000:1")
+    test_problems: str = option("aime24.parquet", "held-out problems")
+    drop_bad_rows: bool = option(False, "leave out malformed, duplicate, conflicting ... rows instead of stopping")
+    prompt_suffix: str = option(" Let's think step by step and output the final answer within \\boxed{}.",
+                                "added to every problem that does not end in it")
+    reward: str = option("eval:grade", "module:function(response, answers) -> number")
+    out: str = option("", "folder of the run; default runs/PRESET-DATE-TIME")
+    seed: int = option(0, "fixes problems, rollouts and mini-batches")
+    steps: int = option(500, "training steps")
+    eval_every: int = option(10, "steps between evaluations; 0: only at the start and the end")
+    eval_samples: int = option(8, "k of avg@k")
+    eval_temperature: float = option(0.6, "sampling temperature of evaluations")
+    log_samples: int = option(2, "problems per step written to samples.jsonl")
+    # sampling
+    engine: Literal["transformers"] = option("transformers", "rollout engine")
+    batch_size: int = option(64, "problems per step (the first step's, if --ads_batch)")
+    group_size: int = option(6, "G: initial responses per problem")
+    branch_points: int = option(2, "N: branch points per expanded response")
+    continuations: int = option(2, "T: continuations per branch point")
+    grpo_samples: int = option(0, "responses per problem with --advantage grpo; 0: as many as the tree has leaves")
+    max_prompt: int = option(1024, "tokens")
+    max_response: int = option(8192, "tokens, a continuation's shared prefix included")
+    temperature: float = option(1.0, "sampling temperature of training")
+    one_step_off_policy: bool = option(True, "sample batch m+1 and the continuations of batch m in one call")
+    # branching
+    branch: Literal["fci", "entropy", "random"] = option("fci", "how branch points are chosen")
+    delta: int = option(4, "FCI counts attention from steps at least this many steps later")
+    rho: float = option(0.2, "branch points are among the top rho of FCI")
+    min_branch_gap: int = option(0, "tokens between branch points")
+    # adaptive sampling
+    ads_filter: bool = option(True, "do not expand easy problems of low FCI (Eq. 8)")
+    ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
+    ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
+    target_sequences: int = option(0, "B' of Eq. 10; 0: batch_size * G * (1 + N * T)")
+    max_batch_size: int = option(0, "bound of the adaptive batch; 0: 4 * batch_size (at least a quarter of it)")
+    # update
+    advantage: Literal["tree", "grpo"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, no branching")
+    lr: float = option(1e-6, "peak learning rate of AdamW")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "after the warm-up")
+    warmup_steps: int = option(0, "training steps of linear warm-up")
+    weight_decay: float = option(0.01, "of AdamW")
+    max_grad_norm: float = option(1.0, "gradient norm clip")
+    mini_batch: int = option(192, "training sequences per optimizer step")
+    kl_coef: float = option(0.001, "weight of the KL to the initial policy; 0: no reference model is kept")
+    clip_low: float = option(0.2, "PPO clip below 1")
+    clip_high: float = option(0.28, "PPO clip above 1")
+    dual_clip: float = option(3.0, "bound on the loss of tokens with negative advantage")
+    token_budget: int = option(16384, "padded tokens per forward and backward pass")
+    # machine
+    rollout_tokens: int = option(65536, "tokens in the KV cache at once")
+    grading_workers: int = option(2, "processes for answers that need a computer algebra system")
+    device: str = option("auto", "auto, cpu or cuda")
+
+    def tree_leaves(self) -> int:
+        return self.group_size * (1 + self.branch_points * self.continuations)
+
+    def samples_per_problem(self) -> int:
+        """Initial responses: G, or for GRPO (no tree) by default as many as the tree has leaves."""
+        return self.group_size if self.advantage == "tree" else self.grpo_samples or self.tree_leaves()
+
+    def check(self) -> None:
+        """Raises UserError for values that cannot work: one line that names the option."""
+        for name, low in (("steps", 1), ("eval_every", 0), ("eval_samples", 1), ("batch_size", 1), ("group_size", 1),
+                          ("branch_points", 0), ("continuations", 1), ("grpo_samples", 0), ("max_prompt", 1),
+                          ("max_response", 1), ("delta", 1), ("min_branch_gap", 0), ("target_sequences", 0),
+                          ("max_batch_size", 0), ("lr", 0), ("warmup_steps", 0), ("mini_batch", 1), ("token_budget", 1),
+                          ("kl_coef", 0), ("clip_low", 0), ("clip_high", 0), ("dual_clip", 1), ("rollout_tokens", 1),
+                          ("grading_workers", 1), ("seed", 0), ("eval_temperature", 0), ("weight_decay", 0),
+                          ("max_grad_norm", 0), ("rho", 0), ("log_samples", 0)):
+            if not low <= getattr(self, name) < float("inf"):  # also catches NaN
+                raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature}: training needs a temperature above 0")
+        if self.rho > 1:
+            raise UserError(f"--rho {self.rho}: is a share of the steps, at most 1")
+
+
+PRESETS: dict[str, dict] = {
+    # Three-digit learning rates and one-step programs of eight lines: chosen so that a run takes minutes on two cores.
+    # Responses have 9 steps, so Delta = 1 leaves FCI 7 steps to choose from (the paper's 4 would leave 4).
+    "toy": dict(model=str(Path(__file__).parent / "toy" / "model"), problems="toy:8:4000:1", test_problems="toy:8:100:2",
+                prompt_suffix="", steps=20, batch_size=32, eval_every=4, eval_temperature=1.0, max_prompt=100,
+                max_response=110, delta=1, lr=1.5e-4, kl_coef=0.0, mini_batch=256, max_batch_size=48),
+    "paper": dict(min_branch_gap=512),
+}
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Preset first, then the options that were given. Argparse leaves with one line and exit code 2 for a wrong one."""
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+
+    def one_line(message):
+        parser.exit(2, f"attnrl.py: {message} (see --help)\n")
+    parser.error = one_line
+    preset = "toy"
+    for flag, value in zip(argv, argv[1:] + [""]):
+        preset = value if flag == "--preset" else flag.removeprefix("--preset=") if "--preset=" in flag else preset
+    parser.set_defaults(**PRESETS.get(preset, {}))
+    config = Config(**vars(parser.parse_args(argv)))
+    config.check()
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A batch on its way through a step
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Group:
+    """One problem with its responses; `branch_points[i]` lists where response i is branched (absent: not expanded)."""
+    problem: Problem
+    responses: list[Response] = field(default_factory=list)
+    branch_points: dict[int, list[int]] = field(default_factory=dict)
+    filtered: bool = False  # an easy problem that the filter kept from expansion
+
+
+@dataclass
+class Batch:
+    step: int  # the training step it is for
+    groups: list[Group]
+    responses_cut: int = 0  # initial responses that met the length limit
+
+
+def initial_requests(config: Config, batch: Batch) -> list[Request]:
+    """G requests per problem. A rollout's seed is its place in the run, so it does not depend on what else is sampled."""
+    return [Request(group.problem.prompt_ids, config.max_response, config.temperature,
+                    request_seed(config.seed, batch.step, j, i))
+            for j, group in enumerate(batch.groups) for i in range(config.samples_per_problem())]
+
+
+def continuation_requests(config: Config, batch: Batch) -> list[tuple[Response, int, Request]]:
+    """(response, branch position, request): T per branch point. Prefix and continuation together keep the length limit."""
+    return [(response, at, Request(group.problem.prompt_ids + response.tokens[:at], config.max_response - at,
+                                   config.temperature, request_seed(config.seed, batch.step, j, i, at, t)))
+            for j, group in enumerate(batch.groups) for i, points in group.branch_points.items()
+            for response in [group.responses[i]] for at in points for t in range(config.continuations)]
+
+
+class Trainer:
+    """The parts of a run and what a step does with them, in the order in which `train` calls them."""
+
+    def __init__(self, config: Config, display: Display):
+        self.config, self.display = config, display
+        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, config.device,
+                                                                     config.max_prompt + config.max_response)
+        load = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows, say=display.say)
+        self.test_problems = load_problems(config.test_problems, self.tokenizer, **load)
+        self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
+        self.separators = separator_tokens(self.tokenizer)
+        self.engine = TransformersEngine(self.policy, eos_ids, config.rollout_tokens)
+        reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if config.kl_coef else None
+        self.learner = Learner(self.policy, reference, lr=config.lr, weight_decay=config.weight_decay,
+                               max_grad_norm=config.max_grad_norm, temperature=config.temperature, kl_coef=config.kl_coef,
+                               clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
+                               token_budget=config.token_budget)
+        self.reward = evaluation.Reward(config.reward, config.grading_workers)
+        # adaptive sampling
+        self.stream = ProblemStream(len(self.problems), config.seed)
+        self.easy_filter = EasyFilter()
+        self.batch_size = AdaptiveBatch(config.batch_size, config.target_sequences or config.batch_size * config.tree_leaves(),
+                                        low=max(1, config.batch_size // 4),
+                                        high=config.max_batch_size or 4 * config.batch_size)
+        self.generated_tokens = 0
+        self.gap: list[float] = []  # |engine's log-prob - learner's log-prob| of every token of this step
+        self.seconds: Counter = Counter()  # of this step, by phase
+
+    @contextmanager
+    def phase(self, name: str):
+        """Show what is going on, and add its wall-clock to this step's split."""
+        self.display.phase(name)
+        started = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - started
+
+    def new_batch(self, step: int) -> Batch:
+        return Batch(step, [Group(self.problems[i]) for i in self.stream.take(self.batch_size.size)])
+
+    def sample(self, batch: Batch | None, upcoming: Batch | None) -> None:
+        """ONE generation call: continuations for `batch`, initial responses for `upcoming`; then score, grade, plan."""
+        continued = continuation_requests(self.config, batch) if batch else []
+        requests = [request for _, _, request in continued] + (initial_requests(self.config, upcoming) if upcoming else [])
+        with self.phase("generate"):
+            completions = self.engine.generate(requests) if requests else []
+        self.generated_tokens += sum(len(c.tokens) for c in completions)
+        if batch:
+            self.add_continuations(batch, continued, completions[:len(continued)])
+        if upcoming:
+            self.add_responses(upcoming, completions[len(continued):])
+            self.plan(upcoming)
+
+    def add_responses(self, batch: Batch, completions: list[Completion]) -> None:
+        """Scoring pass 1: initial responses get behaviour log-probs, entropies, FCI and rewards."""
+        config = self.config
+        owners = [group for group in batch.groups for _ in range(config.samples_per_problem())]
+        bounds = [split_steps(c.tokens, self.separators) for c in completions]
+        with self.phase("score"):
+            scores = score(self.policy, [Sequence(group.problem.prompt_ids, c.tokens, row if config.advantage == "tree" else None)
+                                         for group, c, row in zip(owners, completions, bounds)],
+                           config.temperature, config.delta, config.token_budget)
+        rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
+        for group, c, row, s, reward in zip(owners, completions, bounds, scores, rewards):
+            self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
+            group.responses.append(Response(c.tokens, s.logprobs, reward, s.entropies, row, s.fci,
+                                            branchable_steps(c.tokens, row, self.separators)))
+        batch.responses_cut = sum(not c.finished for c in completions)
+
+    def add_continuations(self, batch: Batch, continued: list[tuple[Response, int, Request]],
+                          completions: list[Completion]) -> None:
+        """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
+        with self.phase("score"):
+            scores = score(self.policy, [Sequence(request.prompt_ids, c.tokens)
+                                         for (_, _, request), c in zip(continued, completions)],
+                           self.config.temperature, token_budget=self.config.token_budget)
+        problem_of = {id(response): group.problem for group in batch.groups for response in group.responses}
+        rewards = self.grade([(response.tokens[:at] + c.tokens, problem_of[id(response)])
+                              for (response, at, _), c in zip(continued, completions)])
+        for (response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
+            self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
+            response.continuations.append(Continuation(at, c.tokens, s.logprobs, reward))
+
+    def grade(self, items: list[tuple[list[int], Problem]]) -> list[float]:
+        with self.phase("grade"):
+            texts = self.tokenizer.batch_decode([tokens for tokens, _ in items], skip_special_tokens=True)
+            return self.reward([(text, problem.answers) for text, (_, problem) in zip(texts, items)])
+
+    def plan(self, batch: Batch) -> None:
+        """Adaptive sampling and attention-based tree branching (ATB): who is expanded, how often, and where."""
+        config = self.config
+        if config.advantage == "grpo":
+            return
+        rewards = [[r.reward for r in group.responses] for group in batch.groups]
+        rates = [solve_rate(row) for row in rewards]
+        keep = self.easy_filter.keep(rates, [problem_fci([r.fci for r in group.responses]) for group in batch.groups])
+        for j, group in enumerate(batch.groups):
+            if config.ads_filter and not keep[j]:
+                group.filtered = True
+                continue
+            rng = random.Random(request_seed(config.seed, batch.step, j))
+            count = tree_count(rates[j], config.group_size) if config.ads_expansion else config.group_size
+            for i in choose_trees(rewards[j], count, rng):
+                group.branch_points[i] = choose_branch_points(group.responses[i], config.branch, config.branch_points, rng,
+                                                              config.rho, config.min_branch_gap)
+
+    def sequences(self, batch: Batch) -> list[TrainingSequence]:
+        """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
+        flatten = tree_sequences if self.config.advantage == "tree" else grpo_sequences
+        return [s for group in batch.groups for s in drop_zero(flatten(group.problem.prompt_ids, group.responses))]
+
+    def update(self, step: int, sequences: list[TrainingSequence]) -> TrainStats:
+        """PPO on one batch; then the engine gets the new weights."""
+        config = self.config
+        self.learner.set_learning_rate(learning_rate(step, config.steps, config.lr, config.warmup_steps, config.lr_schedule))
+        with self.phase("train"):
+            stats = self.learner.train(sequences, config.mini_batch, seed=request_seed(config.seed, step))
+            self.engine.sync_weights(self.policy)
+        return stats
+
+    def evaluate(self) -> float:
+        """avg@k on the held-out problems, with the same seeds at every evaluation (paired, so less noise)."""
+        config = self.config
+        with self.phase("evaluate"):
+            results = evaluation.evaluate(self.engine, self.tokenizer, self.test_problems, self.reward, config.eval_samples,
+                                          config.max_response, config.eval_temperature, config.seed)
+        return statistics.fmean(evaluation.avg_at_k(r.rewards) for r in results)
+
+    def metrics(self, batch: Batch, sequences: list[TrainingSequence], stats: TrainStats) -> dict:
+        """One line of metrics.jsonl; starts the counts of the next step."""
+        record = {"step": batch.step, "generated_tokens": self.generated_tokens, **batch_metrics(batch, sequences),
+                  **{f"train/{name}": value for name, value in asdict(stats).items()},
+                  "train/lr": self.learner.optimizer.param_groups[0]["lr"],
+                  "logprob_gap/mean": statistics.fmean(self.gap) if self.gap else 0.0,
+                  "logprob_gap/max": max(self.gap, default=0.0),
+                  **{f"grading/{name}": self.reward.counts[name] for name in ("unboxed", "timeout", "died", "error")},
+                  **{f"seconds/{name}": round(self.seconds[name], 3) for name in ("generate", "score", "grade", "train")},
+                  "seconds/step": round(sum(self.seconds.values()) - self.seconds["evaluate"], 3)}
+        self.gap, self.seconds = [], Counter()
+        self.reward.counts.clear()
+        return record
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+def train(config: Config) -> Path:
+    """A whole run; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log, evaluate, save."""
+    folder = RunFolder(config.out, config.preset)
+    display = Display(config.steps)
+    trainer = Trainer(config, display)
+    folder.write_config(config)
+    started, best = time.perf_counter(), 0.0
+    before = best_accuracy = trainer.evaluate()
+    display.say(f"before training   test {100 * before:.1f} % (avg@{config.eval_samples}, {len(trainer.test_problems)} problems)")
+    folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": before, "seconds/total": 0.0})
+    trainer.metrics(Batch(0, []), [], TrainStats())  # forget what the evaluation counted
+
+    upcoming = None
+    if config.one_step_off_policy:  # warm-up: the pipeline starts with initial responses for batch 1
+        upcoming = trainer.new_batch(1)
+        trainer.sample(None, upcoming)
+    for step in range(1, config.steps + 1):
+        # 1. sample, score, grade, plan: in one call (one-step off-policy), or in two with the same policy
+        if config.one_step_off_policy:
+            batch, upcoming = upcoming, trainer.new_batch(step + 1) if step < config.steps else None
+            trainer.sample(batch, upcoming)
+        else:
+            batch = trainer.new_batch(step)
+            trainer.sample(None, batch)
+            trainer.sample(batch, None)
+        # 2. trees -> training sequences -> update
+        sequences = trainer.sequences(batch)
+        stats = trainer.update(step, sequences)
+        if config.ads_batch:
+            trainer.batch_size.update(sampled=len(batch.groups), kept=len(sequences))
+        # 3. log, evaluate, save
+        record = trainer.metrics(batch, sequences, stats)
+        if step == config.steps or config.eval_every and step % config.eval_every == 0:
+            record["test_accuracy"] = trainer.evaluate()
+            folder.save_model("last", trainer.policy, trainer.tokenizer)
+            if record["test_accuracy"] >= best_accuracy:
+                best_accuracy, best = record["test_accuracy"], step
+                folder.save_model("best", trainer.policy, trainer.tokenizer)
+        record["seconds/total"] = round(time.perf_counter() - started, 3)
+        folder.append("metrics.jsonl", record)
+        folder.write_samples(step, batch.groups[:config.log_samples], trainer.tokenizer)
+        if "test_accuracy" in record:
+            view.draw_curves(folder.path)
+        display.step(record)
+        spread = fci_spread([r.fci for group in batch.groups for r in group.responses])
+        for notice in notices(len(batch.groups), sum(bool(g.branch_points) for g in batch.groups), len(sequences), spread):
+            display.say(f"step {step:>4}   {notice}")
+    display.close()
+    return folder.path
+
+
+def main(argv: list[str]) -> None:
+    print(f"run folder: {train(parse_config(argv))}")
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("attnrl.py"):
+        main(sys.argv[1:])

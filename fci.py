@@ -1,0 +1,362 @@
+"""fci.py: cut a response into steps and score every step by the attention that later steps pay to it.
+
+Forward Context Influence (FCI) is the compass of AttnRL (arXiv 2509.26628): a step that many later steps look back to
+is a step where another decision leads to another solution, so that is where `tree.py` branches. ONE forward pass over a
+batch of complete responses gives all that a step of training needs to know of them: the log-probabilities of the tokens
+at the sampling temperature (the "old" or behaviour log-probs of PPO), the entropies, and FCI.
+
+Equations (AttnRL), each at the line that computes it:
+    Eq. 4   A^{l,h}[j, k] = mean over queries q in step j, mean over keys s in step k of alpha^{l,h}[q, s]
+    Eq. 5   y^{l,h}[k]    = sum over j >= k + Delta of A^{l,h}[j, k]
+    Eq. 6   y[k]          = max over layers l and heads h of y^{l,h}[k];  y[0] = 0 (the authors' code)
+
+How attention is averaged without storing it: attention computes alpha @ V and never shows alpha. Put the step indicator
+E in the place of V (E[s, k] = 1 if token s is in step k) and the same fused kernel returns alpha @ E: for every query the
+attention mass on every step. No T x T matrix exists for any head. transformers' attention registry hands our function
+the rotated queries and keys of every layer of any decoder, so no model code is copied or patched.
+
+Left out: attention variants whose probabilities the plain softmax does not give (soft-capping, attention sinks) and
+models that rescale their logits; both are refused with a ValueError, because scores for them would be silently wrong.
+
+    python fci.py --model toy/model --problem "a=3;b=a+4;c=a*b;d=c-a;e=d*c;f=e+a;g=f-2;h=g*c;?h" --plot fci.png
+"""
+import argparse
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION_NAME = "attnrl_fci"
+HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Separators:
+    """Token ids that end a step, precomputed from the vocabulary; `think_end` is the id of "</think>", if it has one."""
+    double: frozenset[int]
+    single: frozenset[int]
+    think_end: int | None = None
+
+
+def separator_tokens(tokenizer) -> Separators:
+    r"""Find every token whose text holds a blank line ("\n\n", also merges such as ".\n\n"), and those with one newline."""
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+    return Separators(double=frozenset(i for i, text in zip(ids, texts) if "\n\n" in text),
+                      single=frozenset(i for i, text in zip(ids, texts) if "\n" in text),
+                      think_end=tokenizer.get_vocab().get("</think>"))
+
+
+def split_steps(tokens: list[int], separators: Separators) -> list[int]:
+    """Bounds [0, ..., len(tokens)]: step k is tokens[bounds[k]:bounds[k + 1]]; a separator belongs to the step it closes.
+
+    Token based, so that bounds index the tokens that were sampled and never a re-tokenised text. Without blank lines
+    single newlines separate; without those either the response is one step (which is never branched).
+    >>> split_steps([5, 9, 5, 5, 9, 5], Separators(double=frozenset({9}), single=frozenset({8, 9})))
+    [0, 2, 5, 6]
+    """
+    for ends in (separators.double, separators.single):
+        cuts = [i + 1 for i, token in enumerate(tokens) if token in ends]
+        if cuts:
+            break
+    return sorted({0, *cuts, len(tokens)})
+
+
+def branchable_steps(tokens: list[int], bounds: list[int], separators: Separators) -> int:
+    """Number of leading steps that may be branch points: for reasoning models those before the step of the last
+    "</think>" (that step and the final answer after it score 0, as in the authors' code), else all."""
+    if separators.think_end in tokens:
+        last = len(tokens) - 1 - tokens[::-1].index(separators.think_end)
+        return sum(end <= last for end in bounds[1:])
+    return len(bounds) - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FCI inside the attention function
+# ---------------------------------------------------------------------------------------------------------------------
+class StepAttention:
+    """Collects FCI for one padded batch while its forward pass runs: one call of `add` per layer.
+
+    prompt_lengths and bounds: one entry per row; width: padded length T. After the pass `fci[b, k]` is Eq. 6.
+    """
+
+    def __init__(self, prompt_lengths: list[int], bounds: list[list[int]], width: int, delta: int, device):
+        steps = max(len(row) for row in bounds) - 1
+        self.keys = torch.zeros(len(bounds), width, steps, device=device)  # E, (B, T, K), 0/1: exact in bf16 too
+        for b, (start, row) in enumerate(zip(prompt_lengths, bounds)):
+            for k in range(len(row) - 1):
+                self.keys[b, start + row[k]:start + row[k + 1], k] = 1.0
+        lengths = self.keys.sum(1).clamp(min=1)  # (B, K) tokens per step; prompt and padding are in no step
+        self.key_mean = 1 / lengths
+        self.query_mean = (self.keys / lengths[:, None]).transpose(1, 2)  # (B, K, T)
+        index = torch.arange(steps, device=device)
+        self.later = (index[:, None] >= index[None] + delta).float()  # (J, K): step j is at least Delta after step k
+        self.fci = torch.zeros(len(bounds), steps, device=device)
+        self.layers = 0
+
+    def add(self, module, query, key, attention_mask, **attention_kwargs) -> None:
+        """query (B, H, T, D) and key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
+        self.layers += 1
+        width, kv_heads = key.shape[-1], key.shape[1]
+        for k in range(0, self.keys.shape[-1], width):  # CPU kernels want V as wide as K: D columns of E at a time
+            columns = self.keys[..., k:k + width].to(query.dtype)
+            block = columns.shape[-1]
+            columns = torch.nn.functional.pad(columns, (0, width - block))[:, None].expand(-1, kv_heads, -1, -1)
+            mass, _ = sdpa_attention_forward(module, query, key, columns, attention_mask, **attention_kwargs)
+            mass = mass[..., :block].float()  # (B, T, H, block): alpha @ E
+            step_attention = torch.einsum("bjt,bthk->bhjk", self.query_mean, mass)
+            step_attention *= self.key_mean[:, None, None, k:k + block]  # AttnRL Eq. 4, (B, H, J, block)
+            influence = (step_attention * self.later[:, k:k + block]).sum(2)  # AttnRL Eq. 5, (B, H, block)
+            best = self.fci[:, k:k + block]
+            torch.maximum(best, influence.amax(1), out=best)  # AttnRL Eq. 6: max over heads, and over layers so far
+
+
+_collector: StepAttention | None = None  # the registry passes no context, so the running collection is module state
+
+
+def fci_attention(module, query, key, value, attention_mask, **kwargs):
+    """Plain SDPA, which also feeds the running StepAttention. Registered as an attention implementation."""
+    if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
+        raise ValueError("FCI knows plain softmax attention only; this model uses attention sinks or soft-capping")
+    output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if _collector is not None:
+        _collector.add(module, query, key, attention_mask, **kwargs)
+    return output
+
+
+AttentionInterface.register(ATTENTION_NAME, fci_attention)
+# Without a mask function under the same name transformers passes no mask: sliding windows would vanish silently.
+AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+@contextmanager
+def scoring_mode(model, collector: StepAttention | None = None):
+    """Run the model in evaluation mode, without gradients and with our attention; it leaves as it came, errors included."""
+    global _collector
+    config, modes = model.config, [(module, module.training) for module in model.modules()]
+    before = {"": config._attn_implementation}
+    before |= {name: getattr(config, name)._attn_implementation for name in config.sub_configs if getattr(config, name)}
+    try:
+        model.eval()
+        if collector is not None:
+            model.set_attn_implementation(ATTENTION_NAME)
+            if config._attn_implementation != ATTENTION_NAME:
+                raise ValueError(f"{type(model).__name__} does not use transformers' attention registry: no FCI for it")
+        _collector = collector
+        with torch.no_grad():
+            yield
+        if collector is not None and collector.layers == 0:
+            raise ValueError(f"no attention layer of {type(model).__name__} passed through the registry: no FCI for it")
+    finally:
+        _collector = None
+        for module, mode in modes:
+            module.training = mode
+        if collector is not None:  # last: transformers may refuse, for models that have no settable attention
+            model.set_attn_implementation(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities and the scoring pass
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Sequence:
+    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: a continuation, no FCI)."""
+    prompt_ids: list[int]
+    tokens: list[int]
+    bounds: list[int] | None = None
+
+
+@dataclass
+class Scores:
+    """Per token of a Sequence, at the sampling temperature: log-probability and entropy (nats). Per step: FCI."""
+    logprobs: list[float]
+    entropies: list[float]
+    fci: list[float] = field(default_factory=list)
+
+
+def pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the sequence's tokens.
+
+    Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no token id is special.
+    """
+    width = max(len(s.prompt_ids) + len(s.tokens) for s in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    predicts = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        start, end = len(s.prompt_ids), len(s.prompt_ids) + len(s.tokens)
+        ids[row, :end] = torch.tensor(s.prompt_ids + s.tokens)
+        predicts[row, start - 1:end - 1] = True
+    return ids.to(device), predicts.to(device)
+
+
+def output_head(model):
+    """The layer that turns hidden states into logits. Raises ValueError for models that rescale logits after it."""
+    config = model.config.get_text_config()  # of a model that also sees images, the part that writes
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(f"{type(model).__name__} rescales its logits ({name}), which attnrl does not reproduce")
+    return model.get_output_embeddings()
+
+
+def token_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences.
+
+    The output head runs on the trained positions only and HEAD_CHUNK at a time (recomputed in the backward pass), so the
+    logits of a long batch over a large vocabulary never exist at once. Divided by the temperature, as they were sampled:
+    training on untempered log-probs would start with a ratio that is not 1.
+    """
+    ids, predicts = pad_right(sequences, model.device)
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
+    targets = ids.roll(-1, dims=1)[predicts]  # (N,)
+    head = output_head(model)
+
+    def chunk_logprobs(states, wanted):
+        logits = head(states).float() / temperature  # (n, V)
+        normaliser = logits.logsumexp(-1)
+        entropy = normaliser - (logits.detach() - normaliser.detach()[:, None]).exp().mul(logits.detach()).sum(-1)
+        return logits.gather(-1, wanted[:, None])[:, 0] - normaliser, entropy.detach()
+
+    parts = [checkpoint(chunk_logprobs, states, wanted, use_reentrant=False) if torch.is_grad_enabled()
+             else chunk_logprobs(states, wanted)
+             for states, wanted in zip(hidden[predicts].split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def token_batches(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
+    """Indices grouped by similar length so that rows x longest stays within the budget (one row always fits)."""
+    lengths = [len(s.prompt_ids) + len(s.tokens) for s in sequences]
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):  # ascending: the newest row is the longest
+        if not batches or (len(batches[-1]) + 1) * lengths[i] > token_budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def score(model, sequences: list[Sequence], temperature: float = 1.0, delta: int = 4, token_budget: int = 16384,
+          ) -> list[Scores]:
+    """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
+
+    Sequences of any lengths; they are batched by length with at most `token_budget` padded tokens a forward pass. The
+    result does not depend on the batch (up to float rounding). Raises ValueError on an empty prompt or wrong bounds.
+    """
+    for s in sequences:
+        if not s.prompt_ids:
+            raise ValueError("a sequence needs at least one prompt token: nothing predicts its first token")
+        if s.bounds is not None and (s.bounds[:1] != [0] or s.bounds[-1] != len(s.tokens)
+                                     or any(a >= b for a, b in zip(s.bounds, s.bounds[1:]))):
+            raise ValueError(f"bounds must rise strictly from 0 to the {len(s.tokens)} response tokens, got {s.bounds}")
+    results = [Scores([], []) for _ in sequences]
+    for batch in token_batches(sequences, token_budget):
+        rows = [sequences[i] for i in batch]
+        collector = None
+        if any(s.bounds and len(s.bounds) > 1 for s in rows):
+            width = max(len(s.prompt_ids) + len(s.tokens) for s in rows)
+            collector = StepAttention([len(s.prompt_ids) for s in rows], [s.bounds or [0] for s in rows], width, delta,
+                                      model.device)
+        with scoring_mode(model, collector):
+            logprobs, entropies = token_logprobs(model, rows, temperature)
+        lengths = [len(s.tokens) for s in rows]
+        for row, (i, lp, entropy) in enumerate(zip(batch, logprobs.split(lengths), entropies.split(lengths))):
+            results[i] = Scores(lp.tolist(), entropy.tolist())
+            if sequences[i].bounds and collector is not None:
+                results[i].fci = collector.fci[row, :len(sequences[i].bounds) - 1].tolist()
+                results[i].fci[:1] = [0.0][:len(results[i].fci)]  # the first step scores 0 and is never a branch point
+    return results
+
+
+def fci_scores(model, prompt_ids: list[int], response_ids: list[int], bounds: list[int], delta: int = 4) -> list[float]:
+    """FCI of one response, one float per step (AttnRL Eq. 4-6); the first step and the last `delta` steps score 0.
+
+    bounds = [0, ..., len(response_ids)]; step k is response_ids[bounds[k]:bounds[k + 1]]. Raises ValueError for bounds
+    that do not rise from 0 to the response's length and for an empty prompt.
+    """
+    return score(model, [Sequence(list(prompt_ids), list(response_ids), list(bounds))], delta=delta)[0].fci
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: the scores of one response
+# ---------------------------------------------------------------------------------------------------------------------
+def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
+    """The FCI curve of one response with its branch points."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
+    axis.plot(range(len(fci)), fci, "o-", color="#0072B2", label="FCI")
+    axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color="#D55E00", label="branch points")
+    axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)", title="Forward Context Influence")
+    if len(labels) <= 40:  # longer responses: step numbers only
+        axis.set_xticks(range(len(labels)), [f"{k}: {text[:18]}" for k, text in enumerate(labels)], rotation=60, ha="right",
+                        fontsize=8, parse_math=False)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Score one response (sampled here, unless --response names a file) and mark where AttnRL would branch."""
+    import random
+
+    from data import UserError, encode_prompt
+    from eval import load_model
+    from rollout import Request, TransformersEngine
+    from tree import Response, choose_branch_points
+
+    parser = argparse.ArgumentParser(prog="fci.py", description=main.__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="toy/model", help="model directory")
+    parser.add_argument("--problem", required=True, help="the problem's text")
+    parser.add_argument("--response", help="file with the response; without it one is sampled")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
+    parser.add_argument("--delta", type=int, default=4, help="attention counts from this many steps later on")
+    parser.add_argument("--rho", type=float, default=0.2, help="branch points are among the top rho of FCI")
+    parser.add_argument("--max_response", type=int, default=1024, help="tokens, when sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.error = lambda message: parser.exit(2, f"fci.py: {message} (see --help)\n")
+    args = parser.parse_args()
+    if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
+        raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
+    model, tokenizer, eos_ids = load_model(args.model, "auto", 0)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": args.problem}])
+    if args.response:
+        try:
+            text = open(args.response, encoding="utf-8").read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        limit = min(args.max_response, getattr(model.config, "max_position_embeddings", 1 << 20) - len(prompt))
+        tokens = TransformersEngine(model, eos_ids).generate([Request(prompt, limit, 1.0, args.seed)])[0].tokens
+    if not tokens:
+        raise UserError("the response is empty: there is nothing to score")
+    separators = separator_tokens(tokenizer)
+    bounds = split_steps(tokens, separators)
+    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
+    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, scored.fci,
+                        branchable_steps(tokens, bounds, separators))
+    points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
+    labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
+    for k, (label, y) in enumerate(zip(labels, scored.fci)):
+        print(f"step {k:>3}   FCI {y:.4f}  {'<- branch' if bounds[k] in points else '         '}  {' '.join(label.split())[:90]}")
+    if len(labels) <= args.delta + 1:
+        print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
+    if args.plot:
+        plot_scores(args.plot, scored.fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
+        print(f"curve: {args.plot}")
+
+
+if __name__ == "__main__":
+    import fci  # not this copy called __main__: rollout.py imports fci by name, and the attention registry holds one of them
+    from data import stop_on_user_error
+
+    with stop_on_user_error("fci.py"):
+        fci.main()

@@ -1,0 +1,148 @@
+"""learner.py: the off-policy policy update: clipped PPO on tokens, a small KL to the reference model, AdamW.
+
+Behaviour log-probs are per token and may come from different policies (a continuation's prefix is one update older than
+its suffix): PPO's ratio against the policy that really sampled each token is all the correction there is.
+
+Equations (spec section 6; PPO, Clip-Higher of DAPO, dual clip, k3 of Schulman):
+    ratio  r = exp(logp - old_logp)
+    loss     = -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A); for A < 0 never more than -3 A (dual clip)
+    kl       = exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
+    mean over ALL response tokens of the mini-batch, so that the gradient does not depend on how the mini-batch is cut
+    into micro-batches, and a long response weighs as much as its tokens.
+
+Why is the ratio 1 and the policy loss about 0 at first? In the first mini-batch after sampling the policy IS the one that
+sampled, r = 1, and advantages nearly cancel. The gradient is not 0: d r / d theta is what moves the policy.
+
+Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
+
+    python -m pytest tests/test_learner.py
+"""
+import math
+import random
+from dataclasses import dataclass
+
+import torch
+
+from fci import token_batches, token_logprobs
+from tree import TrainingSequence
+
+
+def ppo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip_low: float = 0.2,
+             clip_high: float = 0.28, dual_clip: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token (loss, clipped), all (N,). `clipped` is True where a clip took the gradient away.
+
+    >>> ppo_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]))[0]  # r = 1.65 is clipped to 1.28
+    tensor([-1.2800])
+    """
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))  # the clamp only keeps exp from overflowing to inf
+    plain = ratio * advantage
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage  # Clip-Higher: more room upwards than downwards
+    loss = -torch.minimum(plain, bounded)
+    clipped = bounded < plain
+    ceiling = -dual_clip * advantage  # dual clip: a token that became far MORE likely with A < 0 must not explode
+    exploded = (advantage < 0) & (loss > ceiling)
+    return torch.where(exploded, ceiling, loss), clipped | exploded
+
+
+def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Per-token estimate of KL(policy || reference): never negative, unbiased, low variance (Schulman's k3)."""
+    difference = (ref_logp - logp).clamp(-20, 20)
+    return difference.exp() - difference - 1
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant") -> float:
+    """Learning rate of training step 1..steps: linear warm-up over `warmup` steps, then constant, linear or cosine decay
+    to 0 after the last step. By training step, not by optimizer step: the adaptive batch makes their number unknown."""
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup - 1) / max(1, steps - warmup)
+    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+
+
+def mini_batches(count: int, size: int, seed: int) -> list[list[int]]:
+    """Indices 0..count-1, shuffled and cut into ceil(count / size) parts of nearly equal size (no tiny last update)."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    parts = math.ceil(count / size)
+    return [order[i * count // parts:(i + 1) * count // parts] for i in range(parts)]
+
+
+@dataclass
+class TrainStats:
+    """What `Learner.train` saw, averaged over all trained tokens of all mini-batches (grad_norm: over updates)."""
+    loss: float = 0.0
+    policy_loss: float = 0.0
+    kl: float = 0.0
+    clip_fraction: float = 0.0
+    ratio: float = 0.0
+    grad_norm: float = 0.0  # before clipping
+    tokens: int = 0
+    updates: int = 0
+    skipped_updates: int = 0  # gradients that were not finite
+
+
+class Learner:
+    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for equal log-probs."""
+
+    def __init__(self, policy, reference=None, *, lr: float = 1e-6, weight_decay: float = 0.01, max_grad_norm: float = 1.0,
+                 temperature: float = 1.0, kl_coef: float = 0.001, clip_low: float = 0.2, clip_high: float = 0.28,
+                 dual_clip: float = 3.0, token_budget: int = 16384):
+        self.policy, self.reference = policy, reference
+        self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
+        self.clips = clip_low, clip_high, dual_clip
+        self.token_budget = token_budget
+        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def train(self, sequences: list[TrainingSequence], mini_batch: int, seed: int) -> TrainStats:
+        """One epoch over the sequences: an optimizer step per mini-batch of about `mini_batch` sequences."""
+        total = TrainStats()
+        modes = [(module, module.training) for module in self.policy.modules()]
+        self.policy.train()
+        for indices in mini_batches(len(sequences), mini_batch, seed):
+            self.update([sequences[i] for i in indices], total)
+        for module, mode in modes:
+            module.training = mode
+        for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
+            setattr(total, name, getattr(total, name) / max(1, total.tokens))
+        total.grad_norm /= max(1, total.updates - total.skipped_updates)
+        return total
+
+    def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
+        """One optimizer step on one mini-batch; adds token sums to `total`."""
+        tokens = sum(len(s.tokens) for s in sequences)  # the normaliser is known before the first micro-batch
+        self.optimizer.zero_grad()
+        for batch in token_batches(sequences, self.token_budget):
+            self.micro_batch_loss([sequences[i] for i in batch], total).div(tokens).backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm).item()
+        total.tokens += tokens
+        total.updates += 1
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            total.grad_norm += grad_norm
+        else:  # one bad batch must not poison the weights and AdamW's moments for ever
+            total.skipped_updates += 1
+        self.optimizer.zero_grad()
+
+    def micro_batch_loss(self, rows: list[TrainingSequence], total: TrainStats) -> torch.Tensor:
+        """SUM of the token losses of a few sequences (a scalar with gradient); adds its parts to `total`."""
+        device = self.policy.device
+        old_logp = torch.tensor([lp for s in rows for lp in s.logprobs], device=device)  # (N,)
+        advantage = torch.tensor([a for s in rows for a in s.advantages], device=device)  # (N,)
+        logp, _ = token_logprobs(self.policy, rows, self.temperature)
+        losses, clipped = ppo_loss(logp, old_logp, advantage, *self.clips)
+        policy_loss = loss = losses.sum()
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logp, _ = token_logprobs(self.reference, rows, self.temperature)
+            kl = k3_kl(logp, ref_logp).sum()
+            loss = policy_loss + self.kl_coef * kl
+            total.kl += kl.item()
+        total.loss += loss.item()
+        total.policy_loss += policy_loss.item()
+        total.clip_fraction += clipped.sum().item()
+        total.ratio += (logp.detach() - old_logp).exp().sum().item()
+        return loss
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr

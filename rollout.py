@@ -1,0 +1,184 @@
+"""rollout.py: engines turn requests (token ids in) into completions (token ids and their log-probabilities out).
+
+An engine is anything with two methods, `generate(requests)` and `sync_weights(model)`. Here is the embedded default on
+plain transformers: it samples with the policy itself, so that everything runs on a laptop.
+
+What it takes care of, because sampling is most of the time of a training step:
+- a prefix shared by several requests is computed once: six samples of a problem, two continuations of one branch point,
+  and a branch point whose prefix begins the prefix of a later one;
+- requests of similar length run together; rows that are finished leave the batch;
+- a request's tokens depend on its own seed only. The random number of its t-th token comes from (seed, t), never from a
+  global generator, so neither the other requests nor their order matter (up to float rounding in the model).
+
+Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature).
+
+Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a running batch.
+
+    python -m pytest tests/test_rollout.py
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from fci import output_head, scoring_mode
+
+
+@dataclass
+class Request:
+    """Sample after `prompt_ids` until an end token or `max_tokens`. Temperature 0 is greedy."""
+    prompt_ids: list[int]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass
+class Completion:
+    """Sampled tokens (an end token included) and their log-probs; finished: ended by itself, not by `max_tokens`."""
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def request_seed(*path: int) -> int:
+    """A 63-bit seed for one rollout from its place in the run: (run seed, step, problem, response, branch, continuation).
+
+    >>> request_seed(0, 1, 2) == request_seed(0, 1, 2), request_seed(0, 1, 2) == request_seed(0, 2, 1)
+    (True, False)
+    """
+    high, low = np.random.SeedSequence([len(path), *path]).generate_state(2)
+    return (int(high) << 31 | int(low) >> 1) & (2**63 - 1)
+
+
+def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
+    """(longest, rides): indices of the prompts that must be computed, and for each prompt the one whose prefix it is.
+
+    >>> share_prefixes([[1, 2], [1, 2, 3], [4], [1, 2]])
+    ([1, 2], [1, 1, 2, 1])
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # a prefix sorts directly before its extensions
+    rides = list(range(len(prompts)))
+    for i, after in zip(reversed(order[:-1]), reversed(order[1:])):
+        if prompts[after][:len(prompts[i])] == prompts[i]:
+            rides[i] = rides[after]
+    return sorted(set(rides)), rides
+
+
+class TransformersEngine:
+    """The embedded engine: the policy itself, with a KV cache. `eos_ids` end a response; at most `token_budget` tokens
+    (rows x longest prompt and completion) are in the cache at once."""
+
+    def __init__(self, model, eos_ids: list[int], token_budget: int = 65536):
+        self.model, self.eos_ids, self.token_budget = model, eos_ids, token_budget
+        self.prefilled = 0  # prompt tokens computed so far, for tests and metrics: shared prefixes count once
+
+    def sync_weights(self, model) -> None:
+        """After an update: this engine samples with the trainer's own weights, so there is nothing to copy."""
+        self.model = model
+
+    def generate(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[Completion]:
+        """One Completion per request, in order. on_token(index, token) is called for every sampled token (streaming).
+
+        Raises ValueError for an empty prompt or a budget below one token.
+        """
+        for r in requests:
+            if not r.prompt_ids or r.max_tokens < 1:
+                raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
+        completions = [Completion([], [], False) for _ in requests]
+        with scoring_mode(self.model):
+            for batch in self._batches(requests):
+                def emit(row, token, batch=batch):
+                    if on_token:
+                        on_token(batch[row], token)
+                for i, completion in zip(batch, self._sample([requests[i] for i in batch], emit)):
+                    completions[i] = completion
+        return completions
+
+    def _batches(self, requests: list[Request]) -> list[list[int]]:
+        """Indices grouped by length; requests that share a prefix stay together as long as they fit the budget."""
+        _, rides = share_prefixes([r.prompt_ids for r in requests])
+        prompt = [len(requests[i].prompt_ids) for i in rides]
+        batches: list[list[int]] = []
+        longest = 0  # completion of the newest batch; its longest prompt is that of the newest request
+        for i in sorted(range(len(requests)), key=lambda i: (prompt[i], rides[i])):
+            longest = max(longest, requests[i].max_tokens)
+            # every row is as wide as the longest prompt AND the longest completion, which may be another row's
+            if not batches or (len(batches[-1]) + 1) * (prompt[i] + longest) > self.token_budget:
+                batches.append([])
+                longest = requests[i].max_tokens
+            batches[-1].append(i)
+        return batches
+
+    def _prefill(self, requests: list[Request]):
+        """(cache, mask, hidden): prompts of all requests in the cache, right-aligned; mask (R, P); last states (R, d).
+
+        Only prompts that are no prefix of another are computed; the others take their part of that cache row. Aligned to
+        the right, so that distances between cache slots are distances between tokens (sliding windows stay right).
+        """
+        device = self.model.device
+        prompts = [r.prompt_ids for r in requests]
+        longest, rides = share_prefixes(prompts)
+        width = max(len(prompts[i]) for i in longest)
+        ids = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device)
+        self.prefilled += sum(len(prompts[i]) for i in longest)
+        computed = DynamicCache()  # without a config: keeps all tokens also for sliding-window layers
+        hidden = self.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True).last_hidden_state
+        row = torch.tensor([longest.index(i) for i in rides], device=device)  # (R,)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        slots = torch.arange(width, device=device)[None] - (width - lengths)[:, None]  # (R, P): token index, < 0 = none
+        cache = DynamicCache()
+        for index, layer in enumerate(computed.layers):
+            pick = row[:, None], slice(None), slots.clamp(min=0)  # -> (R, P, heads, D)
+            cache.update(layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index)
+        return cache, slots >= 0, hidden[row, lengths - 1]
+
+    def _sample(self, requests: list[Request], emit: Callable[[int, int], None]) -> list[Completion]:
+        """Sample one batch. `rows` lists the requests that are still in the batch, in the order of the cache."""
+        device, head = self.model.device, output_head(self.model)
+        cache, mask, hidden = self._prefill(requests)
+        uniform = [np.random.default_rng(r.seed).random(r.max_tokens) for r in requests]  # [request][t]
+        temperature = torch.tensor([r.temperature for r in requests], device=device)
+        completions = [Completion([], [], False) for _ in requests]
+        rows = list(range(len(requests)))
+        for t in range(max(r.max_tokens for r in requests)):
+            u = torch.tensor([uniform[i][min(t, len(uniform[i]) - 1)] for i in rows], device=device)
+            tokens, logprobs = sample_tokens(head(hidden), temperature, u)
+            done = []
+            for position, (i, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist())):
+                one = completions[i]
+                if not one.finished and len(one.tokens) < requests[i].max_tokens:
+                    one.tokens.append(token)
+                    one.logprobs.append(logprob)
+                    one.finished = token in self.eos_ids
+                    emit(i, token)
+                if one.finished or len(one.tokens) == requests[i].max_tokens:
+                    done.append(position)
+            if len(done) == len(rows):
+                break
+            if 8 * len(done) >= len(rows):  # leaving copies the cache: worth it for an eighth of the rows at a time
+                stay = torch.tensor(sorted(set(range(len(rows))) - set(done)), device=device)
+                rows = [rows[i] for i in stay.tolist()]
+                tokens, temperature, mask = tokens[stay], temperature[stay], mask[stay]
+                cache.batch_select_indices(stay)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            hidden = self.model.base_model(input_ids=tokens[:, None], attention_mask=mask.long(), use_cache=True,
+                                           position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache,
+                                           ).last_hidden_state[:, -1]
+        return completions
+
+
+def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and log-probs (R,) from logits (R, V): the inverse of the cumulative distribution at u in [0, 1).
+
+    One uniform number a token makes sampling reproducible per request. Temperature 0 takes the most likely token.
+    """
+    greedy = temperature == 0
+    logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    target = (u * cumulative[:, -1])[:, None]
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

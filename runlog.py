@@ -1,0 +1,134 @@
+"""runlog.py: what a run measures, writes and shows. Nothing here changes what is trained.
+
+A run's folder:
+    config.json     the resolved configuration and the versions that ran it
+    metrics.jsonl   one line per step; every key is explained in the README
+    samples.jsonl   a few problems of every step: responses, steps with FCI, branch points, continuations, rewards
+    curves.png      drawn by view.py at every evaluation
+    last/, best/    the newest and the best model, for AutoModelForCausalLM.from_pretrained
+
+    python -m pytest tests/test_attnrl.py
+"""
+import json
+import shutil
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from data import UserError
+from sampler import is_correct
+
+
+def mean(values) -> float:
+    """Mean of any iterable, 0 when it is empty."""
+    values = list(values)
+    return statistics.fmean(values) if values else 0.0
+
+
+def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
+    """Reward and shares of problems whose responses are all right, all wrong, or mixed (valid: they can teach)."""
+    solved = [[is_correct(r) for r in rewards] for rewards in groups if rewards]
+    return {f"{name}/reward": mean(r for rewards in groups for r in rewards),
+            f"{name}/solve_all": mean(all(row) for row in solved),
+            f"{name}/solve_none": mean(not any(row) for row in solved),
+            f"{name}/valid": mean(any(row) and not all(row) for row in solved)}
+
+
+def batch_metrics(batch, sequences) -> dict[str, float]:
+    """Both samplings of one batch, and what is left of them for training."""
+    responses = [r for group in batch.groups for r in group.responses]
+    leaves = len(responses) + sum(len(r.continuations) for r in responses)
+    trained = sum(len(s.tokens) for s in sequences)
+    sampled = sum(len(r.tokens) + sum(c.at + len(c.tokens) for c in r.continuations) for r in responses)
+    return {
+        **outcome_ratios("initial", [[r.reward for r in group.responses] for group in batch.groups]),
+        **outcome_ratios("mc", [[c.reward for r in group.responses for c in r.continuations] for group in batch.groups]),
+        "problems": len(batch.groups),
+        "filtered_ratio": mean(group.filtered for group in batch.groups),
+        "trees": mean(len(group.branch_points) for group in batch.groups if not group.filtered),
+        "leaves": leaves,
+        "sequences": len(sequences),
+        "valid_tokens": trained,
+        "valid_token_ratio": trained / max(1, sampled),
+        "response_length": mean(len(r.tokens) for r in responses),
+        "steps_per_response": mean(len(r.bounds) - 1 for r in responses),
+        "cut_off": batch.responses_cut / max(1, len(responses)),
+        "entropy": mean(e for r in responses for e in r.entropies),
+        "fci": mean(y for r in responses for y in r.fci),
+    }
+
+
+class RunFolder:
+    """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made."""
+
+    def __init__(self, path: str, preset: str):
+        self.path = Path(path or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise UserError(f"--out {self.path}: is not empty; give another folder or remove it")
+        except OSError as error:
+            raise UserError(f"--out {self.path}: cannot be made a folder ({error.strerror})") from error
+
+    def write_config(self, config) -> None:
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        (self.path / "config.json").write_text(json.dumps(asdict(config) | {"versions": versions}, indent=2) + "\n")
+
+    def append(self, name: str, record: dict) -> None:
+        """One JSON line, on the disk before the next step begins."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_samples(self, step: int, groups: list, tokenizer) -> None:
+        """Problems with their whole tree as text, one line each."""
+        def text(tokens):
+            return tokenizer.decode(tokens, skip_special_tokens=True)
+
+        for group in groups:
+            self.append("samples.jsonl", {
+                "step": step, "problem": group.problem.text, "answers": group.problem.answers, "filtered": group.filtered,
+                "responses": [{
+                    "reward": r.reward,
+                    "steps": [{"text": text(r.tokens[a:b]), "fci": y} for a, b, y in zip(r.bounds, r.bounds[1:], r.fci)]
+                    or [{"text": text(r.tokens), "fci": 0.0}],
+                    "branch_steps": [sum(end <= at for end in r.bounds[1:]) for at in group.branch_points.get(i, [])],
+                    "continuations": [{"kept": text(r.tokens[:c.at]), "text": text(c.tokens), "reward": c.reward}
+                                      for c in r.continuations],
+                } for i, r in enumerate(group.responses)]})
+
+    def save_model(self, name: str, model, tokenizer) -> None:
+        """Written beside, then renamed: the folder of that name always holds a whole model."""
+        fresh, target = self.path / f".{name}.new", self.path / name
+        shutil.rmtree(fresh, ignore_errors=True)
+        model.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+
+
+class Display:
+    """The terminal: a bar with the current phase and the time left, one line per step, plain lines when piped."""
+
+    def __init__(self, steps: int):
+        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+
+    def phase(self, name: str) -> None:
+        self.bar.set_description_str(name)
+
+    def say(self, text: str) -> None:
+        tqdm.write(text)
+
+    def step(self, m: dict) -> None:
+        test = f"   test {100 * m['test_accuracy']:5.1f} %" if "test_accuracy" in m else ""
+        self.say(f"step {m['step']:>4}   reward {m['initial/reward']:.3f}   {m['problems']:>3} problems, "
+                 f"{m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens   "
+                 f"{m['seconds/step']:5.1f} s{test}")
+        self.bar.update()
+
+    def close(self) -> None:
+        self.bar.close()

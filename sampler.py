@@ -1,0 +1,162 @@
+"""sampler.py: adaptive sampling (ADS): which problems to expand, how many trees each, how many problems a step.
+
+Monte Carlo continuations are wasted on problems that the policy always or never solves: their leaves agree and nothing
+is learnt. ADS looks at the G initial responses first. z = fraction of them that are correct, the problem's difficulty.
+
+Equations (AttnRL):
+    Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is >= the running mean of that statistic over
+             all z = 1 problems so far. Low attention between steps = a solved routine; high = it may still go wrong.
+    Eq. 9    trees = Round(exp(-z) * G): hard problems get more trees
+    Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' wanted, B'' kept training sequences
+
+Everything is a small function, or a small state that saves to and restores from plain numbers. Emptiness and collapse
+are named (`notices`), never silent. Left out: filters on difficulty other than z = 1 (the paper's ablation lost by them).
+
+    python -m pytest tests/test_sampler.py
+"""
+import math
+import random
+import statistics
+from dataclasses import dataclass
+
+
+def round_half_up(x: float) -> int:
+    """Round as in the paper's formulas; Python's round() would take 0.5 and 2.5 to the even neighbour."""
+    return math.floor(x + 0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The problem stream
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class ProblemStream:
+    """Indices 0..size-1 for ever, shuffled anew each epoch by (seed, epoch): two counters are its whole state."""
+    size: int
+    seed: int = 0
+    epoch: int = 0
+    position: int = 0
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError("the problem set is empty")
+        if not 0 <= self.position < self.size:  # resumed with a smaller set: take() would never reach its end
+            raise ValueError(f"position {self.position} is outside the set of {self.size}: another set than saved?")
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` indices. An epoch that runs out in the middle of a batch is followed by the next one."""
+        taken: list[int] = []
+        while len(taken) < count:
+            order = list(range(self.size))
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+            part = order[self.position:self.position + count - len(taken)]
+            taken += part
+            self.position += len(part)
+            if self.position == self.size:
+                self.epoch, self.position = self.epoch + 1, 0
+        return taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which problems, how many trees, which responses
+# ---------------------------------------------------------------------------------------------------------------------
+def is_correct(reward: float) -> bool:
+    """The default reward is 0 or 1; a graded reward of a fork counts as correct from one half on."""
+    return reward >= 0.5
+
+
+def solve_rate(rewards: list[float]) -> float:
+    """z, the difficulty: fraction of the initial responses that are correct."""
+    return sum(map(is_correct, rewards)) / len(rewards)
+
+
+def problem_fci(scores: list[list[float]]) -> float:
+    """A problem's mean FCI: over its responses, of the mean over their steps, zeros included."""
+    return statistics.fmean(statistics.fmean(y) if y else 0.0 for y in scores)
+
+
+@dataclass
+class EasyFilter:
+    """The running mean of the FCI of all z = 1 problems so far: `count` of them, adding up to `total`."""
+    count: int = 0
+    total: float = 0.0
+
+    def keep(self, rates: list[float], fcis: list[float]) -> list[bool]:
+        """AttnRL Eq. 8 for one batch: which problems may be expanded. Problems with z < 1 are never filtered here.
+
+        The current batch enters the mean first (the authors' code), so the very first easy problem is kept.
+        """
+        easy = [y for z, y in zip(rates, fcis) if z == 1]
+        self.count += len(easy)
+        self.total += math.fsum(easy)
+        mean = self.total / self.count if self.count else 0.0
+        # isclose: n equal values may have a mean one rounding above them
+        return [z < 1 or y >= mean or math.isclose(y, mean) for z, y in zip(rates, fcis)]  # AttnRL Eq. 8
+
+
+def tree_count(rate: float, group_size: int) -> int:
+    """How many of the G initial responses are expanded. The authors' code rounds up; the paper rounds.
+    >>> [tree_count(z, 6) for z in (0, 0.5, 1)]
+    [6, 4, 2]
+    """
+    return round_half_up(math.exp(-rate) * group_size)  # AttnRL Eq. 9
+
+
+def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[int]:
+    """Which responses are expanded: the minority outcome first (at z = 0.5 the wrong ones), then random other ones.
+
+    Where all agree (z = 0 or 1) the choice is random. Indices in rising order.
+    """
+    right = [i for i, r in enumerate(rewards) if is_correct(r)]
+    wrong = [i for i, r in enumerate(rewards) if not is_correct(r)]
+    rng.shuffle(right)
+    rng.shuffle(wrong)
+    first, then = (wrong, right) if len(wrong) <= len(right) else (right, wrong)
+    return sorted((first + then)[:count])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many problems a step
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class AdaptiveBatch:
+    """The number of problems B sampled a step, moved so that `target` (B') training sequences are left of them."""
+    size: int
+    target: int
+    low: int
+    high: int
+    lam: float = 0.9
+
+    def update(self, sampled: int, kept: int) -> int:
+        """Take in that `sampled` problems left `kept` (B'') training sequences; returns the new size, within bounds.
+
+        In the one-step off-policy pipeline the size of batch m+1 is fixed before batch m is trained, so the newest pair
+        known is one step older than `size`: (B' / B'') * sampled is what would have met the target THEN, and the size
+        moves a tenth of the way towards it. Nothing kept: hold the size.
+        """
+        if kept > 0:
+            wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled
+            self.size = min(self.high, max(self.low, round_half_up(wanted)))  # AttnRL Eq. 10
+        return self.size
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures with a name
+# ---------------------------------------------------------------------------------------------------------------------
+def fci_spread(scores: list[list[float]]) -> float | None:
+    """Median over responses of the relative spread (std / mean) of their positive FCI scores; None: too few steps."""
+    positive = [[y for y in row if y > 0] for row in scores]
+    spreads = [statistics.pstdev(row) / statistics.fmean(row) for row in positive if len(row) >= 3]
+    return statistics.median(spreads) if spreads else None
+
+
+def notices(problems: int, expanded: int, kept: int, spread: float | None) -> list[str]:
+    """What a person should know about this batch: one line each, none if all is well."""
+    found = []
+    if spread is not None and spread < 0.05:
+        found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); branch points are arbitrary")
+    if expanded == 0:
+        found.append(f"everything filtered: none of {problems} problems is expanded, no continuations this step")
+    if kept == 0:
+        found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
+                     "the batch size is held (problems too easy or too hard for this policy)")
+    return found

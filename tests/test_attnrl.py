@@ -1,0 +1,262 @@
+"""The training loop and the command line, run for real on the toy: pipeline order, determinism, files, settings."""
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import attnrl
+from attnrl import Config, Trainer, parse_config, train
+from data import UserError, stop_on_user_error
+from fci import Sequence, score, separator_tokens, split_steps
+from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
+from rollout import Request, TransformersEngine, request_seed
+from runlog import Display
+from test_eval import run
+from tree import choose_branch_points, Response
+
+TINY = ["--steps", "2", "--batch_size", "4", "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2",
+        "--eval_samples", "2", "--eval_every", "1", "--mini_batch", "64"]
+
+
+def tiny(tmp_path, *options, name="run") -> Config:
+    return parse_config([*TINY, "--out", str(tmp_path / name), *options])
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+def test_presets_and_command_line_in_this_order():
+    assert parse_config([]).delta == 1 and parse_config([]).lr == 1.5e-4  # toy
+    paper = parse_config(["--preset", "paper"])
+    assert (paper.delta, paper.lr, paper.batch_size, paper.group_size, paper.max_response) == (4, 1e-6, 64, 6, 8192)
+    assert (paper.min_branch_gap, paper.mini_batch, paper.kl_coef, paper.rho) == (512, 192, 0.001, 0.2)
+    assert paper.one_step_off_policy and paper.ads_filter and paper.ads_expansion and paper.ads_batch
+    assert paper.batch_size * paper.tree_leaves() == 1920  # B', the authors' 64 * 6 * 5
+    assert parse_config(["--delta", "3", "--preset=paper", "--one_step_off_policy", "false"]).delta == 3
+    assert not parse_config(["--one_step_off_policy", "false"]).one_step_off_policy
+    grpo = parse_config(["--advantage", "grpo"])
+    assert grpo.samples_per_problem() == 30 and parse_config([]).samples_per_problem() == 6
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--steps", "0"], "--steps 0: must be a number, at least 1"), (["--lr", "nan"], "--lr nan"),
+    (["--lr", "-1"], "--lr -1"), (["--temperature", "0"], "--temperature 0"), (["--rho", "2"], "--rho 2"),
+    (["--branch", "best"], "--branch"), (["--preset", "mine"], "--preset"), (["--step", "3"], "--step"),
+    (["--batch_size", "x"], "--batch_size"), (["--one_step_off_policy", "maybe"], "--one_step_off_policy"),
+    (["--model", "nowhere"], "--model nowhere: cannot be loaded"), (["--problems", "nowhere.jsonl"], "no such problem file"),
+    (["--problems", "toy:99"], "toy:99"), (["--reward", "no:thing"], "--reward no:thing"),
+    (["--max_response", "100000"], "more than the model's"), (["--out", "/dev/null/x"], "--out"), (["--out", "tests"], "--out"),
+])
+def test_bad_settings_are_one_line_and_exit_code_2(args, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        with stop_on_user_error("attnrl.py"):
+            attnrl.main([*TINY, *args])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1, error
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return train(tiny(tmp_path_factory.mktemp("runs")))
+
+
+def test_a_run_writes_its_folder(finished):
+    assert {p.name for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "last", "best"}
+    config = json.loads((finished / "config.json").read_text())
+    assert config["steps"] == 2 and config["branch"] == "fci" and set(config) == {f.name for f in dataclasses.fields(Config)} | {"versions"}
+    records = metrics_of(finished)
+    assert [m["step"] for m in records] == [0, 1, 2] and all("test_accuracy" in m for m in records)
+    assert records[2]["generated_tokens"] > records[1]["generated_tokens"] > 0
+    assert records[1]["logprob_gap/max"] < 1e-4 and records[1]["train/tokens"] == records[1]["valid_tokens"] > 0
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [1, 1, 2, 2]
+    for s in samples:
+        for r in s["responses"]:
+            text = "".join(step["text"] for step in r["steps"])
+            assert len(r["continuations"]) == 2 * len(r["branch_steps"])
+            for c in r["continuations"]:
+                assert text.startswith(c["kept"]) and c["reward"] in (0, 1)
+    assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_models_load_and_the_last_one_was_trained(finished):
+    first = AutoModelForCausalLM.from_pretrained(TOY_MODEL).state_dict()
+    last = AutoModelForCausalLM.from_pretrained(finished / "last").state_dict()
+    assert any(not torch.equal(first[name], last[name]) for name in first)
+    text = "b=3+4=7\n\n\\boxed{7}"
+    assert AutoTokenizer.from_pretrained(finished / "best").encode(text) == AutoTokenizer.from_pretrained(TOY_MODEL).encode(text)
+
+
+def test_every_metric_is_explained_in_the_readme(finished):
+    readme = (ROOT / "README.md").read_text()
+    missing = {key for m in metrics_of(finished) for key in m if f"`{key}`" not in readme}
+    assert not missing
+
+
+def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
+    again = train(tiny(tmp_path))
+    other = train(tiny(tmp_path, "--seed", "1", name="other"))
+
+    def without_times(folder):
+        return [{key: value for key, value in m.items() if not key.startswith("seconds")} for m in metrics_of(folder)]
+
+    assert without_times(finished) == without_times(again) != without_times(other)
+    assert (finished / "samples.jsonl").read_text() == (again / "samples.jsonl").read_text()
+    assert (finished / "last/model.safetensors").read_bytes() == (again / "last/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [["--advantage", "grpo", "--grpo_samples", "8"], ["--branch", "entropy"], ["--branch", "random"],
+                                     ["--one_step_off_policy", "false"], ["--kl_coef", "0.01", "--temperature", "0.8"]])
+def test_every_method_runs(tmp_path, options):
+    records = metrics_of(train(tiny(tmp_path, *options)))
+    assert len(records) == 3 and records[2]["train/updates"] >= 1
+    assert records[2]["leaves"] == 4 * 8 if "grpo" in options else records[2]["leaves"] > 4 * 6
+    if "--kl_coef" in options:
+        assert records[1]["train/kl"] == pytest.approx(0, abs=1e-6) and records[2]["train/kl"] > 0
+
+
+def test_without_adaptive_sampling_every_response_is_expanded(tmp_path):
+    off = ["--ads_filter", "false", "--ads_expansion", "false", "--ads_batch", "false"]
+    for m in metrics_of(train(tiny(tmp_path, *off)))[1:]:
+        assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (4, 6, 0, 4 * 30)
+
+
+# --- the pipeline -----------------------------------------------------------------------------------------------------
+class CountingEngine(TransformersEngine):
+    """The real engine, which also remembers what it was asked."""
+
+    def __init__(self, engine):
+        super().__init__(engine.model, engine.eos_ids, engine.token_budget)
+        self.calls = []
+
+    def generate(self, requests, on_token=None):
+        self.calls.append(requests)
+        return super().generate(requests, on_token)
+
+
+def calls_of_a_run(monkeypatch, config) -> list[list[Request]]:
+    """The generation calls of training (evaluations left out)."""
+    made = []
+    original = Trainer.__init__
+
+    def with_counting_engine(self, *args):
+        original(self, *args)
+        self.engine = CountingEngine(self.engine)
+        made.append(self.engine)
+
+    monkeypatch.setattr(Trainer, "__init__", with_counting_engine)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: 0.0)
+    train(config)
+    return made[0].calls
+
+
+def test_one_step_off_policy_needs_one_call_a_step_and_one_warm_up(tmp_path, monkeypatch):
+    config = tiny(tmp_path, "--steps", "3", "--ads_batch", "false")
+    calls = calls_of_a_run(monkeypatch, config)
+    initial = [sum(r.max_tokens == config.max_response for r in call) for call in calls]
+    assert initial == [24, 24, 24, 0]  # warm-up; steps 1 and 2 sample the next batch too; nothing for a batch after the last
+    assert all(len(call) > n for call, n in zip(calls[1:], initial[1:]))  # and each step has continuations
+
+
+def test_synchronous_mode_needs_two_calls_a_step(tmp_path, monkeypatch):
+    config = tiny(tmp_path, "--steps", "3", "--ads_batch", "false", "--one_step_off_policy", "false")
+    calls = calls_of_a_run(monkeypatch, config)
+    assert [sum(r.max_tokens == config.max_response for r in call) for call in calls] == [24, 0, 24, 0, 24, 0]
+
+
+def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):
+    trainer = Trainer(tiny(tmp_path, "--lr", "0.003"), Display(2))
+    first = trainer.new_batch(1)
+    trainer.sample(None, first)
+    second = trainer.new_batch(2)
+    trainer.sample(first, second)  # both with the initial policy
+
+    def scored(policy, group, tokens):
+        return torch.tensor(score(policy, [Sequence(group.problem.prompt_ids, tokens)])[0].logprobs)
+
+    before = {(j, i): scored(trainer.policy, g, r.tokens) for j, g in enumerate(second.groups) for i, r in enumerate(g.responses)}
+    trainer.update(1, trainer.sequences(first))
+    trainer.sample(second, None)  # continuations come from the updated policy
+    for j, group in enumerate(second.groups):
+        lengths = iter(trainer.sequences(second))
+        for i, r in enumerate(group.responses):
+            now = scored(trainer.policy, group, r.tokens)
+            assert torch.allclose(torch.tensor(r.logprobs), before[j, i], atol=1e-5)  # the older policy's
+            assert not torch.allclose(now, before[j, i], atol=1e-3)
+            for c in r.continuations:
+                whole = scored(trainer.policy, group, r.tokens[:c.at] + c.tokens)
+                assert torch.allclose(torch.tensor(c.logprobs), whole[c.at:], atol=1e-5)  # the newer policy's
+    assert any(r.continuations for g in second.groups for r in g.responses)
+    sequences = trainer.sequences(second)
+    old = {tuple(r.tokens): r.logprobs for g in second.groups for r in g.responses}
+    for s in sequences:  # a continuation's sequence begins with the older log-probs of the response it came from
+        if tuple(s.tokens) not in old:
+            parents = [lp for tokens, lp in old.items() if lp[0] == s.logprobs[0]]
+            assert parents and any(s.logprobs[:1] == lp[:1] for lp in parents)
+
+
+def test_a_rollout_depends_on_its_place_in_the_run_only(tmp_path):
+    """Same (seed, step, problem, response) -> same tokens, whatever the batch size and however it is cut up."""
+    tokens = []
+    for options in (["--batch_size", "4"], ["--batch_size", "2", "--rollout_tokens", "300"]):
+        trainer = Trainer(tiny(tmp_path, *options), Display(1))
+        torch.manual_seed(len(tokens))  # global generators play no role
+        batch = trainer.new_batch(1)
+        trainer.sample(None, batch)
+        tokens.append([[r.tokens for r in g.responses] for g in batch.groups[:2]])
+    assert tokens[0] == tokens[1]
+
+
+# --- the toy checkpoint: FCI must matter -------------------------------------------------------------------------------
+def test_toy_branch_points_chosen_by_fci_differ_from_the_earliest_two():
+    config = parse_config([])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(TOY_MODEL), AutoTokenizer.from_pretrained(TOY_MODEL)
+    from data import load_problems
+    problems = load_problems("toy:8:60:7", tokenizer, max_prompt=100)
+    requests = [Request(p.prompt_ids, config.max_response, 1.0, request_seed(7, i, j)) for i, p in enumerate(problems) for j in range(2)]
+    completions = TransformersEngine(model, [tokenizer.eos_token_id]).generate(requests)
+    bounds = [split_steps(c.tokens, separator_tokens(tokenizer)) for c in completions]
+    scores = score(model, [Sequence(r.prompt_ids, c.tokens, b) for r, c, b in zip(requests, completions, bounds)], delta=config.delta)
+    different = 0
+    for c, b, s in zip(completions, bounds, scores):
+        response = Response(c.tokens, s.logprobs, 0.0, s.entropies, b, s.fci, len(b) - 1)
+        points = choose_branch_points(response, "fci", 2, random.Random(0), config.rho)
+        different += points != b[1:3]
+    assert different >= len(completions) / 2, f"{different} of {len(completions)}"
+
+
+def test_fci_command_marks_branch_points_and_draws(tmp_path):
+    plot = tmp_path / "fci.png"
+    problem = "a=3;b=a+4;c=a*b;d=c-a;e=d*c;f=e+a;g=f-2;h=g*c;?h"
+    (tmp_path / "r.txt").write_text("a=3\n\nb=3+4=7\n\nc=3*7=1\n\nd=1-3=8\n\ne=8*1=8\n\nf=8+3=1\n\ng=1-2=9\n\nh=9*1=9\n\n\\boxed{9}")
+    for extra in ([], ["--response", tmp_path / "r.txt"]):
+        text, _ = run("fci.py", "--model", TOY_MODEL, "--problem", problem, "--delta", 1, "--plot", plot, *extra)
+        lines = [line for line in text.splitlines() if line.startswith("step")]
+        assert len(lines) == 9 and sum("<- branch" in line for line in lines) == 2 and "FCI 0.0000" in lines[0]
+        assert plot.read_bytes()[:4] == b"\x89PNG"
+    _, error = run("fci.py", "--model", TOY_MODEL, "--problem", problem, "--response", tmp_path / "no.txt", code=2)
+    assert "no.txt" in error and len(error.strip().splitlines()) == 1
+
+
+# --- real input -------------------------------------------------------------------------------------------------------
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}")
+def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_learnt(tmp_path):
+    model = save_real_model(tmp_path / "model")
+    text, _ = run("attnrl.py", "--model", model, "--problems", REAL_DATA / "math500.parquet", "--test_problems",
+                  REAL_DATA / "aime24.parquet", "--steps", 2, "--batch_size", 4, "--max_prompt", 2000, "--max_response", 48,
+                  "--eval_samples", 1, "--drop_bad_rows", "--out", tmp_path / "run")
+    records = metrics_of(tmp_path / "run")
+    assert [m["step"] for m in records] == [0, 1, 2]
+    assert all(m["initial/solve_none"] == 1 and m["sequences"] == 0 and m["train/updates"] == 0 for m in records[1:])
+    assert text.count("empty batch: all leaves of all") == 2
+    first, last = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model, tmp_path / "run" / "last"))
+    assert all(torch.equal(first[name], last[name]) for name in first)

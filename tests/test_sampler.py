@@ -1,0 +1,291 @@
+"""test_sampler.py: Eq. 8, 9 and 10 by hand, which trees are expanded, and the problem stream.
+
+    python -m pytest tests/test_sampler.py
+"""
+import dataclasses
+import json
+import math
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, is_correct, notices,
+                     problem_fci, round_half_up, solve_rate, tree_count)
+
+quick = settings(max_examples=150, deadline=None)
+
+
+def saved_and_restored(state):
+    """Through JSON, as a checkpoint would: the state must be plain numbers."""
+    return type(state)(**json.loads(json.dumps(dataclasses.asdict(state))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 8: the filter of easy problems
+# ---------------------------------------------------------------------------------------------------------------------
+def test_eq8_difficulty_by_hand():
+    assert solve_rate([1.0, 0.0, 1.0, 0.0, 0.0, 0.0]) == pytest.approx(1 / 3)
+    assert solve_rate([0.0] * 6) == 0
+    assert solve_rate([1.0] * 6) == 1  # exactly: the filter asks z == 1
+    assert [r for r in (-1.0, 0, False, 0.49, 0.5, 1, True) if is_correct(r)] == [0.5, 1, True]
+
+
+def test_eq8_problem_fci_is_the_mean_over_responses_of_the_mean_over_steps():
+    """Means of means: (0 + .3 + .3) / 3 = .2 and (0 + .6) / 2 = .3 give .25; the mean over all five steps is .24."""
+    assert problem_fci([[0.0, 0.3, 0.3], [0.0, 0.6]]) == pytest.approx(0.25)
+    assert problem_fci([[0.4], []]) == pytest.approx(0.2)  # a response without a score counts as 0
+
+
+def test_eq8_filter_by_hand_with_the_current_batch_in_the_mean():
+    easy = EasyFilter()
+    # mean of the z = 1 problems (.2 + .4) / 2 = .3; z < 1 is neither filtered nor counted
+    assert easy.keep([1.0, 0.5, 1.0, 0.0], [0.2, 0.9, 0.4, 0.0]) == [False, True, True, True]
+    # (.2 + .4 + .1) / 3 = .2333 now; without this batch the mean would be .3
+    assert easy.keep([1.0, 5 / 6], [0.1, 0.0]) == [False, True]
+    # .25 is kept because this batch pulls the mean down to (.7 + .25 + .01) / 5 = .192; the old mean alone was .2333
+    assert easy.keep([1.0, 1.0], [0.25, 0.01]) == [True, False]
+    assert (easy.count, easy.total) == (5, pytest.approx(0.96))
+
+
+def test_eq8_current_batch_enters_the_mean_before_the_comparison():
+    easy = EasyFilter()
+    assert easy.keep([1.0], [0.1]) == [True]
+    assert easy.keep([1.0, 1.0], [0.2, 0.9]) == [False, True]  # mean 1.2 / 3 = .4; by the old mean .1 both would stay
+
+
+def test_eq8_no_easy_problem_leaves_the_state_alone():
+    easy = EasyFilter()
+    assert easy.keep([0.0, 0.5], [0.1, 0.2]) == [True, True]
+    assert easy.keep([], []) == []
+    assert easy == EasyFilter()
+
+
+@pytest.mark.parametrize("count, fci", [(3, 0.1), (6, 0.1), (5, 0.013)])
+def test_eq8_equal_fci_is_kept_although_the_float_mean_is_above_it(count, fci):
+    assert math.fsum([fci] * count) / count > fci  # the rounding that this test is about
+    assert EasyFilter().keep([1.0] * count, [fci] * count) == [True] * count
+    assert EasyFilter().keep([1.0] * 2, [0.0] * 2) == [True] * 2
+
+
+@quick
+@given(st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 64)), max_size=6), max_size=8), st.integers(0, 8))
+def test_eq8_equals_the_mean_over_the_whole_history(batches, restore_at):
+    """FCI in 1/64 and exact sums, so that >= needs no tolerance. The state is saved and restored on the way."""
+    easy, history = EasyFilter(), []
+    for number, batch in enumerate(batches):
+        if number == restore_at:
+            easy = saved_and_restored(easy)
+        history += [y for z, y in batch if z == 6]
+        expected = [z < 6 or y * len(history) >= sum(history) for z, y in batch]
+        assert easy.keep([z / 6 for z, _ in batch], [y / 64 for _, y in batch]) == expected
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 9: trees
+# ---------------------------------------------------------------------------------------------------------------------
+def test_eq9_tree_count_by_hand():
+    """exp(-z) * 6 = 6, 5.079, 4.299, 3.639, 3.081, 2.608, 2.207. Rounded, not rounded up (6 6 5 4 4 3 3)."""
+    assert [tree_count(k / 6, 6) for k in range(7)] == [6, 5, 4, 4, 3, 3, 2]
+    assert [tree_count(z, 6) for z in (0.0, 0.5, 1.0)] == [6, 4, 2]
+    assert [tree_count(k / 4, 4) for k in range(5)] == [4, 3, 2, 2, 1]  # 4, 3.115, 2.426, 1.889, 1.472
+
+
+def test_eq9_eq10_round_half_up():
+    assert [round_half_up(x) for x in (0.5, 1.5, 2.5, 2.49, 3.51, 7.0)] == [1, 2, 3, 2, 4, 7]
+
+
+def all_choices(rewards, count, tries=200):
+    return Counter(tuple(choose_trees(rewards, count, random.Random(seed))) for seed in range(tries))
+
+
+def test_eq9_minority_outcome_first():
+    right_are_few = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]  # z = 1/3: 4 trees, both right ones and 2 of the 4 wrong ones
+    choices = all_choices(right_are_few, 4)
+    assert all({1, 4} <= set(choice) for choice in choices) and len(choices) == 6  # all 4-choose-2 fillings occur
+    wrong_are_few = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]  # z = 5/6: 3 trees
+    choices = all_choices(wrong_are_few, 3)
+    assert all(2 in choice for choice in choices) and len(choices) == 10  # 5 choose 2
+    assert set(all_choices(wrong_are_few, 1)) == {(2,)}
+
+
+def test_eq9_at_one_half_the_wrong_ones_first():
+    rewards = [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    assert set(all_choices(rewards, 3)) == {(1, 3, 5)}
+    assert set(all_choices(rewards, 4)) == {(0, 1, 3, 5), (1, 2, 3, 5), (1, 3, 4, 5)}
+    assert set(all_choices(rewards, 2)) == {(1, 3), (1, 5), (3, 5)}
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0])
+def test_eq9_random_where_all_agree(reward):
+    choices = all_choices([reward] * 6, 2, tries=600)
+    assert len(choices) == 15  # every pair occurs
+    assert min(choices.values()) > 15 and max(choices.values()) < 80  # about 40 each
+
+
+@quick
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=9), st.integers(0, 12), st.integers())
+def test_eq9_choice_has_the_asked_size_and_the_most_possible_of_the_minority(rewards, count, seed):
+    before = list(rewards)
+    chosen = choose_trees(rewards, count, random.Random(seed))
+    assert chosen == sorted(set(chosen)) and set(chosen) <= set(range(len(rewards)))
+    assert len(chosen) == min(count, len(rewards))
+    assert chosen == choose_trees(rewards, count, random.Random(seed))
+    wrong = rewards.count(0.0)
+    minority = 0.0 if 2 * wrong <= len(rewards) else 1.0
+    assert sum(rewards[i] == minority for i in chosen) == min(count, rewards.count(minority))
+    assert rewards == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 10: problems a step
+# ---------------------------------------------------------------------------------------------------------------------
+def batch(size=64, low=1, high=1000, **options):
+    return AdaptiveBatch(size, target=1920, low=low, high=high, **options)
+
+
+def test_eq10_by_hand():
+    assert batch().update(64, 1920) == 64  # on target: stays
+    assert batch().update(64, 1600) == 65  # 57.6 + .1 * 1.2 * 64 = 65.28
+    assert batch().update(64, 960) == 70  # 57.6 + .1 * 2 * 64 = 70.4
+    assert batch().update(64, 3840) == 61  # 57.6 + .1 * .5 * 64 = 60.8
+    assert batch(lam=0.5).update(64, 960) == 96  # 32 + .5 * 2 * 64
+    assert batch(size=1, lam=0.5).update(1, 480) == 3  # .5 + .5 * 4 = 2.5 is rounded up
+
+
+def test_eq10_size_is_remembered():
+    b = batch()
+    assert [b.update(64, 960), b.update(70, 960), b.size] == [70, 77, 77]  # 63 + .1 * 2 * 70 = 77
+
+
+def test_eq10_stays_within_bounds():
+    assert batch(high=66).update(64, 1) == 66
+    assert batch(low=63).update(64, 10**9) == 63
+    assert batch(low=63, high=66).update(64, 1600) == 65
+
+
+def test_eq10_nothing_kept_holds_the_size():
+    b = batch()
+    assert b.update(64, 0) == 64 and b.size == 64
+
+
+def test_eq10_pipeline_uses_the_newest_known_pair_with_the_size_that_produced_it():
+    """Batch m+1 is sized while batch m is still to be trained, so the pair is that of batch m-1: 64 problems left 960.
+    .9 * 70 + .1 * (1920 / 960) * 64 = 75.8. With the present 70 as the multiplier it would be 77: not what 64 gave."""
+    assert batch(size=70).update(64, 960) == 76
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("per_problem", [8, 30, 90])
+def test_eq10_reaches_the_target_from_afar_also_one_step_late(delay, per_problem):
+    """If every problem leaves the same number of sequences, B goes to B' / that number and stays (to rounding: a step
+    moves a tenth of the distance, so a distance below 5 problems rounds to no move)."""
+    b, history = batch(), []
+    for _ in range(100):
+        history.append((b.size, b.size * per_problem))
+        if len(history) > delay:
+            b.update(*history[-1 - delay])
+    assert abs(b.size - 1920 / per_problem) <= 5
+    assert len({size for size, _ in history[-5:]}) == 1
+
+
+@quick
+@given(st.integers(1, 500), st.lists(st.tuples(st.integers(1, 500), st.integers(0, 5000)), max_size=10))
+def test_eq10_bounds_and_saved_state(size, steps):
+    b = AdaptiveBatch(size, target=1920, low=1, high=500)
+    for sampled, kept in steps:
+        twin = saved_and_restored(b)
+        assert b.update(sampled, kept) == twin.update(sampled, kept) == b.size
+        assert 1 <= b.size <= 500 and isinstance(b.size, int)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The problem stream
+# ---------------------------------------------------------------------------------------------------------------------
+@quick
+@given(st.integers(1, 12), st.integers(0, 3), st.lists(st.integers(0, 30), min_size=1, max_size=8))
+def test_stream_every_epoch_is_a_permutation_however_it_is_taken(size, seed, counts):
+    stream = ProblemStream(size, seed)
+    taken = []
+    for count in counts:  # batches that wrap in their middle, and batches larger than the set, included
+        part = stream.take(count)
+        assert len(part) == count
+        taken += part
+    assert taken == ProblemStream(size, seed).take(sum(counts))
+    for start in range(0, len(taken) - size + 1, size):
+        assert sorted(taken[start:start + size]) == list(range(size))
+
+
+@quick
+@given(st.integers(1, 12), st.integers(0, 3), st.lists(st.integers(0, 30), max_size=5), st.integers(0, 60))
+def test_stream_restored_at_any_point_continues_identically(size, seed, before, after):
+    stream = ProblemStream(size, seed)
+    for count in before:
+        stream.take(count)
+    assert saved_and_restored(stream).take(after) == stream.take(after)
+
+
+def test_stream_epochs_and_seeds_differ():
+    stream = ProblemStream(20, seed=1)
+    epochs = [tuple(stream.take(20)) for _ in range(5)]
+    assert len(set(epochs)) == 5
+    assert len({tuple(ProblemStream(20, seed).take(20)) for seed in range(5)}) == 5
+    assert tuple(range(20)) not in epochs  # shuffled, the first epoch too
+
+
+def test_stream_does_not_touch_the_global_generator():
+    random.seed(5)
+    state = random.getstate()
+    first = ProblemStream(9).take(9)
+    assert random.getstate() == state
+    random.seed(6)
+    assert ProblemStream(9).take(9) == first
+
+
+def test_stream_wraps_in_the_middle_of_a_batch():
+    stream = ProblemStream(5)
+    stream.take(3)
+    wrapped = stream.take(4)
+    assert (stream.epoch, stream.position) == (1, 2)
+    assert wrapped[2:] == ProblemStream(5, epoch=1).take(2)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_stream_of_nothing_is_refused(size):
+    with pytest.raises(ValueError, match="empty"):
+        ProblemStream(size)
+
+
+@pytest.mark.parametrize("position", [-1, 5, 6])  # 6 made take() loop for ever
+def test_stream_restored_on_a_smaller_problem_set_is_refused(position):
+    with pytest.raises(ValueError, match="position"):
+        ProblemStream(5, position=position)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures with a name
+# ---------------------------------------------------------------------------------------------------------------------
+def test_fci_spread_by_hand():
+    """1 2 3: mean 2, population std sqrt(2/3); zeros (first and last steps) do not count; too few scores: None."""
+    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]]) == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert fci_spread([[0, .5, .5, .5, 0]]) == 0
+    assert fci_spread([[1.0, 2.0, 3.0], [.5, .5, .5], [.5, .5, .5], [0, 1.0, 0]]) == 0  # the median of .41 0 0
+    assert fci_spread([]) is None and fci_spread([[0, 1.0, 2.0, 0], []]) is None
+
+
+def test_notices_none_if_all_is_well():
+    assert notices(problems=64, expanded=50, kept=1900, spread=0.4) == []
+    assert notices(problems=64, expanded=50, kept=1900, spread=None) == []
+    assert notices(problems=64, expanded=1, kept=1, spread=0.05) == []
+
+
+def test_notices_name_each_failure():
+    collapse, = notices(64, 50, 1900, spread=0.049)
+    assert collapse.startswith("attention collapse") and "0.049" in collapse
+    filtered, = notices(64, 0, 300, spread=0.4)
+    assert filtered.startswith("everything filtered") and "64" in filtered
+    empty, = notices(64, 50, 0, spread=0.4)
+    assert empty.startswith("empty batch") and "64" in empty
+    assert len(notices(64, 0, 0, spread=0.0)) == 3

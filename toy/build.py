@@ -1,0 +1,120 @@
+"""Rebuild the toy checkpoint (toy/model): a 0.4M-parameter Qwen2 that can solve the toy but slips.
+
+    python toy/build.py --out toy/model          # about 40 minutes on 2 cores; seed 0
+
+Two stages of supervised learning, loss on the response only:
+1. a perfect teacher on programs of 2 to 9 variables, until nearly every program is solved;
+2. a teacher that slips (data.toy_solution): the policy then knows how to solve a program but errs now and then in every
+   step, which is the room that reinforcement learning has.
+What was left out: everything that a real SFT needs (packing, evaluation during training, mixed precision).
+"""
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import LETTERS, toy_program, toy_solution  # noqa: E402
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token per character, and one for the blank line that ends a step.
+
+    A genuine Qwen2 tokenizer with a single merge, because AutoTokenizer gives every Qwen2 model that class and its own
+    splitting rules, whatever the saved file says. "\u010a" is how byte-level BPE writes a newline.
+    """
+    vocabulary = ["\u010a", "<eos>", "\u010a\u010a", *"0123456789", *LETTERS, *"=;?+-*\\{}"]
+    # pad = eos on purpose: no part of the project may tell padding from text by the token id
+    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[("\u010a", "\u010a")],
+                          unk_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+
+
+def make_batch(tokenizer, rng: random.Random, size: int, variables: tuple[int, int], slip: float):
+    """`size` programs with their solutions -> input ids and labels, both (B, T); -100 marks prompt and padding."""
+    n_vars = max(rng.randint(*variables), rng.randint(*variables))  # one length per batch: no padding to speak of
+    rows, prompts = [], []
+    for _ in range(size):
+        program = toy_program(n_vars, rng)
+        prompts.append(len(program))
+        rows.append(tokenizer(program + toy_solution(program, slip, rng))["input_ids"] + [tokenizer.eos_token_id])
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows])
+    labels = ids.clone()
+    for i, row in enumerate(rows):
+        labels[i, : prompts[i]] = -100
+        labels[i, len(row):] = -100
+    return ids, labels
+
+
+def train(model, tokenizer, rng, steps: int, peak_lr: float, size: int, variables, slip: float, name: str,
+          out: str):
+    """AdamW with 5 % warm-up and cosine decay to a tenth."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
+    started = time.time()
+    for step in range(1, steps + 1):
+        progress = step / steps
+        lr = peak_lr * min(step / (0.05 * steps), 0.55 + 0.45 * math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        ids, labels = make_batch(tokenizer, rng, size, variables, slip)
+        loss = model(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0 or step == steps:
+            print(f"{name} step {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            if step % 1000 == 0:
+                model.save_pretrained(out)
+                tokenizer.save_pretrained(out)
+
+
+@torch.no_grad()
+def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed: int) -> float:
+    """Share of `count` fresh programs whose sampled response ends in the right box."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    programs = [toy_program(n_vars, rng) for _ in range(count)]
+    ids = torch.tensor([tokenizer(p)["input_ids"] for p in programs])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9 * n_vars + 12, do_sample=True,
+                         temperature=temperature, top_k=0, pad_token_id=tokenizer.eos_token_id)
+    texts = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+    return sum(t.endswith(toy_solution(p).split("\n\n")[-1]) for t, p in zip(texts, programs)) / count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="toy/model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps on the perfect teacher")
+    parser.add_argument("--slip_steps", type=int, default=400, help="optimizer steps on the slipping teacher")
+    parser.add_argument("--slip", type=float, default=0.08, help="probability that a step of the teacher is wrong")
+    parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
+    parser.add_argument("--layers", type=int, default=4)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = build_tokenizer()
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=args.layers,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
+                         rope_theta=10000.0)
+    model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    stages = (("perfect", args.steps, 2e-3, (2, 9), 0.0), ("slips", args.slip_steps, 3e-4, (6, 9), args.slip))
+    for name, steps, lr, variables, slip in stages:
+        if steps:
+            out = args.out + ("" if name == "slips" else "-" + name)
+            train(model, tokenizer, rng, steps, lr, 64, variables, slip, name, out)
+            print(name, {n: round(accuracy(model, tokenizer, n, 200, 1.0, 1), 3) for n in (4, 6, 8)}, flush=True)
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main()
