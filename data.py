@@ -199,18 +199,19 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPS = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10, "*": lambda x, y: (x * y) % 10}
 
 
-def toy_program(n_vars: int, rng: random.Random) -> str:
+def toy_program(n_vars: int, rng: random.Random, first_hub: int = 3, pull: float = 0.6) -> str:
     """One program as text, e.g. "a=3;b=a+4;c=a*b;?c": n_vars assignments, then the question for the last variable.
 
-    One variable is a "hub": a chain leads to it, and many later lines use it. So steps differ in how much of the rest
-    depends on them, and the one that matters most is not always an early one: that is what FCI should find.
+    One variable, `first_hub` or later, is a "hub": a chain leads to it, and later lines use it with probability `pull`. So
+    steps differ in how much of the rest depends on them, and the earliest steps are not the ones that matter most: that
+    is what FCI should find.
     """
-    hub = rng.randrange(1, max(2, n_vars - 3))
+    hub = rng.randrange(first_hub, max(first_hub + 1, n_vars - 3))
     lines = [f"a={rng.randrange(10)}"]
     for i in range(1, n_vars):
         first, second = i - 1, rng.randrange(i)
         if i > hub:
-            first = rng.choices([hub, i - 1, rng.randrange(i)], [0.4, 0.4, 0.2])[0]
+            first = rng.choices([hub, i - 1, rng.randrange(i)], [pull, (1 - pull) * 2 / 3, (1 - pull) / 3])[0]
             second = rng.choice([hub, second])
         operand = LETTERS[second] if rng.random() < 0.5 else str(rng.randrange(10))
         lines.append(f"{LETTERS[i]}={LETTERS[first]}{rng.choice('+-*')}{operand}")

@@ -134,8 +134,8 @@ class AdaptiveBatch:
         moves a tenth of the way towards it. Nothing kept: hold the size.
         """
         if kept > 0:
-            wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled
-            self.size = min(self.high, max(self.low, round_half_up(wanted)))  # AttnRL Eq. 10
+            wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled  # AttnRL Eq. 10
+            self.size = min(self.high, max(self.low, round_half_up(wanted)))
         return self.size
 
 

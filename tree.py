@@ -84,7 +84,7 @@ def fci_branch_steps(fci: list[float], starts: list[int], n: int, rho: float = 0
     chosen: list[int] = []
     last = 0
     for k, y in enumerate(fci):  # "earliest": in order of position, not of score, because early steps decide
-        if len(chosen) < n and k > 0 and y >= threshold and starts[k] - last >= min_gap:
+        if len(chosen) < n and k > 0 and y >= threshold and starts[k] - last >= min_gap:  # AttnRL Eq. 7
             chosen.append(k)
             last = starts[k]
     return chosen

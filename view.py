@@ -1,10 +1,11 @@
-"""view.py: look at a run. Draws curves.png from a run's metrics.jsonl.
+"""view.py: look at runs. Draws each run's curves.png from its metrics.jsonl and prints a table of all of them.
 
-    python view.py runs/toy-20260101-120000
+    python view.py runs/toy-20260101-120000 runs/toy-20260101-130000
 """
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -57,6 +58,7 @@ def draw_curves(run: Path) -> Path:
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
         axis.set_xlabel("training step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.suptitle(run.name)
@@ -65,8 +67,31 @@ def draw_curves(run: Path) -> Path:
     return run / "curves.png"
 
 
+def table(runs: list[Path]) -> str:
+    """Test accuracy (avg@k, in %) before training, at its best and at the end, with the means over the runs."""
+    rows = []
+    for run in runs:
+        records = read_metrics(run)
+        tested = [100 * m["test_accuracy"] for m in records if "test_accuracy" in m]
+        if not tested:
+            raise UserError(f"{run / 'metrics.jsonl'}: no test_accuracy in it")
+        rows.append([tested[0], max(tested), tested[-1], tested[-1] - tested[0], tested[-1] - max(tested),
+                     records[-1]["generated_tokens"] / 1e6, records[-1]["seconds/total"] / 60])
+    lines = ["| run | before | best | end | gain | end - best | M tokens | minutes |", "|---|---|---|---|---|---|---|---|"]
+    for name, row in zip([*(run.name for run in runs), "mean"], [*rows, [fmean(column) for column in zip(*rows)]]):
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row[:5]) + f" | {row[5]:.2f} | {row[6]:.1f} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or any(a.startswith("-") for a in arguments):
+        raise UserError("usage: python view.py runs/NAME [runs/NAME ...]")
+    runs = [Path(a) for a in arguments]
+    print(table(runs))
+    for run in runs:
+        print(f"curves: {draw_curves(run)}")
+
+
 if __name__ == "__main__":
     with stop_on_user_error("view.py"):
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError("usage: python view.py runs/NAME")
-        print(draw_curves(Path(sys.argv[1])))
+        main(sys.argv[1:])

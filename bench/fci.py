@@ -4,9 +4,9 @@
     fci     the same pass with StepAttention (fci.py): alpha @ E instead of alpha
     naive   eager attention with output_attentions=True, then AttnRL Eq. 4-6 on the stored H x T x T matrices
 
-Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension 128, MLP 8960), random
-weights, batch 1, no output head. Seconds are medians of interleaved repeats in one process. Peak extra memory is measured
-in a fresh process for every number: the peak during one pass, less what was there before it (model included).
+Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension 128, MLP 8960),
+random weights, batch 1, no output head. Seconds are medians of interleaved repeats in one process. Peak extra memory is
+measured in a fresh process for every number: the peak during one pass, less what was there before it (model included).
 Left out: the output head, which is the same for all three; on a long batch over 150k words it hides FCI's share.
 
     python bench/fci.py                                   # CPU, or the GPU if there is one (bf16 there)
@@ -53,7 +53,7 @@ def naive_fci(attentions, bounds: list[int]) -> torch.Tensor:
 
 
 def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
-    """One pass over one prompt token and `length` - 1 response tokens in `steps` equal steps; returns FCI (K,) or None."""
+    """One pass over one prompt token and `length` - 1 response tokens in `steps` equal steps; FCI (K,) or None."""
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length)).to(model.device)
     bounds = [(length - 1) * k // steps for k in range(steps + 1)]
     if case == "fci":
@@ -80,8 +80,8 @@ def status_bytes(key: str) -> int | None:
 
 
 def peak_resident(run) -> tuple[int, int]:
-    """(before, peak) resident bytes around run(). A thread looks every 2 ms; the kernel's own peak is taken where it can
-    be reset first (and is not that of building the model)."""
+    """(before, peak) resident bytes around run(). A thread looks every 2 ms; the kernel's own peak is taken where it
+    can be reset first (and is not that of building the model)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     except OSError:
@@ -109,7 +109,7 @@ def peak_resident(run) -> tuple[int, int]:
 
 
 def child(device: str, case: str, length: int, steps: int) -> int:
-    """Extra bytes of one pass. A tiny pass comes first: libraries, thread pools and kernels are not what is measured."""
+    """Extra bytes of one pass. A tiny pass comes first: libraries and thread pools are not what is measured."""
     model = build_model(device)
     run_case(model, case, 64, 8)
     if device == "cuda":
@@ -134,7 +134,7 @@ def measure_memory(args, case: str, length: int) -> int | None:
 # Time
 # ---------------------------------------------------------------------------------------------------------------------
 def measure_times(model, device: str, args, length: int) -> tuple[dict[str, float | None], float | None]:
-    """(median seconds of each case, largest difference between the two FCIs). Interleaved: a busy machine hits all alike."""
+    """(median seconds a case, largest difference between the two FCIs). Interleaved: other load hits all alike."""
     seconds: dict[str, list[float]] = {case: [] for case in CASES}
     scores = {}
     for repeat in range(args.repeats + 1):  # the first round warms up and is not counted
@@ -173,8 +173,8 @@ def main() -> None:
         return
     name = torch.cuda.get_device_name() + ", bf16" if device == "cuda" else f"CPU, {args.threads} threads, fp32"
     print(f"{name}; torch {torch.__version__}; 2 layers of Qwen2-1.5B, {args.steps} steps, median of {args.repeats}\n")
-    print(f"{'':>6} | {'seconds':^23} | {'times plain':^14} | {'peak extra MiB':^23} | {'times plain':^14} | largest")
-    print(f"{'T':>6} | " + f"{'plain':>7} {'fci':>7} {'naive':>7} | {'fci':>6} {'naive':>7} | " * 2 + "difference")
+    print(f"{'':>6} | {'seconds':^23} | {'times plain':^15} | {'peak extra MiB':^23} | {'times plain':^15} | largest")
+    print(f"{'T':>6} | " + f"{'plain':>7} {'fci':>7} {'naive':>7} | {'fci':>7} {'naive':>7} | " * 2 + "difference")
     rows = []
     model = build_model(device)
     for length in args.lengths:
@@ -184,7 +184,7 @@ def main() -> None:
         for numbers, unit, form in ((seconds, 1, "7.3f"), (memory, 2 ** 20, "7.0f")):
             ratio = {case: numbers[case] / numbers["plain"] if numbers[case] else None for case in CASES}
             line += " ".join(format(numbers[c] / unit, form) if numbers[c] else "   none" for c in CASES) + " | "
-            line += " ".join(format(ratio[c], w) if ratio[c] else "none" for c, w in (("fci", "6.2f"), ("naive", "7.2f"))) + " | "
+            line += " ".join(format(ratio[c], form[0] + ".2f") if ratio[c] else "none" for c in CASES[1:]) + " | "
         print(line + (f"{difference:.1e}" if difference is not None else "none"), flush=True)
         rows.append({"length": length, "seconds": seconds, "extra_bytes": memory, "largest_difference": difference})
     if args.json:

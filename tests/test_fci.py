@@ -1,7 +1,8 @@
 r"""test_fci.py: FCI (AttnRL Eq. 4-6), log-probabilities and entropies, steps.
 
-The second opinion on FCI is `fci_by_definition`: plain loops in float64 over attention matrices that transformers itself
-returns (eager attention, `output_attentions=True`, one unpadded sequence at a time). It shares no code with fci.py.
+The second opinion on FCI is `fci_by_definition`: plain loops in float64 over attention matrices that transformers
+itself returns (eager attention, `output_attentions=True`, one unpadded sequence at a time). It shares no
+code with fci.py.
 
     python -m pytest tests/test_fci.py
 """
@@ -18,8 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fci
-from fci import (ATTENTION_NAME, Separators, Sequence, StepAttention, branchable_steps, fci_scores, score, separator_tokens,
-                 split_steps, token_logprobs)
+from fci import (ATTENTION_NAME, Separators, Sequence, StepAttention, branchable_steps, fci_scores, score,
+                 separator_tokens, split_steps, token_logprobs)
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_bounds, random_tokens, randomise, tiny_model
 
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -62,7 +63,8 @@ def fci_by_definition(alpha: np.ndarray, sequence: Sequence, delta: int) -> list
 def random_sequence(rng, longest: int = 60) -> Sequence:
     """1 to 6 prompt tokens and at least 12 response tokens, cut anywhere."""
     tokens = random_tokens(rng, rng.randint(12, longest))
-    return Sequence(random_tokens(rng, rng.randint(1, 6)), tokens, random_bounds(rng, len(tokens), rng.randint(1, len(tokens))))
+    bounds = random_bounds(rng, len(tokens), rng.randint(1, len(tokens)))
+    return Sequence(random_tokens(rng, rng.randint(1, 6)), tokens, bounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def random_sequence(rng, longest: int = 60) -> Sequence:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("delta", [1, 4])
 def test_eq4_eq5_eq6_equal_eager_attention(kind, delta):
-    """Batches of different lengths and segmentations, sliding windows, up to 40 steps (head dimension 8: six blocks)."""
+    """Batches of different lengths and segmentations, windows, up to 40 steps (head dimension 8: five blocks)."""
     rng = random.Random(f"{kind} {delta}")
     sequences = [random_sequence(rng) for _ in range(6)]
     tokens = random_tokens(rng, 50)
@@ -135,7 +137,8 @@ def test_eq4_eq5_eq6_by_hand_chosen_queries_and_keys():
 
     Head 0: query 3 sees keys 0..3 with weights 1, 2, 4, 1: alpha[3] = 1/8, 2/8, 4/8, 1/8.
             query 2 sees keys 0..2 with weights 1, 2, 4:    alpha[2] = 1/7, 2/7, 4/7.
-    Head 1: the same keys, reversed signs (weights 1, 1/2, 1/4, 1): alpha[3] = 4/11, 2/11, 1/11, 4/11; alpha[2] = 4/7, 2/7, 1/7.
+    Head 1: the same keys, reversed signs, so weights 1, 1/2, 1/4, 1:
+            alpha[3] = 4/11, 2/11, 1/11, 4/11; alpha[2] = 4/7, 2/7, 1/7.
     Eq. 5:  head 0: y[0] = 2/7 + 2/8, y[1] = 4/8;   head 1: y[0] = 2/7 + 2/11, y[1] = 1/11.
     Eq. 6:  the maximum, 2/7 + 1/4 and 1/2. A second layer that attends only to the prompt changes nothing; a third one
             with weights 1, 16, 1, 1 raises y[0] to 16/18 + 16/19.
@@ -178,8 +181,8 @@ def test_short_responses():
     assert fci_scores(model, [1], [2, 3, 4, 5, 6], [0, 1, 2, 3, 4, 5], delta=4) == [0] * 5  # K = Delta + 1: inert
     only_step_one = fci_scores(model, [1], [2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6], delta=4)
     assert only_step_one[1] > 0 and sum(only_step_one) == only_step_one[1]
-    empty, one, long = score(model, [Sequence([1, 2], [], [0]), Sequence([1], [3], [0, 1]), Sequence([1], [3, 4, 5], [0, 1, 2, 3])],
-                             delta=1)
+    empty, one, long = score(model, [Sequence([1, 2], [], [0]), Sequence([1], [3], [0, 1]),
+                                     Sequence([1], [3, 4, 5], [0, 1, 2, 3])], delta=1)
     assert (empty.logprobs, empty.entropies, empty.fci) == ([], [], [])
     assert len(one.logprobs) == 1 and one.fci == [0]
     assert len(long.fci) == 3 and long.fci[1] > 0
@@ -193,7 +196,7 @@ def test_short_responses():
 # Log-probabilities and entropies
 # ---------------------------------------------------------------------------------------------------------------------
 def plain_logprobs(model, sequence: Sequence, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The textbook way: all logits of one unpadded sequence; log-probs of its tokens and entropies of the distributions."""
+    """The textbook way: all logits of one unpadded sequence; log-probs of its tokens and entropies."""
     logits = model(torch.tensor([sequence.prompt_ids + sequence.tokens])).logits[0]
     start = len(sequence.prompt_ids)
     logp = torch.log_softmax(logits[start - 1:start - 1 + len(sequence.tokens)] / temperature, -1)
@@ -225,6 +228,21 @@ def test_scores_do_not_depend_on_the_batch():
             np.testing.assert_allclose(getattr(got, name), getattr(alone[i], name), **CLOSE)
 
 
+@pytest.mark.parametrize("budget", [40, 100, 300])
+def test_batches_stay_within_the_token_budget(budget):
+    """rows x longest row <= token_budget in every forward pass, unless one row alone needs more; none is lost."""
+    rng, shapes = random.Random(9), []
+    sequences = [random_sequence(rng) for _ in range(20)]
+    model = tiny_model("qwen2", num_hidden_layers=1)
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape),
+                                               with_kwargs=True)
+    scores = score(model, sequences, token_budget=budget)
+    assert [len(got.logprobs) for got in scores] == [len(s.tokens) for s in sequences]
+    assert sum(rows for rows, _ in shapes) == len(sequences)
+    assert all(rows * width <= budget or rows == 1 for rows, width in shapes)
+    assert budget == 40 or max(rows for rows, _ in shapes) > 1
+
+
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_long_batches_go_through_the_head_in_chunks(chunk, monkeypatch):
     """More positions than HEAD_CHUNK: equal numbers, and never more logits at once."""
@@ -250,9 +268,13 @@ def test_gradient_equals_plain_autograd(chunk, monkeypatch):
     sequences = [random_sequence(rng) for _ in range(3)]
     weights = torch.tensor([rng.gauss(0, 1) for s in sequences for _ in s.tokens])
     ours, plain = tiny_model("qwen3"), tiny_model("qwen3")
+    calls = []
+    ours.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[0]))
     logp, entropy = token_logprobs(ours, sequences, 0.6)
     assert not entropy.requires_grad
+    forward_calls = len(calls)
     (logp * weights).mean().backward()
+    assert len(calls) == 2 * forward_calls  # logits were not kept for the backward pass but computed again
     (torch.cat([plain_logprobs(plain, s, 0.6)[0] for s in sequences]) * weights).mean().backward()
     for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
         assert b.grad.abs().max() > 1e-5, name
@@ -306,8 +328,7 @@ def test_model_leaves_as_it_came_errors_included(implementation, bounds):
         score(model, [Sequence([1, 2], [3, 4, 5, 6, 7, 8], bounds)])
     hook.remove()
     assert same(fingerprint(model), before)
-    with torch.no_grad():  # and nothing listens any more
-        model(torch.tensor([[1, 2, 3]]))
+    assert fci._collector is None  # nothing listens any more
     again = score(model, [Sequence([1, 2], [3, 4, 5, 6, 7, 8], bounds)], delta=1)[0]
     np.testing.assert_allclose(again.fci, expected.fci, **CLOSE)
 
@@ -329,8 +350,10 @@ class LargestTensor(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() // tensor.element_size() > self.numel:
-                self.numel, self.operator = tensor.untyped_storage().nbytes() // tensor.element_size(), func
+            if isinstance(tensor, torch.Tensor):
+                numel = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if numel > self.numel:
+                    self.numel, self.operator = numel, func
         return result
 
 
@@ -385,7 +408,8 @@ def test_gemma2_without_caps_is_scored():
         transformers.Gemma2Config(**GEMMA, sliding_window=WINDOW)).eval(), 0)
     sequence = random_sequence(random.Random(8))
     got = score(model, [sequence], delta=1)[0]
-    np.testing.assert_allclose(got.fci, fci_by_definition(eager_attention(eager_twin(model), sequence), sequence, 1), **CLOSE)
+    want = fci_by_definition(eager_attention(eager_twin(model), sequence), sequence, 1)
+    np.testing.assert_allclose(got.fci, want, **CLOSE)
 
 
 @pytest.mark.parametrize("bounds", [[], [0], [1, 3], [0, 2], [0, 4], [0, 2, 2, 3], [0, 2, 1, 3], [0, -1, 3], [0, 3, 3]])

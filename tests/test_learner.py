@@ -254,6 +254,15 @@ def test_stats_by_hand():
     assert (stats.tokens, stats.updates, stats.skipped_updates) == (2, 1, 0)
 
 
+def test_clip_settings_reach_the_loss():
+    """Clips 0.05, 0.1, 2 on ratio 1.5 with A = 1: -1.1; ratio 0.9 with A = -1: 0.95; ratio 2.5 with A = -1: 2."""
+    policy = tiny_model("qwen2")
+    s, = on_policy(policy, [TrainingSequence([3, 4], [5, 6, EOS], [1.0, -1.0, -1.0], [0.0] * 3)])
+    s.logprobs = [lp - math.log(ratio) for lp, ratio in zip(s.logprobs, (1.5, 0.9, 2.5))]
+    stats = Learner(policy, clip_low=0.05, clip_high=0.1, dual_clip=2.0).train([s], mini_batch=1, seed=0)
+    assert stats.policy_loss == pytest.approx((-1.1 + 0.95 + 2) / 3, abs=1e-5) and stats.clip_fraction == 1
+
+
 def test_stats_are_means_over_the_tokens_of_all_mini_batches():
     """Mini-batches of one sequence, 9 tokens with A = 1 and 1 token with A = -1: loss -(9 - 1) / 10, not -(1 - 1) / 2.
     The learning rate is 0, so that every mini-batch is on-policy."""
@@ -332,12 +341,25 @@ def test_gradient_norm_is_clipped_and_logged_before_clipping(max_grad_norm, bind
     assert stats.grad_norm == pytest.approx(raw.norm().item(), rel=1e-4)
 
 
+def test_gradients_left_by_someone_else_do_not_leak_into_the_update():
+    policy = tiny_model("qwen2")
+    sequences = on_policy(policy, sequences_of([5, 9]))
+    expected, _ = learner_gradient(policy, sequences)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    before = weights(policy)
+    learner = Learner(policy, max_grad_norm=math.inf)
+    learner.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    learner.update(sequences, TrainStats())
+    assert torch.equal(before - weights(policy), expected)
+
+
 def adam_state(learner):
     names = ("exp_avg", "exp_avg_sq", "step")
     return [state[name].clone() for state in learner.optimizer.state.values() for name in names]
 
 
-@pytest.mark.parametrize("poison", [math.inf, math.nan])
+@pytest.mark.parametrize("poison", [math.inf, math.nan, 1e30])  # 1e30: every gradient is finite, but not their norm
 def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(poison):
     """Three mini-batches of one sequence, the poisoned one in the middle: the weights and AdamW's moments end bit for
     bit as after the two good ones alone."""

@@ -1,7 +1,7 @@
-"""test_rollout.py: what the engine samples depends on a request's own prompt, temperature and seed, and on nothing else.
+"""test_rollout.py: what is sampled depends on a request's own prompt, temperature and seed, and on nothing else.
 
-The second opinion is `reference`: one request at a time, the whole sequence recomputed for every token, eager attention,
-no cache, no batch, no padding, the inverse of the cumulative distribution in numpy.
+The second opinion is `reference`: one request at a time, the whole sequence recomputed for every token, eager
+attention, no cache, no batch, no padding, the inverse of the cumulative distribution in numpy.
 
     python -m pytest tests/test_rollout.py
 """
@@ -50,8 +50,8 @@ def reference(model, request: Request, eos_ids=EOS) -> Completion:
 
 
 def requests_for(seed: int, temperatures=(1.0, 0.6, 0)) -> list[Request]:
-    """Like a training step's call: samples of three problems, continuations of branch points (prefixes of one another) and
-    single requests; prompts of 1 to 40 tokens (sliding windows are 8), budgets of 1 to 25 tokens."""
+    """Like a training step's call: samples of three problems, continuations of branch points (one prefix begins
+    another) and single requests; prompts of 1 to 40 tokens (sliding windows are 8), budgets of 1 to 25 tokens."""
     rng = random.Random(seed)
     prompts = []
     for length in (3, 17, 30):
@@ -76,7 +76,7 @@ def generate(kind: str, requests: list[Request], token_budget: int = 65536, eos_
 
 
 class Calls:
-    """Watches an engine's model: (rows, tokens a row in this call, tokens a row in the cache before) of each forward pass."""
+    """Watches an engine's model: (rows, new tokens a row, cached tokens a row) of each forward pass."""
 
     def __init__(self, model):
         self.seen: list[tuple[int, int, int]] = []
@@ -111,7 +111,8 @@ def test_sliding_windows_matter_here(kind):
     free = copy.deepcopy(MODELS[kind])
     free.config.sliding_window = 10 ** 6
     requests = [r for r in requests_for(1) if len(r.prompt_ids) > 2 * WINDOW]
-    assert [c.tokens for c in TransformersEngine(free, EOS).generate(requests)] != [c.tokens for c in generate(kind, requests)]
+    without = TransformersEngine(free, EOS).generate(requests)
+    assert [c.tokens for c in without] != [c.tokens for c in generate(kind, requests)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -185,7 +186,7 @@ def test_global_random_states_are_neither_read_nor_touched():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_model_leaves_as_it_came(implementation):
-    """A policy in the middle of training (dropout on, mixed modes): sampled in evaluation mode, handed back as it was."""
+    """A policy in the middle of training (dropout on, mixed modes): sampled in evaluation mode, left as it came."""
     model = tiny_model("llama", attention_dropout=0.5)
     model.set_attn_implementation(implementation)
     requests = requests_for(7)
@@ -220,6 +221,16 @@ def test_shared_prefixes_are_computed_once():
     assert engine.prefilled == 29 + 20 + 3
 
 
+def test_requests_that_share_a_prefix_go_into_one_batch():
+    """Two problems of 20 tokens, each with two samples and a continuation at 28; room for three requests a batch."""
+    rng = random.Random(15)
+    problems = [random_tokens(rng, 20) for _ in range(2)]
+    prompts = problems * 2 + [problem + random_tokens(rng, 8) for problem in problems]
+    engine = TransformersEngine(MODELS["qwen2"], EOS, token_budget=3 * (28 + 8))
+    engine.generate([Request(p, 8, 1.0, request_seed(4, i)) for i, p in enumerate(prompts)])
+    assert engine.prefilled == 2 * 28
+
+
 @pytest.mark.parametrize("prompts, longest, rides", [
     ([[1, 2], [1, 2, 3], [4], [1, 2]], [1, 2], [1, 1, 2, 1]),
     ([[1]], [0], [0]),
@@ -243,8 +254,10 @@ def test_share_prefixes_on_random_prompts():
 
 
 MANY = requests_for(12)
-# 50 tokens each, but side by side the cache is 40 + 48 wide: the long prompt's row and the long completions' rows overlap
-UNEVEN = [Request([1 + i, 2], 48, 1.0, i) for i in range(9)] + [Request(random_tokens(random.Random(11), 40), 10, 1.0, 9)]
+# 50 tokens each, but side by side the cache is 40 + 48 wide: the longest prompt and the longest completion are
+# different rows'
+UNEVEN = [Request([1 + i, 2], 48, 1.0, i) for i in range(9)]
+UNEVEN.append(Request(random_tokens(random.Random(11), 40), 10, 1.0, 9))
 
 
 @pytest.mark.parametrize("requests, budget", [(MANY, 60), (MANY, 150), (MANY, 400), (MANY, 65536), (UNEVEN, 500)])
@@ -290,7 +303,8 @@ def test_end_tokens_finish_a_completion():
 def test_every_token_is_streamed_once_and_in_order():
     requests = requests_for(13)
     streams = [[] for _ in requests]
-    completions = TransformersEngine(MODELS["qwen2"], EOS, 200).generate(requests, lambda i, token: streams[i].append(token))
+    engine = TransformersEngine(MODELS["qwen2"], EOS, token_budget=200)
+    completions = engine.generate(requests, on_token=lambda i, token: streams[i].append(token))
     assert streams == [c.tokens for c in completions]
 
 
@@ -339,7 +353,7 @@ def test_sample_tokens_draws_from_the_tempered_softmax(temperature):
 
 @pytest.mark.parametrize("u", [0.0, 1 - 2 ** -53, 0.5])
 def test_impossible_tokens_are_never_drawn(u):
-    """At both ends of [0, 1) and in between, with impossible tokens first, last and in the middle; any sum of rounding."""
+    """At both ends of [0, 1) and in between, with impossible tokens first, last and in the middle."""
     rng = torch.Generator().manual_seed(2)
     for _ in range(300):
         logits = 5 * torch.randn(1, 50, generator=rng)

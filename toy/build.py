@@ -13,6 +13,7 @@ import math
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,14 +35,26 @@ def build_tokenizer() -> Qwen2Tokenizer:
                           unk_token="<eos>", eos_token="<eos>", pad_token="<eos>")
 
 
-def make_batch(tokenizer, rng: random.Random, size: int, variables: tuple[int, int], slip: float):
+@dataclass
+class Stage:
+    name: str
+    steps: int
+    lr: float
+    variables: tuple[int, int]
+    hubs: tuple[int, float]  # data.toy_program: first hub, pull
+    slip: float
+    seed: int
+    out: str
+
+
+def make_batch(tokenizer, rng: random.Random, stage: Stage, size: int = 64):
     """`size` programs with their solutions -> input ids and labels, both (B, T); -100 marks prompt and padding."""
-    n_vars = max(rng.randint(*variables), rng.randint(*variables))  # one length per batch: no padding to speak of
+    n_vars = max(rng.randint(*stage.variables), rng.randint(*stage.variables))  # one length per batch: no padding to speak of
     rows, prompts = [], []
     for _ in range(size):
-        program = toy_program(n_vars, rng)
+        program = toy_program(n_vars, rng, *stage.hubs)
         prompts.append(len(program))
-        rows.append(tokenizer(program + toy_solution(program, slip, rng))["input_ids"] + [tokenizer.eos_token_id])
+        rows.append(tokenizer(program + toy_solution(program, stage.slip, rng))["input_ids"] + [tokenizer.eos_token_id])
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows])
     labels = ids.clone()
@@ -51,34 +64,32 @@ def make_batch(tokenizer, rng: random.Random, size: int, variables: tuple[int, i
     return ids, labels
 
 
-def train(model, tokenizer, rng, steps: int, peak_lr: float, size: int, variables, slip: float, name: str,
-          out: str):
-    """AdamW with 5 % warm-up and cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, weight_decay=0.01, betas=(0.9, 0.98))
-    started = time.time()
-    for step in range(1, steps + 1):
-        progress = step / steps
-        lr = peak_lr * min(step / (0.05 * steps), 0.55 + 0.45 * math.cos(math.pi * progress))
+def train(model, tokenizer, stage: Stage):
+    """AdamW with 5 % warm-up and cosine decay to a tenth; the model is saved every 1,000 steps and at the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    rng, started = random.Random(stage.seed), time.time()
+    for step in range(1, stage.steps + 1):
+        decay = 0.55 + 0.45 * math.cos(math.pi * step / stage.steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        ids, labels = make_batch(tokenizer, rng, size, variables, slip)
+            group["lr"] = stage.lr * min(step / (0.05 * stage.steps), decay)
+        ids, labels = make_batch(tokenizer, rng, stage)
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 100 == 0 or step == steps:
-            print(f"{name} step {step}/{steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
-            if step % 1000 == 0:
-                model.save_pretrained(out)
-                tokenizer.save_pretrained(out)
+        if step % 100 == 0 or step == stage.steps:
+            print(f"{stage.name} step {step}/{stage.steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+        if step % 1000 == 0 or step == stage.steps:
+            model.save_pretrained(stage.out)
+            tokenizer.save_pretrained(stage.out)
 
 
 @torch.no_grad()
 def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed: int) -> float:
     """Share of `count` fresh programs whose sampled response ends in the right box."""
     rng = random.Random(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # model.generate draws from the global generator
     programs = [toy_program(n_vars, rng) for _ in range(count)]
     ids = torch.tensor([tokenizer(p)["input_ids"] for p in programs])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9 * n_vars + 12, do_sample=True,
@@ -91,29 +102,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="toy/model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps on the perfect teacher")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps on the perfect teacher")
     parser.add_argument("--slip_steps", type=int, default=400, help="optimizer steps on the slipping teacher")
     parser.add_argument("--slip", type=float, default=0.08, help="probability that a step of the teacher is wrong")
     parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
-    parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=args.layers,
+    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-                         rope_theta=10000.0)
+                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    stages = (("perfect", args.steps, 2e-3, (2, 9), 0.0), ("slips", args.slip_steps, 3e-4, (6, 9), args.slip))
-    for name, steps, lr, variables, slip in stages:
-        if steps:
-            out = args.out + ("" if name == "slips" else "-" + name)
-            train(model, tokenizer, rng, steps, lr, 64, variables, slip, name, out)
-            print(name, {n: round(accuracy(model, tokenizer, n, 200, 1.0, 1), 3) for n in (4, 6, 8)}, flush=True)
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+    for stage in (Stage("perfect", args.steps, 2e-3, (2, 9), (1, 0.4), 0.0, args.seed, args.out + "-perfect"),
+                  Stage("slips", args.slip_steps, 3e-4, (6, 9), (3, 0.6), args.slip, args.seed + 1, args.out)):
+        if stage.steps:
+            train(model, tokenizer, stage)
+            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (6, 8)}, flush=True)
 
 
 if __name__ == "__main__":
