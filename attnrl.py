@@ -37,7 +37,7 @@ from transformers import HfArgumentParser
 import eval as evaluation
 import view
 from data import Problem, UserError, load_problems, stop_on_user_error
-from fci import Sequence, branchable_steps, score, separator_tokens, split_steps
+from fci import Sequence, branchable_steps, score, separator_tokens, split_steps, uniform_fci
 from learner import Learner, TrainStats, learning_rate
 from rollout import Completion, Request, TransformersEngine, request_seed
 from runlog import Display, RunFolder, batch_metrics
@@ -134,6 +134,8 @@ class Config:
             raise UserError(f"--temperature {self.temperature}: training needs a temperature above 0")
         if self.rho > 1:
             raise UserError(f"--rho {self.rho}: is a share of the steps, at most 1")
+        if 0 < self.max_batch_size < self.batch_size:
+            raise UserError(f"--max_batch_size {self.max_batch_size}: is below --batch_size {self.batch_size}")
 
 
 PRESETS: dict[str, dict] = {
@@ -301,6 +303,11 @@ class Trainer:
                 group.branch_points[i] = choose_branch_points(group.responses[i], config.branch, config.branch_points, rng,
                                                               config.rho, config.min_branch_gap)
 
+    def fci_spread(self, batch: Batch) -> float | None:
+        scored = [(g.problem, r) for g in batch.groups for r in g.responses if r.fci]
+        return fci_spread([r.fci for _, r in scored],
+                          [uniform_fci(len(p.prompt_ids), r.bounds, self.config.delta) for p, r in scored])
+
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
         flatten = tree_sequences if self.config.advantage == "tree" else grpo_sequences
@@ -385,7 +392,7 @@ def train(config: Config) -> Path:
         if "test_accuracy" in record:
             view.draw_curves(folder.path)
         display.step(record)
-        spread = fci_spread([r.fci for group in batch.groups for r in group.responses])
+        spread = trainer.fci_spread(batch)
         for notice in notices(len(batch.groups), sum(bool(g.branch_points) for g in batch.groups), len(sequences), spread):
             display.say(f"step {step:>4}   {notice}")
     display.close()

@@ -199,14 +199,15 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPS = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10, "*": lambda x, y: (x * y) % 10}
 
 
-def toy_program(n_vars: int, rng: random.Random, first_hub: int = 3, pull: float = 0.6) -> str:
+def toy_program(n_vars: int, rng: random.Random, hub: int | None = None, pull: float = 0.8, constant: bool = True) -> str:
     """One program as text, e.g. "a=3;b=a+4;c=a*b;?c": n_vars assignments, then the question for the last variable.
 
-    One variable, `first_hub` or later, is a "hub": a chain leads to it, and later lines use it with probability `pull`. So
-    steps differ in how much of the rest depends on them, and the earliest steps are not the ones that matter most: that
-    is what FCI should find.
+    One variable, the fourth or a later one, is a "hub": a constant that each later line uses with probability `pull`. So
+    steps differ in how much of the rest depends on them, and the earliest ones are not those that matter most: that is
+    what FCI should find. (toy/build.py asks for other hubs in its first stage.)
     """
-    hub = rng.randrange(first_hub, max(first_hub + 1, n_vars - 3))
+    if hub is None:
+        hub = rng.randrange(3, max(4, n_vars // 2 + 1))
     lines = [f"a={rng.randrange(10)}"]
     for i in range(1, n_vars):
         first, second = i - 1, rng.randrange(i)
@@ -214,7 +215,8 @@ def toy_program(n_vars: int, rng: random.Random, first_hub: int = 3, pull: float
             first = rng.choices([hub, i - 1, rng.randrange(i)], [pull, (1 - pull) * 2 / 3, (1 - pull) / 3])[0]
             second = rng.choice([hub, second])
         operand = LETTERS[second] if rng.random() < 0.5 else str(rng.randrange(10))
-        lines.append(f"{LETTERS[i]}={LETTERS[first]}{rng.choice('+-*')}{operand}")
+        expression = f"{LETTERS[first]}{rng.choice('+-*')}{operand}"
+        lines.append(f"{LETTERS[i]}={rng.randrange(10) if constant and i == hub else expression}")
     return ";".join(lines) + f";?{LETTERS[n_vars - 1]}"
 
 
@@ -232,14 +234,10 @@ def toy_solution(program: str, slip: float = 0.0, rng: random.Random | None = No
     for line in lines:
         name, _, expression = line.partition("=")
         filled = "".join(str(values[c]) if c in values else c for c in expression)
-        if len(filled) == 1:
-            values[name] = int(filled)
-            steps.append(f"{name}={filled}")
-            continue
-        values[name] = OPS[filled[1]](int(filled[0]), int(filled[2]))
+        values[name] = int(filled) if len(filled) == 1 else OPS[filled[1]](int(filled[0]), int(filled[2]))
         if slip and rng.random() < slip:
             values[name] = (values[name] + rng.randrange(1, 10)) % 10
-        steps.append(f"{name}={filled}={values[name]}")
+        steps.append(f"{name}={values[name]}" if len(filled) == 1 else f"{name}={filled}={values[name]}")
     return "\n\n".join([*steps, rf"\boxed{{{values[question[1]]}}}"])
 
 

@@ -21,6 +21,7 @@ models that rescale their logits; both are refused with a ValueError, because sc
     python fci.py --model toy/model --problem "a=3;b=a+4;c=a*b;d=c-a;e=d*c;f=e+a;g=f-2;h=g*c;?h" --plot fci.png
 """
 import argparse
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -89,17 +90,17 @@ class StepAttention:
 
     def __init__(self, prompt_lengths: list[int], bounds: list[list[int]], width: int, delta: int, device):
         steps = max(len(row) for row in bounds) - 1
-        self.keys = torch.zeros(len(bounds), width, steps, device=device)  # E, (B, T, K), 0/1: exact in bf16 too
+        step_of = torch.full((len(bounds), width), steps)  # (B, T), built on the CPU; `steps` = in no step
         for b, (start, row) in enumerate(zip(prompt_lengths, bounds)):
-            for k in range(len(row) - 1):
-                self.keys[b, start + row[k]:start + row[k + 1], k] = 1.0
+            step_of[b, start:start + row[-1]] = torch.arange(len(row) - 1).repeat_interleave(torch.tensor(row).diff())
+        self.keys = torch.nn.functional.one_hot(step_of.to(device), steps + 1)[..., :steps].float()  # E, (B, T, K), 0 or 1
         lengths = self.keys.sum(1).clamp(min=1)  # (B, K) tokens per step; prompt and padding are in no step
         self.key_mean = 1 / lengths
         self.query_mean = (self.keys / lengths[:, None]).transpose(1, 2)  # (B, K, T)
         index = torch.arange(steps, device=device)
         self.later = (index[:, None] >= index[None] + delta).float()  # (J, K): step j is at least Delta after step k
         self.fci = torch.zeros(len(bounds), steps, device=device)
-        self.layers = 0
+        self.layers = 0  # that came by
 
     def add(self, module, query, key, attention_mask, **attention_kwargs) -> None:
         """query (B, H, T, D) and key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
@@ -186,6 +187,8 @@ def pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.Te
 
     Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no token id is special.
     """
+    if not all(s.prompt_ids for s in sequences):
+        raise ValueError("a sequence needs at least one prompt token: nothing predicts its first token")
     width = max(len(s.prompt_ids) + len(s.tokens) for s in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     predicts = torch.zeros(len(sequences), width, dtype=torch.bool)
@@ -248,8 +251,6 @@ def score(model, sequences: list[Sequence], temperature: float = 1.0, delta: int
     result does not depend on the batch (up to float rounding). Raises ValueError on an empty prompt or wrong bounds.
     """
     for s in sequences:
-        if not s.prompt_ids:
-            raise ValueError("a sequence needs at least one prompt token: nothing predicts its first token")
         if s.bounds is not None and (s.bounds[:1] != [0] or s.bounds[-1] != len(s.tokens)
                                      or any(a >= b for a, b in zip(s.bounds, s.bounds[1:]))):
             raise ValueError(f"bounds must rise strictly from 0 to the {len(s.tokens)} response tokens, got {s.bounds}")
@@ -279,6 +280,15 @@ def fci_scores(model, prompt_ids: list[int], response_ids: list[int], bounds: li
     that do not rise from 0 to the response's length and for an empty prompt.
     """
     return score(model, [Sequence(list(prompt_ids), list(response_ids), list(bounds))], delta=delta)[0].fci
+
+
+def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:
+    """The FCI of attention that has collapsed: every query spread evenly over all tokens up to itself.
+
+    It falls with k (early steps have more later ones), which is why collapse cannot be seen from FCI alone.
+    """
+    rows = [sum(1 / (prompt_length + q + 1) for q in range(a, b)) / (b - a) for a, b in zip(bounds, bounds[1:])]
+    return [0.0 if k == 0 else math.fsum(rows[k + delta:]) for k in range(len(rows))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,18 +76,21 @@ class TrainStats:
     clip_fraction: float = 0.0
     ratio: float = 0.0
     grad_norm: float = 0.0  # before clipping
-    tokens: int = 0
+    tokens: int = 0  # of the updates that were made
     updates: int = 0
     skipped_updates: int = 0  # gradients that were not finite
 
 
 class Learner:
-    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for equal log-probs."""
+    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for equal log-probs.
+
+    The policy is updated in evaluation mode: dropout would make its log-probs differ from those that were sampled.
+    """
 
     def __init__(self, policy, reference=None, *, lr: float = 1e-6, weight_decay: float = 0.01, max_grad_norm: float = 1.0,
                  temperature: float = 1.0, kl_coef: float = 0.001, clip_low: float = 0.2, clip_high: float = 0.28,
                  dual_clip: float = 3.0, token_budget: int = 16384):
-        self.policy, self.reference = policy, reference
+        self.policy, self.reference = policy.eval(), reference
         self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
         self.clips = clip_low, clip_high, dual_clip
         self.token_budget = token_budget
@@ -96,12 +99,8 @@ class Learner:
     def train(self, sequences: list[TrainingSequence], mini_batch: int, seed: int) -> TrainStats:
         """One epoch over the sequences: an optimizer step per mini-batch of about `mini_batch` sequences."""
         total = TrainStats()
-        modes = [(module, module.training) for module in self.policy.modules()]
-        self.policy.train()
         for indices in mini_batches(len(sequences), mini_batch, seed):
             self.update([sequences[i] for i in indices], total)
-        for module, mode in modes:
-            module.training = mode
         for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
             setattr(total, name, getattr(total, name) / max(1, total.tokens))
         total.grad_norm /= max(1, total.updates - total.skipped_updates)
@@ -110,15 +109,17 @@ class Learner:
     def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
         """One optimizer step on one mini-batch; adds token sums to `total`."""
         tokens = sum(len(s.tokens) for s in sequences)  # the normaliser is known before the first micro-batch
+        seen = TrainStats()  # apart from `total`, so that a skipped update does not turn the whole step's log into NaN
         self.optimizer.zero_grad()
         for batch in token_batches(sequences, self.token_budget):
-            self.micro_batch_loss([sequences[i] for i in batch], total).div(tokens).backward()
+            self.micro_batch_loss([sequences[i] for i in batch], seen).div(tokens).backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm).item()
-        total.tokens += tokens
         total.updates += 1
         if math.isfinite(grad_norm):
             self.optimizer.step()
-            total.grad_norm += grad_norm
+            seen.grad_norm, seen.tokens = grad_norm, tokens
+            for name, value in vars(seen).items():
+                setattr(total, name, getattr(total, name) + value)
         else:  # one bad batch must not poison the weights and AdamW's moments for ever
             total.skipped_updates += 1
         self.optimizer.zero_grad()

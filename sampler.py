@@ -85,7 +85,7 @@ class EasyFilter:
 
         The current batch enters the mean first (the authors' code), so the very first easy problem is kept.
         """
-        easy = [y for z, y in zip(rates, fcis) if z == 1]
+        easy = [y for z, y in zip(rates, fcis) if z == 1 and math.isfinite(y)]  # one NaN would close the filter for good
         self.count += len(easy)
         self.total += math.fsum(easy)
         mean = self.total / self.count if self.count else 0.0
@@ -142,11 +142,18 @@ class AdaptiveBatch:
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures with a name
 # ---------------------------------------------------------------------------------------------------------------------
-def fci_spread(scores: list[list[float]]) -> float | None:
-    """Median over responses of the relative spread (std / mean) of their positive FCI scores; None: too few steps."""
-    positive = [[y for y in row if y > 0] for row in scores]
-    spreads = [statistics.pstdev(row) / statistics.fmean(row) for row in positive if len(row) >= 3]
-    return statistics.median(spreads) if spreads else None
+def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
+    """How much FCI tells of the steps: the median over responses of the relative spread (std / mean) of their scores, both
+    as they are and in units of `uniform` (fci.uniform_fci), whichever is smaller. None: too few steps to say.
+
+    Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
+    """
+    def spread(values: list[float]) -> float:
+        return statistics.pstdev(values) / statistics.fmean(values)
+
+    rows = [[(y, u) for y, u in zip(ys, us) if y > 0] for ys, us in zip(scores, uniform)]
+    found = [min(spread([y for y, _ in row]), spread([y / u for y, u in row])) for row in rows if len(row) >= 3]
+    return statistics.median(found) if found else None
 
 
 def notices(problems: int, expanded: int, kept: int, spread: float | None) -> list[str]:

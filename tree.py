@@ -61,6 +61,10 @@ class TrainingSequence:
     advantages: list[float]
     logprobs: list[float]
 
+    def __post_init__(self):
+        if not len(self.tokens) == len(self.advantages) == len(self.logprobs):
+            raise ValueError("tokens, advantages and logprobs must have one entry per response token")
+
     @property
     def mask(self) -> list[int]:
         """1 for the tokens of prompt + response that are trained: every response token, end-of-sequence included."""

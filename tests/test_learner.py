@@ -406,13 +406,12 @@ def test_weight_decay_and_learning_rate_reach_adamw():
     assert torch.allclose((after[used] - before[used] * (1 - 1e-2 * 0.5)).abs().max(), torch.tensor(1e-2), rtol=1e-2)
 
 
-def test_training_modes_are_restored():
-    policy = tiny_model("qwen2")
-    policy.model.layers[1].train()  # a mixed state, as a caller may have frozen parts
-    modes = [module.training for module in policy.modules()]
-    assert len(set(modes)) == 2
-    Learner(policy).train(on_policy(policy, sequences_of([3])), mini_batch=1, seed=0)
-    assert [module.training for module in policy.modules()] == modes
+def test_dropout_plays_no_role_in_the_update():
+    """Behaviour log-probs come from evaluation mode: with dropout in the update the first ratio would not be 1."""
+    policy = tiny_model("qwen2", attention_dropout=0.5)
+    sequences = on_policy(policy, sequences_of([7, 3]))
+    stats = Learner(policy.train(), lr=0.0).train(sequences, mini_batch=9, seed=0)
+    assert stats.ratio == pytest.approx(1, abs=1e-5)
 
 
 def test_no_sequences_no_update():

@@ -9,9 +9,12 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fci import fci_scores, uniform_fci
+from helpers import tiny_model
 from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, is_correct, notices,
                      problem_fci, round_half_up, solve_rate, tree_count)
 
@@ -269,10 +272,28 @@ def test_stream_restored_on_a_smaller_problem_set_is_refused(position):
 # ---------------------------------------------------------------------------------------------------------------------
 def test_fci_spread_by_hand():
     """1 2 3: mean 2, population std sqrt(2/3); zeros (first and last steps) do not count; too few scores: None."""
-    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]]) == pytest.approx(math.sqrt(2 / 3) / 2)
-    assert fci_spread([[0, .5, .5, .5, 0]]) == 0
-    assert fci_spread([[1.0, 2.0, 3.0], [.5, .5, .5], [.5, .5, .5], [0, 1.0, 0]]) == 0  # the median of .41 0 0
-    assert fci_spread([]) is None and fci_spread([[0, 1.0, 2.0, 0], []]) is None
+    flat = [3.0, 2.0, 1.0]  # in these units 1 2 3 spread even more
+    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]], [[0, *flat, 0, 0]]) == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert fci_spread([[0, .5, .5, .5, 0]], [[0, *flat, 0]]) == 0  # all alike
+    assert fci_spread([[0, .6, .4, .2, 0]], [[0, *flat, 0]]) == pytest.approx(0)  # as attention to everything alike
+    assert fci_spread([[1.0, 2.0, 3.0], [.5, .5, .5], [.5, .5, .5], [0, 1.0, 0]], [flat] * 4) == 0  # the median of .41 0 0
+    assert fci_spread([], []) is None and fci_spread([[0, 1.0, 2.0, 0], []], [[0, 1.0, 1.0, 0], []]) is None
+
+
+def test_collapse_is_named_for_a_model_that_attends_evenly_and_not_for_one_that_does_not():
+    """The real thing: zero query weights make attention exactly uniform."""
+    torch.manual_seed(0)
+    bounds, prompt = [0, 4, 9, 15, 20, 27, 33, 40, 44, 50], [1] * 12
+    spreads = []
+    for collapsed in (True, False):
+        model = tiny_model("llama")
+        if collapsed:
+            for layer in model.model.layers:
+                torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
+        y = fci_scores(model, prompt, list(range(40)) + [3] * 10, bounds, delta=2)
+        spreads.append(fci_spread([y], [uniform_fci(len(prompt), bounds, delta=2)]))
+    assert spreads[0] < 1e-5 < 0.05 < spreads[1]
+    assert "attention collapse" in notices(9, 9, 9, spreads[0])[0] and notices(9, 9, 9, spreads[1]) == []
 
 
 def test_notices_none_if_all_is_well():

@@ -2,9 +2,10 @@
 
     python toy/build.py --out toy/model          # about 40 minutes on 2 cores; seed 0
 
-Two stages of supervised learning, loss on the response only:
-1. a perfect teacher on programs of 2 to 9 variables, until nearly every program is solved;
-2. a teacher that slips (data.toy_solution): the policy then knows how to solve a program but errs now and then in every
+Three stages of supervised learning, loss on the response only:
+1. a perfect teacher on varied programs of 2 to 9 variables, until nearly every one is solved;
+2. the same on the toy's own programs, which have a constant hub in the middle;
+3. a teacher that slips (data.toy_solution): the policy then knows how to solve a program but errs now and then in every
    step, which is the room that reinforcement learning has.
 What was left out: everything that a real SFT needs (packing, evaluation during training, mixed precision).
 """
@@ -41,7 +42,7 @@ class Stage:
     steps: int
     lr: float
     variables: tuple[int, int]
-    hubs: tuple[int, float]  # data.toy_program: first hub, pull
+    varied: bool  # not the toy's own programs: any hub, and no constant in the middle
     slip: float
     seed: int
     out: str
@@ -52,7 +53,8 @@ def make_batch(tokenizer, rng: random.Random, stage: Stage, size: int = 64):
     n_vars = max(rng.randint(*stage.variables), rng.randint(*stage.variables))  # one length per batch: no padding to speak of
     rows, prompts = [], []
     for _ in range(size):
-        program = toy_program(n_vars, rng, *stage.hubs)
+        program = toy_program(n_vars, rng, hub=rng.randrange(1, max(2, n_vars - 3)), pull=0.4, constant=False
+                              ) if stage.varied else toy_program(n_vars, rng)
         prompts.append(len(program))
         rows.append(tokenizer(program + toy_solution(program, stage.slip, rng))["input_ids"] + [tokenizer.eos_token_id])
     width = max(map(len, rows))
@@ -102,9 +104,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="toy/model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps on the perfect teacher")
-    parser.add_argument("--slip_steps", type=int, default=400, help="optimizer steps on the slipping teacher")
-    parser.add_argument("--slip", type=float, default=0.08, help="probability that a step of the teacher is wrong")
+    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
+    parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
+    parser.add_argument("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
+    parser.add_argument("--slip", type=float, default=0.12, help="probability that a step of the teacher is wrong")
     parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -114,11 +117,12 @@ def main():
                          bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
     model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for stage in (Stage("perfect", args.steps, 2e-3, (2, 9), (1, 0.4), 0.0, args.seed, args.out + "-perfect"),
-                  Stage("slips", args.slip_steps, 3e-4, (6, 9), (3, 0.6), args.slip, args.seed + 1, args.out)):
+    for stage in (Stage("varied", args.steps, 2e-3, (2, 9), True, 0.0, args.seed, args.out + "-varied"),
+                  Stage("hubs", args.hub_steps, 1e-3, (4, 9), False, 0.0, args.seed + 1, args.out + "-hubs"),
+                  Stage("slips", args.slip_steps, 3e-4, (7, 9), False, args.slip, args.seed + 2, args.out)):
         if stage.steps:
             train(model, tokenizer, stage)
-            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (6, 8)}, flush=True)
+            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}, flush=True)
 
 
 if __name__ == "__main__":
