@@ -13,10 +13,10 @@ demo: .venv/ready
 	.venv/bin/python attnrl.py
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q -m "not full" --durations=5 tests
+	.venv/bin/python -m pytest -q -m "not full" --durations=5
 
 test-full: .venv/ready
-	.venv/bin/python -m pytest -q --durations=10 tests
+	.venv/bin/python -m pytest -q --durations=10
 
 bench: .venv/ready
 	.venv/bin/python bench/fci.py

@@ -1,8 +1,9 @@
 r"""attnrl.py: train a reasoning model with AttnRL. The configuration, the training loop, the command line.
 
-    python attnrl.py                                                  # the toy: a real run on a laptop CPU, a few minutes
-    python attnrl.py --branch entropy --ads_filter false --ads_expansion false --ads_batch false       # TreeRL
-    python attnrl.py --advantage grpo --one_step_off_policy false                                      # GRPO
+    python attnrl.py                                       # the toy: a real run on a laptop CPU, a few minutes
+    python attnrl.py --branch entropy --one_step_off_policy false --ads_filter false --ads_expansion false \
+        --ads_batch false                                  # TreeRL
+    python attnrl.py --advantage grpo --one_step_off_policy false --ads_batch false        # GRPO
     python attnrl.py --preset paper --model DIR --problems FILE.parquet --test_problems FILE.parquet
 
 One training step, each part in the file of its name (`train` below is the loop):
@@ -32,12 +33,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import HfArgumentParser
 
 import eval as evaluation
 import view
 from data import Problem, UserError, load_problems, stop_on_user_error
-from fci import Sequence, branchable_steps, score, separator_tokens, split_steps, uniform_fci
+from fci import Sequence, score, separator_tokens, split_steps, uniform_fci, without_answer
 from learner import Learner, TrainStats, learning_rate
 from rollout import Completion, Request, TransformersEngine, request_seed
 from runlog import Display, RunFolder, batch_metrics
@@ -55,7 +57,7 @@ def option(default, text: str):
 
 @dataclass
 class Config:
-    """Every setting of a run. Defaults are the paper's; a preset changes some; the command line has the last word."""
+    """Every setting of a run. Training defaults are the paper's; a preset changes some; the command line has the last word."""
     preset: Literal["toy", "paper"] = option("toy", "settings to start from")
     # what is trained, on what, where it is written
     model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
@@ -63,10 +65,10 @@ class Config:
     test_problems: str = option("aime24.parquet", "held-out problems")
     drop_bad_rows: bool = option(False, "leave out malformed, duplicate, conflicting ... rows instead of stopping")
     prompt_suffix: str = option(" Let's think step by step and output the final answer within \\boxed{}.",
-                                "added to every problem that does not end in it")
+                                "added to every problem of a file that does not end in it")
     reward: str = option("eval:grade", "module:function(response, answers) -> number")
-    out: str = option("", "folder of the run; default runs/PRESET-DATE-TIME")
-    seed: int = option(0, "fixes problems, rollouts and mini-batches")
+    out: str = option("", "folder of the run; default runs/PRESET-SEED-DATE-TIME")
+    seed: int = option(0, "fixes the order of problems, rollouts and mini-batches")
     steps: int = option(500, "training steps")
     eval_every: int = option(10, "steps between evaluations; 0: only at the start and the end")
     eval_samples: int = option(8, "k of avg@k")
@@ -92,8 +94,9 @@ class Config:
     ads_filter: bool = option(True, "do not expand easy problems of low FCI (Eq. 8)")
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
-    target_sequences: int = option(0, "B' of Eq. 10; 0: batch_size * G * (1 + N * T)")
-    max_batch_size: int = option(0, "bound of the adaptive batch; 0: 4 * batch_size (at least a quarter of it)")
+    target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
+    batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
+    batch_range: float = option(4.0, "the adaptive batch stays between batch_size / this and batch_size * this")
     # update
     advantage: Literal["tree", "grpo"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, no branching")
     lr: float = option(1e-6, "peak learning rate of AdamW")
@@ -112,38 +115,43 @@ class Config:
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: str = option("auto", "auto, cpu or cuda")
 
-    def tree_leaves(self) -> int:
-        return self.group_size * (1 + self.branch_points * self.continuations)
-
     def samples_per_problem(self) -> int:
-        """Initial responses: G, or for GRPO (no tree) by default as many as the tree has leaves."""
-        return self.group_size if self.advantage == "tree" else self.grpo_samples or self.tree_leaves()
+        return self.group_size if self.advantage == "tree" else self.grpo_samples
+
+    def resolve(self) -> None:
+        """Replace "0: derived from others" by the numbers, so that config.json holds what really ran."""
+        leaves = self.group_size * (1 + self.branch_points * self.continuations)
+        self.grpo_samples = self.grpo_samples or leaves
+        self.target_sequences = self.target_sequences or self.batch_size * (
+            leaves if self.advantage == "tree" else self.grpo_samples)
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
         for name, low in (("steps", 1), ("eval_every", 0), ("eval_samples", 1), ("batch_size", 1), ("group_size", 1),
                           ("branch_points", 0), ("continuations", 1), ("grpo_samples", 0), ("max_prompt", 1),
                           ("max_response", 1), ("delta", 1), ("min_branch_gap", 0), ("target_sequences", 0),
-                          ("max_batch_size", 0), ("lr", 0), ("warmup_steps", 0), ("mini_batch", 1), ("token_budget", 1),
+                          ("batch_range", 1), ("batch_lam", 0), ("lr", 0), ("warmup_steps", 0), ("mini_batch", 1), ("token_budget", 1),
                           ("kl_coef", 0), ("clip_low", 0), ("clip_high", 0), ("dual_clip", 1), ("rollout_tokens", 1),
                           ("grading_workers", 1), ("seed", 0), ("eval_temperature", 0), ("weight_decay", 0),
-                          ("max_grad_norm", 0), ("rho", 0), ("log_samples", 0)):
+                          ("rho", 0), ("log_samples", 0)):
             if not low <= getattr(self, name) < float("inf"):  # also catches NaN
                 raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature}: training needs a temperature above 0")
-        if self.rho > 1:
-            raise UserError(f"--rho {self.rho}: is a share of the steps, at most 1")
-        if 0 < self.max_batch_size < self.batch_size:
-            raise UserError(f"--max_batch_size {self.max_batch_size}: is below --batch_size {self.batch_size}")
+        for name in ("temperature", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("rho", "batch_lam"):
+            if getattr(self, name) > 1:
+                raise UserError(f"--{name} {getattr(self, name)}: is a share, at most 1")
 
 
 PRESETS: dict[str, dict] = {
-    # Three-digit learning rates and one-step programs of eight lines: chosen so that a run takes minutes on two cores.
-    # Responses have 9 steps, so Delta = 1 leaves FCI 7 steps to choose from (the paper's 4 would leave 4).
+    # A tiny policy that knows but slips: 50 times the paper's learning rate, and a run takes minutes on two cores. Responses
+    # have 9 steps: Delta = 1 leaves FCI 7 of them to choose from (the paper's 4 would leave 4).
     "toy": dict(model=str(Path(__file__).parent / "toy" / "model"), problems="toy:8:4000:1", test_problems="toy:8:100:2",
-                prompt_suffix="", steps=20, batch_size=32, eval_every=4, eval_temperature=1.0, max_prompt=100,
-                max_response=110, delta=1, lr=1.5e-4, kl_coef=0.0, mini_batch=256, max_batch_size=48),
+                steps=20, batch_size=24, batch_range=1.5, eval_every=4, eval_temperature=1.0, max_response=110, delta=1,
+                lr=5e-5, kl_coef=0.0, mini_batch=256, token_budget=8192),
     "paper": dict(min_branch_gap=512),
 }
 
@@ -161,6 +169,7 @@ def parse_config(argv: list[str]) -> Config:
     parser.set_defaults(**PRESETS.get(preset, {}))
     config = Config(**vars(parser.parse_args(argv)))
     config.check()
+    config.resolve()
     return config
 
 
@@ -203,11 +212,11 @@ class Trainer:
 
     def __init__(self, config: Config, display: Display):
         self.config, self.display = config, display
-        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, config.device,
-                                                                     config.max_prompt + config.max_response)
+        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, config.device)
         load = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows, say=display.say)
         self.test_problems = load_problems(config.test_problems, self.tokenizer, **load)
         self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
+        evaluation.check_context(self.policy, self.problems + self.test_problems, config.max_response)
         self.separators = separator_tokens(self.tokenizer)
         self.engine = TransformersEngine(self.policy, eos_ids, config.rollout_tokens)
         reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if config.kl_coef else None
@@ -219,12 +228,18 @@ class Trainer:
         # adaptive sampling
         self.stream = ProblemStream(len(self.problems), config.seed)
         self.easy_filter = EasyFilter()
-        self.batch_size = AdaptiveBatch(config.batch_size, config.target_sequences or config.batch_size * config.tree_leaves(),
-                                        low=max(1, config.batch_size // 4),
-                                        high=config.max_batch_size or 4 * config.batch_size)
+        self.batch_size = AdaptiveBatch(config.batch_size, config.target_sequences,
+                                        low=max(1, int(config.batch_size / config.batch_range)),
+                                        high=int(config.batch_size * config.batch_range), lam=config.batch_lam)
         self.generated_tokens = 0
-        self.gap: list[float] = []  # |engine's log-prob - learner's log-prob| of every token of this step
-        self.seconds: Counter = Counter()  # of this step, by phase
+        self.start_step()
+
+    def start_step(self) -> None:
+        """What is measured per step starts anew."""
+        self.started = time.perf_counter()
+        self.seconds: Counter = Counter()  # by phase
+        self.gap: list[float] = []  # |engine's log-prob - learner's log-prob| of every token sampled in this step
+        self.reward.counts.clear()
 
     @contextmanager
     def phase(self, name: str):
@@ -262,8 +277,8 @@ class Trainer:
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
         for group, c, row, s, reward in zip(owners, completions, bounds, scores, rewards):
             self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
-            group.responses.append(Response(c.tokens, s.logprobs, reward, s.entropies, row, s.fci,
-                                            branchable_steps(c.tokens, row, self.separators)))
+            group.responses.append(Response(c.tokens, s.logprobs, reward, s.entropies, row,
+                                            *without_answer(s.fci, c.tokens, row, self.separators)))
         batch.responses_cut = sum(not c.finished for c in completions)
 
     def add_continuations(self, batch: Batch, continued: list[tuple[Response, int, Request]],
@@ -300,13 +315,19 @@ class Trainer:
             rng = random.Random(request_seed(config.seed, batch.step, j))
             count = tree_count(rates[j], config.group_size) if config.ads_expansion else config.group_size
             for i in choose_trees(rewards[j], count, rng):
-                group.branch_points[i] = choose_branch_points(group.responses[i], config.branch, config.branch_points, rng,
-                                                              config.rho, config.min_branch_gap)
+                points = choose_branch_points(group.responses[i], config.branch, config.branch_points, rng, config.rho,
+                                              config.min_branch_gap)
+                if points:  # a response of one step has none
+                    group.branch_points[i] = points
 
-    def fci_spread(self, batch: Batch) -> float | None:
-        scored = [(g.problem, r) for g in batch.groups for r in g.responses if r.fci]
-        return fci_spread([r.fci for _, r in scored],
-                          [uniform_fci(len(p.prompt_ids), r.bounds, self.config.delta) for p, r in scored])
+    def notices(self, batch: Batch, sequences: list[TrainingSequence]) -> list[str]:
+        """What a person should be told about this batch."""
+        scored = [(g.problem, r) for g in batch.groups for r in g.responses if r.fci and self.config.branch == "fci"]
+        spread = fci_spread([r.fci for _, r in scored],
+                            [uniform_fci(len(p.prompt_ids), r.bounds, self.config.delta) for p, r in scored])
+        inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
+        expanded = sum(bool(g.branch_points) for g in batch.groups) if self.config.advantage == "tree" else None
+        return notices(len(batch.groups), expanded, len(sequences), spread, inert)
 
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
@@ -331,18 +352,15 @@ class Trainer:
         return statistics.fmean(evaluation.avg_at_k(r.rewards) for r in results)
 
     def metrics(self, batch: Batch, sequences: list[TrainingSequence], stats: TrainStats) -> dict:
-        """One line of metrics.jsonl; starts the counts of the next step."""
-        record = {"step": batch.step, "generated_tokens": self.generated_tokens, **batch_metrics(batch, sequences),
-                  **{f"train/{name}": value for name, value in asdict(stats).items()},
-                  "train/lr": self.learner.optimizer.param_groups[0]["lr"],
-                  "logprob_gap/mean": statistics.fmean(self.gap) if self.gap else 0.0,
-                  "logprob_gap/max": max(self.gap, default=0.0),
-                  **{f"grading/{name}": self.reward.counts[name] for name in ("unboxed", "timeout", "died", "error")},
-                  **{f"seconds/{name}": round(self.seconds[name], 3) for name in ("generate", "score", "grade", "train")},
-                  "seconds/step": round(sum(self.seconds.values()) - self.seconds["evaluate"], 3)}
-        self.gap, self.seconds = [], Counter()
-        self.reward.counts.clear()
-        return record
+        """One line of metrics.jsonl."""
+        return {"step": batch.step, "generated_tokens": self.generated_tokens, **batch_metrics(batch, sequences),
+                **{f"train/{name}": value for name, value in asdict(stats).items()},
+                "train/lr": self.learner.optimizer.param_groups[0]["lr"],
+                "logprob_gap/mean": statistics.fmean(self.gap) if self.gap else 0.0,
+                "logprob_gap/max": max(self.gap, default=0.0),
+                **{f"grading/{name}": self.reward.counts[name] for name in ("unboxed", "timeout", "died", "error")},
+                **{f"seconds/{name}": round(self.seconds[name], 3) for name in ("generate", "score", "grade", "train")},
+                "seconds/step": round(time.perf_counter() - self.started, 3)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,21 +368,21 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 def train(config: Config) -> Path:
     """A whole run; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log, evaluate, save."""
-    folder = RunFolder(config.out, config.preset)
     display = Display(config.steps)
     trainer = Trainer(config, display)
-    folder.write_config(config)
-    started, best = time.perf_counter(), 0.0
-    before = best_accuracy = trainer.evaluate()
-    display.say(f"before training   test {100 * before:.1f} % (avg@{config.eval_samples}, {len(trainer.test_problems)} problems)")
-    folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": before, "seconds/total": 0.0})
-    trainer.metrics(Batch(0, []), [], TrainStats())  # forget what the evaluation counted
+    folder = RunFolder(config)
+    started = time.perf_counter()
+    best = trainer.evaluate()
+    folder.save_model("best", trainer.policy, trainer.tokenizer)
+    display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, {len(trainer.test_problems)} problems)")
+    folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best, "seconds/total": 0.0})
 
     upcoming = None
     if config.one_step_off_policy:  # warm-up: the pipeline starts with initial responses for batch 1
         upcoming = trainer.new_batch(1)
         trainer.sample(None, upcoming)
     for step in range(1, config.steps + 1):
+        trainer.start_step()
         # 1. sample, score, grade, plan: in one call (one-step off-policy), or in two with the same policy
         if config.one_step_off_policy:
             batch, upcoming = upcoming, trainer.new_batch(step + 1) if step < config.steps else None
@@ -383,8 +401,8 @@ def train(config: Config) -> Path:
         if step == config.steps or config.eval_every and step % config.eval_every == 0:
             record["test_accuracy"] = trainer.evaluate()
             folder.save_model("last", trainer.policy, trainer.tokenizer)
-            if record["test_accuracy"] >= best_accuracy:
-                best_accuracy, best = record["test_accuracy"], step
+            if record["test_accuracy"] >= best:
+                best = record["test_accuracy"]
                 folder.save_model("best", trainer.policy, trainer.tokenizer)
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
@@ -392,8 +410,7 @@ def train(config: Config) -> Path:
         if "test_accuracy" in record:
             view.draw_curves(folder.path)
         display.step(record)
-        spread = trainer.fci_spread(batch)
-        for notice in notices(len(batch.groups), sum(bool(g.branch_points) for g in batch.groups), len(sequences), spread):
+        for notice in trainer.notices(batch, sequences):
             display.say(f"step {step:>4}   {notice}")
     display.close()
     return folder.path

@@ -130,7 +130,10 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
     leaves them out and says how many. Raises UserError also for an unreadable file or a set with nothing left.
     """
     if source.split(":")[0] == "toy":
-        rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(toy_set(source)))
+        held_texts = {p.text for p in evaluation}  # a generated set is never wrong: programs of the test set are passed over
+        rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(toy_set(source))
+                if text not in held_texts)
+        suffix, evaluation = "", ()
     elif not Path(source).is_file():
         raise UserError(f"{source}: no such problem file; give a .jsonl or .parquet file, or toy:8:2000:1")
     else:
@@ -144,13 +147,13 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
             if isinstance(row, ValueError):
                 raise row
             messages, answers = parse_row(row)
-        except ValueError as error:
-            bad.setdefault("malformed", []).append(f"{where}: {error}")
+            text = messages[-1]["content"]
+            if not text.endswith(suffix):
+                messages[-1] = {**messages[-1], "content": text + suffix}
+            problem = Problem(text, answers, where, encode_prompt(tokenizer, messages))
+        except Exception as error:  # also what a chat template or a tokenizer says of odd roles and characters
+            bad.setdefault("malformed", []).append(f"{where}: {(str(error) or type(error).__name__).splitlines()[0]}")
             continue
-        text = messages[-1]["content"]
-        if not text.endswith(suffix):
-            messages[-1] = {**messages[-1], "content": text + suffix}
-        problem = Problem(text, answers, where, encode_prompt(tokenizer, messages))
         if not answers:
             bad.setdefault("empty answer", []).append(f"{where}: the answer is empty")
         elif (leak := held_out.get(leak_key(text, suffix))):

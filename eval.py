@@ -52,6 +52,8 @@ class Reward:
             self.function = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise UserError(f"--reward {spec}: cannot be imported as module:function ({error})") from error
+        if not callable(self.function):
+            raise UserError(f"--reward {spec}: is not a function")
         self.spec = spec
 
     def __call__(self, items: list[tuple[str, list[str]]]) -> list[float]:
@@ -108,16 +110,20 @@ def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int,
                    [c.finished for c in completions[a:a + k]]) for a, p in zip(range(0, len(asked), k), problems)]
 
 
-def load_model(path: str, device: str, context: int):
-    """(model in fp32, tokenizer, end token ids) from a directory; checks that `context` tokens fit. Raises UserError."""
+def load_model(path: str, device: str):
+    """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used ({first_line(error)})") from error
+    try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:  # transformers' and torch's words for "no such model"
-        raise UserError(f"--model {path}: cannot be loaded ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # a dozen types for "no such model", "no such tokenizer", "broken weights"
+        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
     end = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
     if not eos_ids:
@@ -125,9 +131,25 @@ def load_model(path: str, device: str, context: int):
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
                         f"{model.get_input_embeddings().num_embeddings}")
-    if context > (limit := getattr(model.config, "max_position_embeddings", None) or context):
-        raise UserError(f"--max_prompt + --max_response = {context}: more than the model's {limit} positions ({path})")
     return model, tokenizer, sorted(eos_ids)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_context(model, problems: list[Problem], max_response: int | None, at_most: int = 1024) -> int:
+    """The response length that fits the model's positions after the longest prompt: `max_response`, or if that is None as
+    much of `at_most` as there is room for. Raises UserError if it does not fit."""
+    longest = max(problems, key=lambda p: len(p.prompt_ids))
+    if not longest.prompt_ids:
+        raise UserError(f"{longest.source}: the problem is empty for this tokenizer")
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 40
+    room = positions - len(longest.prompt_ids)
+    if room < (max_response or 1):
+        raise UserError(f"--max_response {max_response or 1}: with the {len(longest.prompt_ids)} prompt tokens of "
+                        f"{longest.source} that is more than the model's {positions} positions")
+    return max_response or min(room, at_most)
 
 
 def summary(results: list[Result], k: int) -> str:
@@ -156,8 +178,9 @@ def ask(model, tokenizer, eos_ids: list[int], problem: str, args) -> None:
             shown = len(text)
 
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem + args.prompt_suffix}])
+    limit = check_context(model, [Problem(problem, [], "--ask", prompt)], args.max_response)
     engine = TransformersEngine(model, eos_ids)
-    engine.generate([Request(prompt, args.max_response, args.temperature, args.seed)], on_token=show)
+    engine.generate([Request(prompt, limit, args.temperature, args.seed)], on_token=show)
     print()
 
 
@@ -171,7 +194,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--k", type=int, default=8, help="samples per problem")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max_prompt", type=int, default=1024)
-    parser.add_argument("--max_response", type=int, default=1024)
+    parser.add_argument("--max_response", type=int, help="tokens; default 1024, or what the model has room for")
     parser.add_argument("--prompt_suffix", default="", help="added to every problem that does not end in it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSONL with one line per problem; default runs/eval-PROBLEMS-DATE-TIME.jsonl")
@@ -181,22 +204,27 @@ def main(argv: list[str]) -> None:
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
-        if not low <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
-    model, tokenizer, eos_ids = load_model(args.model, args.device, 0 if args.ask else args.max_response)
+    model, tokenizer, eos_ids = load_model(args.model, args.device)
     if args.ask is not None:
         return ask(model, tokenizer, eos_ids, args.ask, args)
     problems = load_problems(args.problems, tokenizer, max_prompt=args.max_prompt, suffix=args.prompt_suffix,
                              drop=args.drop_bad_rows)
+    max_response = check_context(model, problems, args.max_response)
     reward, engine = Reward(args.reward), TransformersEngine(model, eos_ids)
     out = Path(args.out or f"runs/eval-{Path(args.problems).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
     if out.exists():
         raise UserError(f"--out {out}: exists already; give another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file = out.open("x", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     results: list[Result] = []
-    with out.open("w", encoding="utf-8") as file, tqdm(total=len(problems), unit="problem", disable=None) as bar:
+    with file, tqdm(total=len(problems), unit="problem", disable=None) as bar:
         for start in range(0, len(problems), 16):  # a few problems at a time: progress to see, and results on the disk
-            for r in evaluate(engine, tokenizer, problems[start:start + 16], reward, args.k, args.max_response,
+            for r in evaluate(engine, tokenizer, problems[start:start + 16], reward, args.k, max_response,
                               args.temperature, args.seed):
                 file.write(json.dumps({"source": r.problem.source, "problem": r.problem.text, "answers": r.problem.answers,
                                        "rewards": r.rewards, "lengths": r.lengths, "finished": r.finished,

@@ -18,7 +18,7 @@ the rotated queries and keys of every layer of any decoder, so no model code is 
 Left out: attention variants whose probabilities the plain softmax does not give (soft-capping, attention sinks) and
 models that rescale their logits; both are refused with a ValueError, because scores for them would be silently wrong.
 
-    python fci.py --model toy/model --problem "a=3;b=a+4;c=a*b;d=c-a;e=d*c;f=e+a;g=f-2;h=g*c;?h" --plot fci.png
+    python fci.py --model toy/model --problem "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h" --plot fci.png
 """
 import argparse
 import math
@@ -72,11 +72,17 @@ def split_steps(tokens: list[int], separators: Separators) -> list[int]:
 
 def branchable_steps(tokens: list[int], bounds: list[int], separators: Separators) -> int:
     """Number of leading steps that may be branch points: for reasoning models those before the step of the last
-    "</think>" (that step and the final answer after it score 0, as in the authors' code), else all."""
+    "</think>" (that step and the final answer after it never are, as in the authors' code), else all."""
     if separators.think_end in tokens:
         last = len(tokens) - 1 - tokens[::-1].index(separators.think_end)
         return sum(end <= last for end in bounds[1:])
     return len(bounds) - 1
+
+
+def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separators: Separators) -> tuple[list[float], int]:
+    """(scores, branchable steps): the steps from the last "</think>" on score 0."""
+    count = branchable_steps(tokens, bounds, separators)
+    return fci[:count] + [0.0] * len(fci[count:]), count
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,6 +306,8 @@ def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from data import UserError
+
     figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
     axis.plot(range(len(fci)), fci, "o-", color="#0072B2", label="FCI")
     axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color="#D55E00", label="branch points")
@@ -309,15 +317,18 @@ def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str
                         fontsize=8, parse_math=False)
     axis.legend()
     axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise UserError(f"--plot {path}: cannot be written ({error})") from error
 
 
 def main() -> None:
     """Score one response (sampled here, unless --response names a file) and mark where AttnRL would branch."""
     import random
 
-    from data import UserError, encode_prompt
-    from eval import load_model
+    from data import Problem, UserError, encode_prompt
+    from eval import check_context, load_model
     from rollout import Request, TransformersEngine
     from tree import Response, choose_branch_points
 
@@ -335,7 +346,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
         raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
-    model, tokenizer, eos_ids = load_model(args.model, "auto", 0)
+    model, tokenizer, eos_ids = load_model(args.model, "auto")
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": args.problem}])
     if args.response:
         try:
@@ -344,23 +355,23 @@ def main() -> None:
             raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        limit = min(args.max_response, getattr(model.config, "max_position_embeddings", 1 << 20) - len(prompt))
+        limit = check_context(model, [Problem(args.problem, [], "--problem", prompt)], None, at_most=args.max_response)
         tokens = TransformersEngine(model, eos_ids).generate([Request(prompt, limit, 1.0, args.seed)])[0].tokens
     if not tokens:
         raise UserError("the response is empty: there is nothing to score")
     separators = separator_tokens(tokenizer)
     bounds = split_steps(tokens, separators)
     scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
-    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, scored.fci,
-                        branchable_steps(tokens, bounds, separators))
+    fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
+    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
     points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
     labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
-    for k, (label, y) in enumerate(zip(labels, scored.fci)):
+    for k, (label, y) in enumerate(zip(labels, fci)):
         print(f"step {k:>3}   FCI {y:.4f}  {'<- branch' if bounds[k] in points else '         '}  {' '.join(label.split())[:90]}")
     if len(labels) <= args.delta + 1:
         print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
     if args.plot:
-        plot_scores(args.plot, scored.fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
+        plot_scores(args.plot, fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
         print(f"curve: {args.plot}")
 
 

@@ -66,18 +66,17 @@ def batch_metrics(batch, sequences) -> dict[str, float]:
 class RunFolder:
     """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made."""
 
-    def __init__(self, path: str, preset: str):
-        self.path = Path(path or f"runs/{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    def __init__(self, config):
+        self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
                 raise UserError(f"--out {self.path}: is not empty; give another folder or remove it")
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            with (self.path / "config.json").open("x") as file:  # "x": of two runs that start together only one gets it
+                file.write(json.dumps(asdict(config) | {"out": str(self.path), "versions": versions}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be made a folder ({error.strerror})") from error
-
-    def write_config(self, config) -> None:
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        (self.path / "config.json").write_text(json.dumps(asdict(config) | {"versions": versions}, indent=2) + "\n")
 
     def append(self, name: str, record: dict) -> None:
         """One JSON line, on the disk before the next step begins."""
@@ -102,22 +101,28 @@ class RunFolder:
                 } for i, r in enumerate(group.responses)]})
 
     def save_model(self, name: str, model, tokenizer) -> None:
-        """Written beside, then renamed: the folder of that name always holds a whole model."""
-        fresh, target = self.path / f".{name}.new", self.path / name
-        shutil.rmtree(fresh, ignore_errors=True)
+        """Written beside and renamed when complete: a folder of that name is always a whole model."""
+        fresh, old, target = self.path / f".{name}.new", self.path / f".{name}.old", self.path / name
+        for left_over in (fresh, old):
+            shutil.rmtree(left_over, ignore_errors=True)
         model.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
         fresh.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class Display:
-    """The terminal: a bar with the current phase and the time left, one line per step, plain lines when piped."""
+    """The terminal: a bar with the current phase and the time left, one line per step; plain lines when piped."""
 
     def __init__(self, steps: int):
-        self.bar = tqdm(total=steps, unit="step", disable=None, dynamic_ncols=True)
+        self.steps = steps
+        self.bar: tqdm | None = None  # made at the first phase: until then errors have the terminal to themselves
 
     def phase(self, name: str) -> None:
+        if self.bar is None:
+            self.bar = tqdm(total=self.steps, unit="step", disable=None, dynamic_ncols=True, leave=False)
         self.bar.set_description_str(name)
 
     def say(self, text: str) -> None:
@@ -129,6 +134,8 @@ class Display:
                  f"{m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens   "
                  f"{m['seconds/step']:5.1f} s{test}")
         self.bar.update()
+        self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{test and ',' + test}")
 
     def close(self) -> None:
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()

@@ -156,13 +156,19 @@ def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float |
     return statistics.median(found) if found else None
 
 
-def notices(problems: int, expanded: int, kept: int, spread: float | None) -> list[str]:
-    """What a person should know about this batch: one line each, none if all is well."""
+def notices(problems: int, expanded: int | None, kept: int, spread: float | None, inert: bool = False) -> list[str]:
+    """What a person should know about this batch: one line each, none if all is well.
+
+    expanded: problems with a branch point (None: the method has none); kept: training sequences; spread: `fci_spread`;
+    inert: no step of any response has a positive FCI.
+    """
     found = []
+    if inert:
+        found.append("FCI is inert: every step scores 0, for no response has more than Delta + 1 steps; lower --delta")
     if spread is not None and spread < 0.05:
         found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); branch points are arbitrary")
     if expanded == 0:
-        found.append(f"everything filtered: none of {problems} problems is expanded, no continuations this step")
+        found.append(f"everything filtered: none of {problems} problems is branched, no continuations this step")
     if kept == 0:
         found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
                      "the batch size is held (problems too easy or too hard for this policy)")

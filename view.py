@@ -50,7 +50,8 @@ def draw_curves(run: Path) -> Path:
     plot(update, "entropy", "entropy (nats)", BLUE)
     plot(update, "train/grad_norm", "gradient norm", ORANGE, "--")
     plot(update, "train/clip_fraction", "share of clipped tokens", GREEN, ":")
-    plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
+    if any(m["train/kl"] for m in steps):  # 0 throughout: no reference model was kept
+        plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
     update.set(title="Update", ylim=(0, None))
     names = ("generate", "score", "grade", "train")
     seconds.stackplot([m["step"] for m in steps], [[m[f"seconds/{name}"] for m in steps] for name in names],

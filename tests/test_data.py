@@ -55,6 +55,7 @@ BAD_ROWS = [
     ({"problem": "a", "answer": True}, "malformed", "line 2: the answer must be a string, a number or a list"),
     ({"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}}, "malformed", "line 2: no text"),
     ({"prompt": [{"role": "user", "content": "a"}], "reward_model": "x"}, "malformed", 'line 2: the field "answer"'),
+    ({"problem": "a \ud800", "answer": "1"}, "malformed", "line 2: "),
     ({"problem": "a", "answer": " "}, "empty answer", "line 2: the answer is empty"),
     ({"problem": "a", "answer": []}, "empty answer", "line 2: the answer is empty"),
     ({"problem": " good  one", "answer": "1"}, "duplicate", "line 2: the same problem as"),

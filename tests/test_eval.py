@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import eval as evaluation
-from data import UserError
+from data import UserError, toy_solution
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
 
 
@@ -47,6 +47,15 @@ def test_reward_can_be_replaced_and_is_checked(tmp_path, monkeypatch):
             evaluation.Reward(wrong)
 
 
+def test_broken_weights_are_one_line(tmp_path):
+    model = save_real_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        evaluation.load_model(str(model), "cpu")
+    assert "\n" not in str(error.value)
+
+
 def test_default_reward_counts_missing_boxes():
     reward = evaluation.Reward()
     assert reward([(r"\boxed{4}", ["4"]), ("4", ["4"]), (r"\boxed{5}", ["4", "5"])]) == [1.0, 0.0, 1.0]
@@ -68,8 +77,9 @@ def test_evaluation_command_writes_one_line_per_problem(tmp_path):
 
 
 def test_ask_streams_one_answer():
-    text, _ = run("eval.py", "--model", TOY_MODEL, "--ask", "a=3;b=a+4;c=b*a;d=c-1;?d", "--temperature", 0)
-    assert text.startswith("a=3\n\nb=3+4=7\n\n") and text.rstrip().endswith("}")
+    program = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
+    text, _ = run("eval.py", "--model", TOY_MODEL, "--ask", program, "--temperature", 0)
+    assert text == toy_solution(program) + "\n"
 
 
 @pytest.mark.parametrize("args, message", [
@@ -80,6 +90,10 @@ def test_ask_streams_one_answer():
     (["--model", TOY_MODEL, "--problems", "toy", "--temperature", "nan"], "--temperature nan"),
     (["--model", TOY_MODEL, "--problems", "toy", "--ask", "x"], "not allowed with"),
     (["--model", TOY_MODEL, "--problems", "toy", "--max_response", "100000"], "more than the model's"),
+    (["--model", TOY_MODEL, "--ask", ""], "the problem is empty"),
+    (["--model", TOY_MODEL, "--problems", "toy:8:5", "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
+    (["--model", TOY_MODEL, "--problems", "toy", "--device", "cud"], "--device cud: cannot be used"),
+    (["--model", TOY_MODEL, "--problems", "toy", "--reward", "math:pi"], "--reward math:pi: is not a function"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as stop:

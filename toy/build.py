@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
     parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
     parser.add_argument("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
-    parser.add_argument("--slip", type=float, default=0.12, help="probability that a step of the teacher is wrong")
+    parser.add_argument("--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong")
     parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
