@@ -57,7 +57,8 @@ def option(default, text: str):
 
 @dataclass
 class Config:
-    """Every setting of a run. Training defaults are the paper's; a preset changes some; the command line has the last word."""
+    """Every setting of a run. Training defaults are the paper's; a preset changes some, the command line has the last word.
+    """
     preset: Literal["toy", "paper"] = option("toy", "settings to start from")
     # what is trained, on what, where it is written
     model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
@@ -129,13 +130,11 @@ class Config:
 
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
-        for name, low in (("steps", 1), ("eval_every", 0), ("eval_samples", 1), ("batch_size", 1), ("group_size", 1),
-                          ("branch_points", 0), ("continuations", 1), ("grpo_samples", 0), ("max_prompt", 1),
-                          ("max_response", 1), ("delta", 1), ("min_branch_gap", 0), ("target_sequences", 0),
-                          ("batch_range", 1), ("batch_lam", 0), ("lr", 0), ("warmup_steps", 0), ("mini_batch", 1), ("token_budget", 1),
-                          ("kl_coef", 0), ("clip_low", 0), ("clip_high", 0), ("dual_clip", 1), ("rollout_tokens", 1),
-                          ("grading_workers", 1), ("seed", 0), ("eval_temperature", 0), ("weight_decay", 0),
-                          ("rho", 0), ("log_samples", 0)):
+        at_least = {0: "eval_every branch_points grpo_samples min_branch_gap target_sequences batch_lam lr warmup_steps kl_coef "
+                       "clip_low clip_high seed eval_temperature weight_decay rho log_samples",
+                    1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta batch_range "
+                       "mini_batch token_budget dual_clip rollout_tokens grading_workers"}
+        for low, name in ((low, name) for low, names in at_least.items() for name in names.split()):
             if not low <= getattr(self, name) < float("inf"):  # also catches NaN
                 raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
         for name in ("temperature", "max_grad_norm"):
@@ -271,7 +270,8 @@ class Trainer:
         owners = [group for group in batch.groups for _ in range(config.samples_per_problem())]
         bounds = [split_steps(c.tokens, self.separators) for c in completions]
         with self.phase("score"):
-            scores = score(self.policy, [Sequence(group.problem.prompt_ids, c.tokens, row if config.advantage == "tree" else None)
+            wants_fci = config.advantage == "tree"
+            scores = score(self.policy, [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
                                          for group, c, row in zip(owners, completions, bounds)],
                            config.temperature, config.delta, config.token_budget)
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
@@ -374,7 +374,8 @@ def train(config: Config) -> Path:
     started = time.perf_counter()
     best = trainer.evaluate()
     folder.save_model("best", trainer.policy, trainer.tokenizer)
-    display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, {len(trainer.test_problems)} problems)")
+    display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, "
+                f"{len(trainer.test_problems)} problems)")
     folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best, "seconds/total": 0.0})
 
     upcoming = None
@@ -417,7 +418,8 @@ def train(config: Config) -> Path:
 
 
 def main(argv: list[str]) -> None:
-    print(f"run folder: {train(parse_config(argv))}")
+    folder = train(parse_config(argv))
+    print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, models last/ and best/)")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def branchable_steps(tokens: list[int], bounds: list[int], separators: Separator
     return len(bounds) - 1
 
 
-def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separators: Separators) -> tuple[list[float], int]:
+def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separators: Separators,
+                   ) -> tuple[list[float], int]:
     """(scores, branchable steps): the steps from the last "</think>" on score 0."""
     count = branchable_steps(tokens, bounds, separators)
     return fci[:count] + [0.0] * len(fci[count:]), count
@@ -367,7 +368,8 @@ def main() -> None:
     points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
     labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
     for k, (label, y) in enumerate(zip(labels, fci)):
-        print(f"step {k:>3}   FCI {y:.4f}  {'<- branch' if bounds[k] in points else '         '}  {' '.join(label.split())[:90]}")
+        mark = "<- branch" if bounds[k] in points else ""
+        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {' '.join(label.split())[:90]}")
     if len(labels) <= args.delta + 1:
         print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
     if args.plot:

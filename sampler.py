@@ -166,7 +166,8 @@ def notices(problems: int, expanded: int | None, kept: int, spread: float | None
     if inert:
         found.append("FCI is inert: every step scores 0, for no response has more than Delta + 1 steps; lower --delta")
     if spread is not None and spread < 0.05:
-        found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); branch points are arbitrary")
+        found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); "
+                     "branch points are arbitrary")
     if expanded == 0:
         found.append(f"everything filtered: none of {problems} problems is branched, no continuations this step")
     if kept == 0:

@@ -30,7 +30,7 @@ def draw_curves(run: Path) -> Path:
     """Four panels over training steps: accuracy, what sampling yields, the update, where the time goes."""
     records = read_metrics(run)
     steps = [m for m in records if m["step"] > 0]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
 
     def plot(axis, key, label, colour, style="-", scale=1.0, rows=None):
         rows = [m for m in (steps if rows is None else rows) if key in m]
@@ -61,7 +61,7 @@ def draw_curves(run: Path) -> Path:
         axis.set_xlabel("training step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)  # never over a line
     figure.suptitle(run.name)
     figure.savefig(run / "curves.png", dpi=110)
     plt.close(figure)
@@ -79,7 +79,9 @@ def table(runs: list[Path]) -> str:
         rows.append([tested[0], max(tested), tested[-1], tested[-1] - tested[0], tested[-1] - max(tested),
                      records[-1]["generated_tokens"] / 1e6, records[-1]["seconds/total"] / 60])
     lines = ["| run | before | best | end | gain | end - best | M tokens | minutes |", "|---|---|---|---|---|---|---|---|"]
-    for name, row in zip([*(run.name for run in runs), "mean"], [*rows, [fmean(column) for column in zip(*rows)]]):
+    if len(rows) > 1:
+        rows.append([fmean(column) for column in zip(*rows)])
+    for name, row in zip([*(run.name for run in runs), "mean"], rows):
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row[:5]) + f" | {row[5]:.2f} | {row[6]:.1f} |")
     return "\n".join(lines)
 
