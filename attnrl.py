@@ -157,7 +157,8 @@ PRESETS: dict[str, dict] = {
 
 def parse_config(argv: list[str]) -> Config:
     """Preset first, then the options that were given. Argparse leaves with one line and exit code 2 for a wrong one."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                              usage="python attnrl.py [--preset toy|paper] [--OPTION VALUE ...]")
 
     def one_line(message):
         parser.exit(2, f"attnrl.py: {message} (see --help)\n")
@@ -198,10 +199,10 @@ def initial_requests(config: Config, batch: Batch) -> list[Request]:
             for j, group in enumerate(batch.groups) for i in range(config.samples_per_problem())]
 
 
-def continuation_requests(config: Config, batch: Batch) -> list[tuple[Response, int, Request]]:
-    """(response, branch position, request): T per branch point. Prefix and continuation together keep the length limit."""
-    return [(response, at, Request(group.problem.prompt_ids + response.tokens[:at], config.max_response - at,
-                                   config.temperature, request_seed(config.seed, batch.step, j, i, at, t)))
+def continuation_requests(config: Config, batch: Batch) -> list[tuple[Problem, Response, int, Request]]:
+    """(problem, response, branch position, request), T per branch point. Prefix + continuation keep the length limit."""
+    return [(group.problem, response, at, Request(group.problem.prompt_ids + response.tokens[:at], config.max_response - at,
+                                                  config.temperature, request_seed(config.seed, batch.step, j, i, at, t)))
             for j, group in enumerate(batch.groups) for i, points in group.branch_points.items()
             for response in [group.responses[i]] for at in points for t in range(config.continuations)]
 
@@ -254,12 +255,12 @@ class Trainer:
     def sample(self, batch: Batch | None, upcoming: Batch | None) -> None:
         """ONE generation call: continuations for `batch`, initial responses for `upcoming`; then score, grade, plan."""
         continued = continuation_requests(self.config, batch) if batch else []
-        requests = [request for _, _, request in continued] + (initial_requests(self.config, upcoming) if upcoming else [])
+        requests = [request for *_, request in continued] + (initial_requests(self.config, upcoming) if upcoming else [])
         with self.phase("generate"):
             completions = self.engine.generate(requests) if requests else []
         self.generated_tokens += sum(len(c.tokens) for c in completions)
         if batch:
-            self.add_continuations(batch, continued, completions[:len(continued)])
+            self.add_continuations(continued, completions[:len(continued)])
         if upcoming:
             self.add_responses(upcoming, completions[len(continued):])
             self.plan(upcoming)
@@ -281,17 +282,16 @@ class Trainer:
                                             *without_answer(s.fci, c.tokens, row, self.separators)))
         batch.responses_cut = sum(not c.finished for c in completions)
 
-    def add_continuations(self, batch: Batch, continued: list[tuple[Response, int, Request]],
+    def add_continuations(self, continued: list[tuple[Problem, Response, int, Request]],
                           completions: list[Completion]) -> None:
         """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
         with self.phase("score"):
             scores = score(self.policy, [Sequence(request.prompt_ids, c.tokens)
-                                         for (_, _, request), c in zip(continued, completions)],
+                                         for (*_, request), c in zip(continued, completions)],
                            self.config.temperature, token_budget=self.config.token_budget)
-        problem_of = {id(response): group.problem for group in batch.groups for response in group.responses}
-        rewards = self.grade([(response.tokens[:at] + c.tokens, problem_of[id(response)])
-                              for (response, at, _), c in zip(continued, completions)])
-        for (response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
+        rewards = self.grade([(response.tokens[:at] + c.tokens, problem)
+                              for (problem, response, at, _), c in zip(continued, completions)])
+        for (_, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
             self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
             response.continuations.append(Continuation(at, c.tokens, s.logprobs, reward))
 
