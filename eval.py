@@ -114,6 +114,8 @@ def load_model(path: str, device: str):
     """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
+    if "/" not in path and not Path(path).is_dir():  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
+        raise UserError(f"--model {path}: cannot be loaded (no such directory)")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.zeros(1, device=device)
