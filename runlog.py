@@ -118,6 +118,7 @@ class Display:
 
     def __init__(self, steps: int):
         self.steps = steps
+        self.tested = ""  # the newest test accuracy stays in sight
         self.bar: tqdm | None = None  # made at the first phase: until then errors have the terminal to themselves
 
     def phase(self, name: str) -> None:
@@ -129,12 +130,15 @@ class Display:
         tqdm.write(text)
 
     def step(self, m: dict) -> None:
-        test = f"   test {100 * m['test_accuracy']:5.1f} %" if "test_accuracy" in m else ""
+        test = ""
+        if "test_accuracy" in m:
+            test = f"   test {100 * m['test_accuracy']:5.1f} %"
+            self.tested = f", test {100 * m['test_accuracy']:.1f} %"
         self.say(f"step {m['step']:>4}   reward {m['initial/reward']:.3f}   {m['problems']:>3} problems, "
                  f"{m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens   "
                  f"{m['seconds/step']:5.1f} s{test}")
         self.bar.update()
-        self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{test and ',' + test}")
+        self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{self.tested}")
 
     def close(self) -> None:
         if self.bar is not None:
