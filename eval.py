@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import Problem, UserError, encode_prompt, load_problems, stop_on_user_error
-from grading import Grader, grade, last_box
+from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from rollout import Request, TransformersEngine, request_seed
 
 
