@@ -33,7 +33,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
 from transformers import HfArgumentParser
 
 import eval as evaluation
@@ -42,7 +41,7 @@ from data import Problem, UserError, load_problems, stop_on_user_error
 from fci import Sequence, score, separator_tokens, split_steps, uniform_fci, without_answer
 from learner import Learner, TrainStats, learning_rate
 from rollout import Completion, Request, TransformersEngine, request_seed
-from runlog import Display, RunFolder, batch_metrics
+from runlog import Display, Gap, RunFolder, batch_metrics
 from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, notices, problem_fci, solve_rate,
                      tree_count)
 from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
@@ -125,8 +124,7 @@ class Config:
         self.grpo_samples = self.grpo_samples or leaves
         self.target_sequences = self.target_sequences or self.batch_size * (
             leaves if self.advantage == "tree" else self.grpo_samples)
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = evaluation.pick_device(self.device)
 
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
@@ -134,9 +132,10 @@ class Config:
                        "clip_low clip_high seed eval_temperature weight_decay rho log_samples",
                     1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta batch_range "
                        "mini_batch token_budget dual_clip rollout_tokens grading_workers"}
-        for low, name in ((low, name) for low, names in at_least.items() for name in names.split()):
-            if not low <= getattr(self, name) < float("inf"):  # also catches NaN
-                raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
+        for low, names in at_least.items():
+            for name in names.split():
+                if not low <= getattr(self, name) < float("inf"):  # also catches NaN
+                    raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
         for name in ("temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
@@ -238,7 +237,7 @@ class Trainer:
         """What is measured per step starts anew."""
         self.started = time.perf_counter()
         self.seconds: Counter = Counter()  # by phase
-        self.gap: list[float] = []  # |engine's log-prob - learner's log-prob| of every token sampled in this step
+        self.gap = Gap()
         self.reward.counts.clear()
 
     @contextmanager
@@ -277,7 +276,7 @@ class Trainer:
                            config.temperature, config.delta, config.token_budget)
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
         for group, c, row, s, reward in zip(owners, completions, bounds, scores, rewards):
-            self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
+            self.gap.add(c.logprobs, s.logprobs)
             group.responses.append(Response(c.tokens, s.logprobs, reward, s.entropies, row,
                                             *without_answer(s.fci, c.tokens, row, self.separators)))
         batch.responses_cut = sum(not c.finished for c in completions)
@@ -292,7 +291,7 @@ class Trainer:
         rewards = self.grade([(response.tokens[:at] + c.tokens, problem)
                               for (problem, response, at, _), c in zip(continued, completions)])
         for (_, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
-            self.gap += [abs(a - b) for a, b in zip(c.logprobs, s.logprobs)]
+            self.gap.add(c.logprobs, s.logprobs)
             response.continuations.append(Continuation(at, c.tokens, s.logprobs, reward))
 
     def grade(self, items: list[tuple[list[int], Problem]]) -> list[float]:
@@ -356,8 +355,7 @@ class Trainer:
         return {"step": batch.step, "generated_tokens": self.generated_tokens, **batch_metrics(batch, sequences),
                 **{f"train/{name}": value for name, value in asdict(stats).items()},
                 "train/lr": self.learner.optimizer.param_groups[0]["lr"],
-                "logprob_gap/mean": statistics.fmean(self.gap) if self.gap else 0.0,
-                "logprob_gap/max": max(self.gap, default=0.0),
+                "logprob_gap/mean": self.gap.total / max(1, self.gap.tokens), "logprob_gap/max": self.gap.largest,
                 **{f"grading/{name}": self.reward.counts[name] for name in ("unboxed", "timeout", "died", "error")},
                 **{f"seconds/{name}": round(self.seconds[name], 3) for name in ("generate", "score", "grade", "train")},
                 "seconds/step": round(time.perf_counter() - self.started, 3)}

@@ -29,6 +29,11 @@ class UserError(Exception):
     """Bad input: the message is one line that says what is wrong, where, and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, fit for a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def stop_on_user_error(command: str):
     """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
@@ -87,7 +92,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
         try:
             rows = parquet.read_table(path).to_pylist()
         except Exception as error:  # pyarrow raises a dozen types for a broken file
-            raise UserError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+            raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
         yield from ((f"row {i}", row) for i, row in enumerate(rows))
         return
     with path.open("rb") as lines:
@@ -152,7 +157,7 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
                 messages[-1] = {**messages[-1], "content": text + suffix}
             problem = Problem(text, answers, where, encode_prompt(tokenizer, messages))
         except Exception as error:  # also what a chat template or a tokenizer says of odd roles and characters
-            bad.setdefault("malformed", []).append(f"{where}: {(str(error) or type(error).__name__).splitlines()[0]}")
+            bad.setdefault("malformed", []).append(f"{where}: {first_line(error)}")
             continue
         if not answers:
             bad.setdefault("empty answer", []).append(f"{where}: the answer is empty")

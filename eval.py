@@ -29,9 +29,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data import Problem, UserError, encode_prompt, load_problems, stop_on_user_error
+from data import Problem, UserError, encode_prompt, first_line, load_problems, stop_on_user_error
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from rollout import Request, TransformersEngine, request_seed
+from sampler import is_correct
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -110,13 +111,17 @@ def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int,
                    [c.finished for c in completions[a:a + k]]) for a, p in zip(range(0, len(asked), k), problems)]
 
 
+def pick_device(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
 def load_model(path: str, device: str):
     """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
     if "/" not in path and not Path(path).is_dir():  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
         raise UserError(f"--model {path}: cannot be loaded (no such directory)")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    device = pick_device(device)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -136,10 +141,6 @@ def load_model(path: str, device: str):
     return model, tokenizer, sorted(eos_ids)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def check_context(model, problems: list[Problem], max_response: int | None, at_most: int = 1024) -> int:
     """The response length that fits the model's positions after the longest prompt: `max_response`, or if that is None as
     much of `at_most` as there is room for. Raises UserError if it does not fit."""
@@ -156,7 +157,7 @@ def check_context(model, problems: list[Problem], max_response: int | None, at_m
 
 def summary(results: list[Result], k: int) -> str:
     """The table of an evaluation."""
-    correct = [sum(r >= 0.5 for r in result.rewards) for result in results]
+    correct = [sum(map(is_correct, result.rewards)) for result in results]
     lengths = [n for result in results for n in result.lengths]
     cut = [not f for result in results for f in result.finished]
     rows = [("problems", f"{len(results)}"), (f"avg@{k}", f"{100 * fmean(avg_at_k(r.rewards) for r in results):.1f} %")]

@@ -215,8 +215,10 @@ def output_head(model):
     return model.get_output_embeddings()
 
 
-def token_logprobs(model, sequences: list[Sequence], temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences.
+def token_logprobs(model, sequences: list[Sequence], temperature: float, with_entropy: bool = True,
+                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences
+    (None for the entropies without `with_entropy`).
 
     The output head runs on the trained positions only and HEAD_CHUNK at a time (recomputed in the backward pass), so the
     logits of a long batch over a large vocabulary never exist at once. Divided by the temperature, as they were sampled:
@@ -230,13 +232,16 @@ def token_logprobs(model, sequences: list[Sequence], temperature: float) -> tupl
     def chunk_logprobs(states, wanted):
         logits = head(states).float() / temperature  # (n, V)
         normaliser = logits.logsumexp(-1)
-        entropy = normaliser - (logits.detach() - normaliser.detach()[:, None]).exp().mul(logits.detach()).sum(-1)
-        return logits.gather(-1, wanted[:, None])[:, 0] - normaliser, entropy.detach()
+        logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
+        if not with_entropy:  # the update has no use for it: two more passes over (n, V), and again in the backward pass
+            return logprobs, None
+        with torch.no_grad():
+            return logprobs, normaliser - (logits - normaliser[:, None]).exp().mul(logits).sum(-1)
 
     parts = [checkpoint(chunk_logprobs, states, wanted, use_reentrant=False) if torch.is_grad_enabled()
              else chunk_logprobs(states, wanted)
              for states, wanted in zip(hidden[predicts].split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
 
 
 def token_batches(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
@@ -303,15 +308,12 @@ def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[f
 # ---------------------------------------------------------------------------------------------------------------------
 def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
     """The FCI curve of one response with its branch points."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     from data import UserError
+    from view import BLUE, ORANGE, plt
 
     figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
-    axis.plot(range(len(fci)), fci, "o-", color="#0072B2", label="FCI")
-    axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color="#D55E00", label="branch points")
+    axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
+    axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
     axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)", title="Forward Context Influence")
     if len(labels) <= 40:  # longer responses: step numbers only
         axis.set_xticks(range(len(labels)), [f"{k}: {text[:18]}" for k, text in enumerate(labels)], rotation=60, ha="right",

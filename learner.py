@@ -129,12 +129,12 @@ class Learner:
         device = self.policy.device
         old_logp = torch.tensor([lp for s in rows for lp in s.logprobs], device=device)  # (N,)
         advantage = torch.tensor([a for s in rows for a in s.advantages], device=device)  # (N,)
-        logp, _ = token_logprobs(self.policy, rows, self.temperature)
+        logp, _ = token_logprobs(self.policy, rows, self.temperature, with_entropy=False)
         losses, clipped = ppo_loss(logp, old_logp, advantage, *self.clips)
         policy_loss = loss = losses.sum()
         if self.reference is not None:
             with torch.no_grad():
-                ref_logp, _ = token_logprobs(self.reference, rows, self.temperature)
+                ref_logp, _ = token_logprobs(self.reference, rows, self.temperature, with_entropy=False)
             kl = k3_kl(logp, ref_logp).sum()
             loss = policy_loss + self.kl_coef * kl
             total.kl += kl.item()

@@ -13,7 +13,7 @@ import json
 import shutil
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -61,6 +61,20 @@ def batch_metrics(batch, sequences) -> dict[str, float]:
         "entropy": mean(e for r in responses for e in r.entropies),
         "fci": mean(y for r in responses for y in r.fci),
     }
+
+
+@dataclass
+class Gap:
+    """|engine's log-prob - learner's log-prob| over a step's tokens. Sums, not a list: a step may sample 15 M tokens."""
+    total: float = 0.0
+    tokens: int = 0
+    largest: float = 0.0
+
+    def add(self, engine: list[float], learner: list[float]) -> None:
+        gaps = [abs(a - b) for a, b in zip(engine, learner)]
+        self.total += sum(gaps)
+        self.tokens += len(gaps)
+        self.largest = max(self.largest, *gaps, 0.0)
 
 
 class RunFolder:
