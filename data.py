@@ -1,10 +1,12 @@
-r"""data.py: problem sets, prompts, and the toy that everything runs on without a download.
+r"""data.py: problem sets and prompts.
 
 A problem set is one of
     FILE.jsonl     one object a line: {"problem": "...", "answer": "..."}; answer may be a number or a list of answers,
                    any of which is right
-    FILE.parquet   verl-style: `prompt` = [{"role", "content"}, ...], `reward_model.ground_truth` = string or list
-    toy:8:2000:1   generated: 2000 programs of 8 variables, seed 1 (the end may be left out: "toy" = toy:8:2000:0)
+    FILE.parquet   such columns, or verl-style: `prompt` = [{"role", "content"}, ...], `reward_model.ground_truth` =
+                   string or list
+    FILE.json      the same in one array, as DeepScaleR is published
+    toy:8:2000:1   generated (toy/programs.py): 2000 programs of 8 variables, seed 1; "toy" alone is toy:8:2000:0
 
 Training on a bad row is worse than stopping. Malformed rows, empty answers, duplicates, conflicting answers, over-long
 prompts and training problems that occur in the evaluation set are all reported with file and row, and loading stops;
@@ -15,12 +17,15 @@ Left out: streaming. A set is held in memory, as token ids.
     python -m pytest tests/test_data.py
 """
 import json
-import random
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from toy.programs import toy_set
 
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500
 
@@ -40,6 +45,8 @@ def stop_on_user_error(command: str):
     try:
         yield
     except UserError as error:
+        if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
+            time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -95,6 +102,15 @@ def read_rows(path: Path) -> Iterator[tuple[str, object]]:
             raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
         yield from ((f"row {i}", row) for i, row in enumerate(rows))
         return
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError, OSError) as error:
+            raise UserError(f"{path}: not JSON in UTF-8 ({first_line(error)})") from error
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: not an array of problems; a file with one object a line must end in .jsonl")
+        yield from ((f"entry {i}", row) for i, row in enumerate(rows))
+        return
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -136,11 +152,15 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
     """
     if source.split(":")[0] == "toy":
         held_texts = {p.text for p in evaluation}  # a generated set is never wrong: programs of the test set are passed over
-        rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(toy_set(source))
+        try:
+            programs = list(toy_set(source))
+        except ValueError:
+            raise UserError(f"{source}: write toy:VARIABLES:COUNT:SEED, for example toy:8:2000:1 (4 to 26 variables)") from None
+        rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(programs)
                 if text not in held_texts)
         suffix, evaluation = "", ()
     elif not Path(source).is_file():
-        raise UserError(f"{source}: no such problem file; give a .jsonl or .parquet file, or toy:8:2000:1")
+        raise UserError(f"{source}: no such problem file; give a .jsonl, .json or .parquet file, or toy:8:2000:1")
     else:
         rows = read_rows(Path(source))
     bad: dict[str, list[str]] = {}  # kind -> one line each
@@ -198,70 +218,3 @@ def report_bad_rows(source: str, bad: dict[str, list[str]], drop: bool, say) -> 
         raise UserError(f"{source}: bad rows ({counts}); mend them, or leave them out with --drop_bad_rows")
     if bad:
         say(f"{source}: left out {counts}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The toy: straight-line programs modulo 10
-# ---------------------------------------------------------------------------------------------------------------------
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-OPS = {"+": lambda x, y: (x + y) % 10, "-": lambda x, y: (x - y) % 10, "*": lambda x, y: (x * y) % 10}
-
-
-def toy_program(n_vars: int, rng: random.Random, hub: int | None = None, pull: float = 0.8, constant: bool = True) -> str:
-    """One program as text, e.g. "a=3;b=a+4;c=a*b;?c": n_vars assignments, then the question for the last variable.
-
-    One variable, the fourth or a later one, is a "hub": a constant that each later line uses with probability `pull`. So
-    steps differ in how much of the rest depends on them, and the earliest ones are not those that matter most: that is
-    what FCI should find. (toy/build.py asks for other hubs in its first stage.)
-    """
-    if hub is None:
-        hub = rng.randrange(3, max(4, n_vars // 2 + 1))
-    lines = [f"a={rng.randrange(10)}"]
-    for i in range(1, n_vars):
-        first, second = i - 1, rng.randrange(i)
-        if i > hub:
-            first = rng.choices([hub, i - 1, rng.randrange(i)], [pull, (1 - pull) * 2 / 3, (1 - pull) / 3])[0]
-            second = rng.choice([hub, second])
-        operand = LETTERS[second] if rng.random() < 0.5 else str(rng.randrange(10))
-        expression = f"{LETTERS[first]}{rng.choice('+-*')}{operand}"
-        lines.append(f"{LETTERS[i]}={rng.randrange(10) if constant and i == hub else expression}")
-    return ";".join(lines) + f";?{LETTERS[n_vars - 1]}"
-
-
-def toy_solution(program: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
-    r"""The teacher's response: one step "b=3+4=7" and a blank line per variable, then "\boxed{7}".
-
-    With probability `slip` a step's result is replaced by a wrong digit, and later steps go on from it: such a teacher
-    knows how to solve every program but slips, which is what reinforcement learning can mend in minutes.
-    >>> toy_solution("a=3;b=a+4;?b")
-    'a=3\n\nb=3+4=7\n\n\\boxed{7}'
-    """
-    values: dict[str, int] = {}
-    steps = []
-    *lines, question = program.split(";")
-    for line in lines:
-        name, _, expression = line.partition("=")
-        filled = "".join(str(values[c]) if c in values else c for c in expression)
-        values[name] = int(filled) if len(filled) == 1 else OPS[filled[1]](int(filled[0]), int(filled[2]))
-        if slip and rng.random() < slip:
-            values[name] = (values[name] + rng.randrange(1, 10)) % 10
-        steps.append(f"{name}={values[name]}" if len(filled) == 1 else f"{name}={filled}={values[name]}")
-    return "\n\n".join([*steps, rf"\boxed{{{values[question[1]]}}}"])
-
-
-def toy_set(source: str) -> Iterator[tuple[str, str]]:
-    """(program, answer) pairs for "toy[:VARIABLES[:COUNT[:SEED]]]"; no program twice. Raises UserError."""
-    try:
-        given = [int(part) for part in source.split(":")[1:]]
-        n_vars, count, seed = given + [8, 2000, 0][len(given):]
-        if not (4 <= n_vars <= 26 and count >= 1 and seed >= 0):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"{source}: write toy:VARIABLES:COUNT:SEED, for example toy:8:2000:1 (4 to 26 variables)") from None
-    rng = random.Random(f"toy/{n_vars}/{seed}")
-    seen: set[str] = set()
-    while len(seen) < count:
-        program = toy_program(n_vars, rng)
-        if program not in seen:
-            seen.add(program)
-            yield program, toy_solution(program).rsplit("{")[-1].rstrip("}")

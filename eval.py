@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import Problem, UserError, encode_prompt, first_line, load_problems, stop_on_user_error
+from dist import DTYPES
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
-from rollout import Request, TransformersEngine, request_seed
+from rollout import Request, TransformersEngine, VLLMEngine, request_seed
 from sampler import is_correct
 
 
@@ -112,7 +113,17 @@ def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int,
 
 
 def pick_device(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    """"auto" -> "cuda" where there is one, else "cpu". Raises UserError for a device that cannot be used."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        if torch.device(device).type == "cuda":  # asking without touching: a tensor on the first GPU would cost every rank
+            torch.cuda.get_device_properties(device)
+        else:
+            torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: cannot be used ({first_line(error)})") from error
+    return device
 
 
 def load_model(path: str, device: str):
@@ -122,10 +133,6 @@ def load_model(path: str, device: str):
     if "/" not in path and not Path(path).is_dir():  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
         raise UserError(f"--model {path}: cannot be loaded (no such directory)")
     device = pick_device(device)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used ({first_line(error)})") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
@@ -141,16 +148,17 @@ def load_model(path: str, device: str):
     return model, tokenizer, sorted(eos_ids)
 
 
-def check_context(model, problems: list[Problem], max_response: int | None, at_most: int = 1024) -> int:
+def check_context(model, problems: list[Problem], max_response: int | None, at_most: int = 1024,
+                  option: str = "max_response") -> int:
     """The response length that fits the model's positions after the longest prompt: `max_response`, or if that is None as
-    much of `at_most` as there is room for. Raises UserError if it does not fit."""
+    much of `at_most` as there is room for. Raises UserError, which names the option, if it does not fit."""
     longest = max(problems, key=lambda p: len(p.prompt_ids))
     if not longest.prompt_ids:
         raise UserError(f"{longest.source}: the problem is empty for this tokenizer")
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 40
     room = positions - len(longest.prompt_ids)
     if room < (max_response or 1):
-        raise UserError(f"--max_response {max_response or 1}: with the {len(longest.prompt_ids)} prompt tokens of "
+        raise UserError(f"--{option} {max_response or 1}: with the {len(longest.prompt_ids)} prompt tokens of "
                         f"{longest.source} that is more than the model's {positions} positions")
     return max_response or min(room, at_most)
 
@@ -204,18 +212,26 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--reward", default="eval:grade", help="module:function(response, answers) -> number")
     parser.add_argument("--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
-    model, tokenizer, eos_ids = load_model(args.model, args.device)
+    # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
+    model, tokenizer, eos_ids = load_model(args.model, "cpu" if args.engine == "vllm" else args.device)
+    model.to(DTYPES[args.dtype])
     if args.ask is not None:
         return ask(model, tokenizer, eos_ids, args.ask, args)
     problems = load_problems(args.problems, tokenizer, max_prompt=args.max_prompt, suffix=args.prompt_suffix,
                              drop=args.drop_bad_rows)
     max_response = check_context(model, problems, args.max_response)
     reward, engine = Reward(args.reward), TransformersEngine(model, eos_ids)
+    if args.engine == "vllm":
+        engine = VLLMEngine(args.model, eos_ids, max_response + max(len(p.prompt_ids) for p in problems), args.dtype,
+                            pick_device(args.device), memory=0.9)
+        engine.sync_weights(model.state_dict().items())
     out = Path(args.out or f"runs/eval-{Path(args.problems).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
     if out.exists():
         raise UserError(f"--out {out}: exists already; give another name")
@@ -240,6 +256,7 @@ def main(argv: list[str]) -> None:
     for name in ("timeout", "died", "error"):
         if reward.counts[name]:
             print(f"grading: {reward.counts[name]} x {name} (counted as wrong)")
+    engine.close()
     print(f"responses: {out}")
 
 

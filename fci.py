@@ -20,7 +20,6 @@ models that rescale their logits; both are refused with a ValueError, because sc
 
     python fci.py --model toy/model --problem "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h" --plot fci.png
 """
-import argparse
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,6 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from dist import in_step
 
 ATTENTION_NAME = "attnrl_fci"
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
@@ -189,7 +190,7 @@ class Scores:
     fci: list[float] = field(default_factory=list)
 
 
-def pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the sequence's tokens.
 
     Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no token id is special.
@@ -203,7 +204,7 @@ def pad_right(sequences: list[Sequence], device) -> tuple[torch.Tensor, torch.Te
         start, end = len(s.prompt_ids), len(s.prompt_ids) + len(s.tokens)
         ids[row, :end] = torch.tensor(s.prompt_ids + s.tokens)
         predicts[row, start - 1:end - 1] = True
-    return ids.to(device), predicts.to(device)
+    return ids, predicts
 
 
 def output_head(model):
@@ -215,33 +216,49 @@ def output_head(model):
     return model.get_output_embeddings()
 
 
-def token_logprobs(model, sequences: list[Sequence], temperature: float, with_entropy: bool = True,
-                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences
-    (None for the entropies without `with_entropy`).
+class TokenLogprobs(torch.nn.Module):
+    """A causal model and what is wanted of its logits as ONE forward pass, which is what DDP and FSDP2 wrap (dist.py).
 
     The output head runs on the trained positions only and HEAD_CHUNK at a time (recomputed in the backward pass), so the
     logits of a long batch over a large vocabulary never exist at once. Divided by the temperature, as they were sampled:
     training on untempered log-probs would start with a ratio that is not 1.
     """
-    ids, predicts = pad_right(sequences, model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
-    targets = ids.roll(-1, dims=1)[predicts]  # (N,)
-    head = output_head(model)
 
-    def chunk_logprobs(states, wanted):
-        logits = head(states).float() / temperature  # (n, V)
-        normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
-        if not with_entropy:  # the update has no use for it: two more passes over (n, V), and again in the backward pass
-            return logprobs, None
-        with torch.no_grad():
-            return logprobs, normaliser - (logits - normaliser[:, None]).exp().mul(logits).sum(-1)
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.device = model, model.device
 
-    parts = [checkpoint(chunk_logprobs, states, wanted, use_reentrant=False) if torch.is_grad_enabled()
-             else chunk_logprobs(states, wanted)
-             for states, wanted in zip(hidden[predicts].split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
+    def forward(self, ids, predicts, temperature: float, with_entropy: bool):
+        """ids, predicts (B, T) of `pad_right` -> log-probs and entropies (N,) of the predicted tokens."""
+        ids, predicts = ids.to(self.device), predicts.to(self.device)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
+        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
+        head = output_head(self.model)
+
+        def chunk_logprobs(states, wanted):
+            logits = head(states).float() / temperature  # (n, V)
+            normaliser = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
+            if not with_entropy:  # the update has no use for it: two more passes over (n, V), and again in the backward pass
+                return logprobs, None
+            with torch.no_grad():
+                return logprobs, normaliser - (logits - normaliser[:, None]).exp().mul(logits).sum(-1)
+
+        parts = [checkpoint(chunk_logprobs, states, wanted, use_reentrant=False) if torch.is_grad_enabled()
+                 else chunk_logprobs(states, wanted)
+                 for states, wanted in zip(hidden[predicts].split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
+
+
+def token_logprobs(model, sequences: list[Sequence], temperature: float, with_entropy: bool = True,
+                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences
+    (None for the entropies without `with_entropy`). model: a causal model, or its TokenLogprobs as dist.py wrapped it.
+
+    No sequences at all (this rank has run out of work, the others have not): one pass over a single token, (1,).
+    """
+    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
+    return forward(*pad_right(sequences or [Sequence([0], [0])]), temperature, with_entropy)
 
 
 def token_batches(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
@@ -259,24 +276,26 @@ def score(model, sequences: list[Sequence], temperature: float = 1.0, delta: int
           ) -> list[Scores]:
     """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
 
-    Sequences of any lengths; they are batched by length with at most `token_budget` padded tokens a forward pass. The
-    result does not depend on the batch (up to float rounding). Raises ValueError on an empty prompt or wrong bounds.
+    model: a causal model, or its TokenLogprobs. Sequences of any lengths; they are batched by length with at most
+    `token_budget` padded tokens a forward pass. The result does not depend on the batch (up to float rounding). With
+    several ranks every rank must call it. Raises ValueError on an empty prompt or wrong bounds.
     """
+    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
     for s in sequences:
         if s.bounds is not None and (s.bounds[:1] != [0] or s.bounds[-1] != len(s.tokens)
                                      or any(a >= b for a, b in zip(s.bounds, s.bounds[1:]))):
             raise ValueError(f"bounds must rise strictly from 0 to the {len(s.tokens)} response tokens, got {s.bounds}")
     results = [Scores([], []) for _ in sequences]
-    for batch in token_batches(sequences, token_budget):
+    for batch in in_step(token_batches(sequences, token_budget)):
         rows = [sequences[i] for i in batch]
         collector = None
         if any(s.bounds and len(s.bounds) > 1 for s in rows):
             width = max(len(s.prompt_ids) + len(s.tokens) for s in rows)
             collector = StepAttention([len(s.prompt_ids) for s in rows], [s.bounds or [0] for s in rows], width, delta,
-                                      model.device)
-        with scoring_mode(model, collector):
-            logprobs, entropies = token_logprobs(model, rows, temperature)
-        lengths = [len(s.tokens) for s in rows]
+                                      forward.device)
+        with scoring_mode(forward.model, collector):
+            logprobs, entropies = token_logprobs(forward, rows, temperature)
+        lengths = [len(s.tokens) for s in rows] or [1]
         for row, (i, lp, entropy) in enumerate(zip(batch, logprobs.split(lengths), entropies.split(lengths))):
             results[i] = Scores(lp.tolist(), entropy.tolist())
             if sequences[i].bounds and collector is not None:
@@ -303,85 +322,9 @@ def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[f
     return [0.0 if k == 0 else math.fsum(rows[k + delta:]) for k in range(len(rows))]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line: the scores of one response
-# ---------------------------------------------------------------------------------------------------------------------
-def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
-    """The FCI curve of one response with its branch points."""
-    from data import UserError
-    from view import BLUE, ORANGE, plt
+if __name__ == "__main__":  # the command needs the files that come after this one, so it is in view.py
+    import sys
 
-    figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
-    axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
-    axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
-    axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)", title="Forward Context Influence")
-    if len(labels) <= 40:  # longer responses: step numbers only
-        axis.set_xticks(range(len(labels)), [f"{k}: {text[:18]}" for k, text in enumerate(labels)], rotation=60, ha="right",
-                        fontsize=8, parse_math=False)
-    axis.legend()
-    axis.grid(alpha=0.3)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        raise UserError(f"--plot {path}: cannot be written ({error})") from error
-
-
-def main() -> None:
-    """Score one response (sampled here, unless --response names a file) and mark where AttnRL would branch."""
-    import random
-
-    from data import Problem, UserError, encode_prompt
-    from eval import check_context, load_model
-    from rollout import Request, TransformersEngine
-    from tree import Response, choose_branch_points
-
-    parser = argparse.ArgumentParser(prog="fci.py", description=main.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="toy/model", help="model directory")
-    parser.add_argument("--problem", required=True, help="the problem's text")
-    parser.add_argument("--response", help="file with the response; without it one is sampled")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
-    parser.add_argument("--delta", type=int, default=4, help="attention counts from this many steps later on")
-    parser.add_argument("--rho", type=float, default=0.2, help="branch points are among the top rho of FCI")
-    parser.add_argument("--max_response", type=int, default=1024, help="tokens, when sampling")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.error = lambda message: parser.exit(2, f"fci.py: {message} (see --help)\n")
-    args = parser.parse_args()
-    if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
-        raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
-    model, tokenizer, eos_ids = load_model(args.model, "auto")
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": args.problem}])
-    if args.response:
-        try:
-            text = open(args.response, encoding="utf-8").read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        limit = check_context(model, [Problem(args.problem, [], "--problem", prompt)], None, at_most=args.max_response)
-        tokens = TransformersEngine(model, eos_ids).generate([Request(prompt, limit, 1.0, args.seed)])[0].tokens
-    if not tokens:
-        raise UserError("the response is empty: there is nothing to score")
-    separators = separator_tokens(tokenizer)
-    bounds = split_steps(tokens, separators)
-    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
-    fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
-    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
-    points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
-    labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
-    for k, (label, y) in enumerate(zip(labels, fci)):
-        mark = "<- branch" if bounds[k] in points else ""
-        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {' '.join(label.split())[:90]}")
-    if len(labels) <= args.delta + 1:
-        print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
-    if args.plot:
-        plot_scores(args.plot, fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
-        print(f"curve: {args.plot}")
-
-
-if __name__ == "__main__":
-    import fci  # not this copy called __main__: rollout.py imports fci by name, and the attention registry holds one of them
-    from data import stop_on_user_error
-
-    with stop_on_user_error("fci.py"):
-        fci.main()
+    import view
+    with view.stop_on_user_error("fci.py"):
+        view.show_fci(sys.argv[1:])

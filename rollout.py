@@ -1,29 +1,39 @@
 """rollout.py: engines turn requests (token ids in) into completions (token ids and their log-probabilities out).
 
-An engine is anything with two methods, `generate(requests)` and `sync_weights(model)`. Here is the embedded default on
-plain transformers: it samples with the policy itself, so that everything runs on a laptop.
+An engine is anything with the methods of `TransformersEngine`: `generate(requests)`, `sleep()` while the policy is
+updated, `sync_weights(weights)` after that, `close()`. Two of them:
 
-What it takes care of, because sampling is most of the time of a training step:
+    TransformersEngine   the embedded default on plain transformers; samples with the policy itself, also on a laptop
+    VLLMEngine           vLLM inside the training process, one engine per rank: for real models
+
+What the first takes care of, because sampling is most of the time of a training step:
 - a prefix shared by several requests is computed once: six samples of a problem, two continuations of one branch point,
   and a branch point whose prefix begins the prefix of a later one;
 - requests of similar length run together; rows that are finished leave the batch;
 - a request's tokens depend on its own seed only. The random number of its t-th token comes from (seed, t), never from a
   global generator, so neither the other requests nor their order matter (up to float rounding in the model).
 
-Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature).
+vLLM brings its own ways of doing the same, with per-request seeds and prefix caching.
+
+Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature). An engine with weights
+of its own can silently sample from old ones; `engine_gap` compares a few tokens with the learner after every sync.
 
 Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a running batch.
 
     python -m pytest tests/test_rollout.py
 """
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
-from fci import output_head, scoring_mode
+from data import UserError
+from dist import DTYPES, world
+from fci import Sequence, output_head, score, scoring_mode
 
 
 @dataclass
@@ -68,16 +78,26 @@ def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
 
 
 class TransformersEngine:
-    """The embedded engine: the policy itself, with a KV cache. `eos_ids` end a response; at most `token_budget` tokens
-    (rows x longest prompt and completion) are in the cache at once."""
+    """The embedded engine: `model` (the policy itself, or a copy of it where the policy is sharded), with a KV cache.
+    `eos_ids` end a response; at most `token_budget` tokens (rows x longest prompt and completion) are in the cache at once.
+    """
 
     def __init__(self, model, eos_ids: list[int], token_budget: int = 65536):
         self.model, self.eos_ids, self.token_budget = model, eos_ids, token_budget
         self.prefilled = 0  # prompt tokens computed so far, for tests and metrics: shared prefixes count once
 
-    def sync_weights(self, model) -> None:
-        """After an update: this engine samples with the trainer's own weights, so there is nothing to copy."""
-        self.model = model
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """After an update. Weights that are the policy's own are new already; a copy takes them over."""
+        own = self.model.state_dict()
+        for name, value in weights:
+            if own[name].data_ptr() != value.data_ptr():
+                own[name].copy_(value)
+
+    def sleep(self) -> None:
+        """Nothing to give back: the KV cache lives during `generate` only."""
+
+    def close(self) -> None:
+        pass
 
     def generate(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[Completion]:
         """One Completion per request, in order. on_token(index, token) is called for every sampled token (streaming).
@@ -182,3 +202,96 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tens
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+class VLLMEngine:
+    """vLLM in this process, one engine per rank. `path`: a model directory, of which only the configuration is read: the
+    weights come from the trainer (`sync_weights` before the first `generate`).
+
+    memory: share of the GPU for weights and KV cache. On the CPU the cache holds `token_budget` tokens. Must be made after
+    the process group and, on a GPU, before the policy goes there. Raises UserError where vLLM is not installed.
+    """
+
+    def __init__(self, path: str, eos_ids: list[int], max_tokens: int, dtype: str = "fp32", device: str = "cpu",
+                 memory: float = 0.4, token_budget: int = 65536):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that weights need not travel
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise UserError(f"--engine vllm: vLLM is not installed here ({error}); GPU: pip install -r requirements-gpu.txt, "
+                            "CPU: make .venv-vllm/ready, then .venv-vllm/bin/python") from error
+        self.eos_ids, self.params, self.gpu, self.asleep = eos_ids, SamplingParams, device.startswith("cuda"), False
+        if self.gpu:
+            settings = dict(gpu_memory_utilization=memory, enable_sleep_mode=True)
+        else:
+            config = AutoConfig.from_pretrained(path).get_text_config()
+            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            one = 2 * config.num_hidden_layers * config.num_key_value_heads * head * DTYPES[dtype].itemsize
+            # Prefixes are shared in whole blocks. Chunked prefill and per-request seeds do not go together on the CPU.
+            settings = dict(kv_cache_memory_bytes=one * max(token_budget, 2 * max_tokens), block_size=32, enforce_eager=True,
+                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_tokens, 8192))
+        if world() > 1:  # the plain executor would put every rank's engine on the first GPU
+            settings |= dict(distributed_executor_backend="external_launcher")
+        threads = torch.set_num_threads  # vLLM replaces it by a function that does nothing
+        self.llm = LLM(path, dtype=str(DTYPES[dtype]).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
+                       generation_config="vllm", max_model_len=max_tokens, tensor_parallel_size=1, seed=0,
+                       enable_prefix_caching=True, logprobs_mode="processed_logprobs", **settings)
+        torch.set_num_threads = threads
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        """One Completion per request, in order. Each request has its own seed: engine seeds are not enough, two ranks
+        would sample the same rollouts."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": r.prompt_ids} for r in requests],
+            [self.params(temperature=r.temperature, max_tokens=r.max_tokens, seed=r.seed, stop_token_ids=self.eos_ids,
+                         logprobs=0, flat_logprobs=True, detokenize=False) for r in requests], use_tqdm=False)
+        return [Completion(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
+                for output in outputs for o in output.outputs]
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the update: the KV cache and the weights are dropped (level 2)."""
+        if self.gpu:
+            self.llm.sleep(level=2)
+            torch.cuda.empty_cache()
+            self.asleep = True
+
+    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load new weights, and forget the KV cache of the old ones: prefixes would be continued as if nothing had changed."""
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+        self.asleep = False
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+
+
+def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
+    """A few tokens more, from the middle of the first completions: prefixes that the engine has in its cache."""
+    return [Request(r.prompt_ids + c.tokens[:len(c.tokens) // 2], min(16, r.max_tokens - len(c.tokens) // 2), r.temperature,
+                    r.seed) for r, c in zip(requests[:4], completions)]
+
+
+def engine_gap(engine, policy, requests: list[Request], tolerance: float) -> float:
+    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a few tokens that it samples
+    now. Raises UserError with both log-probs above the tolerance. Every rank must call it (`policy` may be sharded).
+
+    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix cache shows as well.
+    """
+    completions = engine.generate(requests) if requests else []
+    scores = score(policy, [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
+                   requests[0].temperature if requests else 1.0)
+    sampled, learnt = [lp for c in completions for lp in c.logprobs], [lp for s in scores for lp in s.logprobs]
+    gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
+    if not gap <= tolerance:  # NaN, too
+        raise UserError(
+            f"engine and learner disagree after the weight sync: over {len(sampled)} tokens the engine's mean log-prob is "
+            f"{fmean(sampled):.4f}, the learner's {fmean(learnt):.4f}, mean |difference| {gap:.4g}, above --sync_tolerance "
+            f"{tolerance:g}. Likely causes: weights that did not arrive (a tied output head, a new version of vLLM), KV of the "
+            "old weights in the prefix cache, another dtype or temperature, weights that are not finite")
+    return gap

@@ -20,7 +20,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+import view
 from data import UserError
+from dist import full_weights, rank
 from sampler import is_correct
 
 
@@ -57,7 +59,7 @@ def batch_metrics(batch, sequences) -> dict[str, float]:
         "valid_token_ratio": trained / max(1, sampled),
         "response_length": mean(len(r.tokens) for r in responses),
         "steps_per_response": mean(len(r.bounds) - 1 for r in responses),
-        "cut_off": batch.responses_cut / max(1, len(responses)),
+        "cut_off": sum(group.cut for group in batch.groups) / max(1, len(responses)),
         "entropy": mean(e for r in responses for e in r.entropies),
         "fci": mean(y for r in responses for y in r.fci),
     }
@@ -70,6 +72,10 @@ class Gap:
     tokens: int = 0
     largest: float = 0.0
 
+    @classmethod
+    def sum(cls, gaps) -> "Gap":
+        return cls(sum(g.total for g in gaps), sum(g.tokens for g in gaps), max(g.largest for g in gaps))
+
     def add(self, engine: list[float], learner: list[float]) -> None:
         gaps = [abs(a - b) for a, b in zip(engine, learner)]
         self.total += sum(gaps)
@@ -78,9 +84,13 @@ class Gap:
 
 
 class RunFolder:
-    """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made."""
+    """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made. Only rank 0 writes; of
+    the other ranks `path` is None."""
 
     def __init__(self, config):
+        self.path = None
+        if rank():
+            return
         self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -94,6 +104,8 @@ class RunFolder:
 
     def append(self, name: str, record: dict) -> None:
         """One JSON line, on the disk before the next step begins."""
+        if rank():
+            return
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -115,20 +127,29 @@ class RunFolder:
                 } for i, r in enumerate(group.responses)]})
 
     def save_model(self, name: str, model, tokenizer) -> None:
-        """Written beside and renamed when complete: a folder of that name is always a whole model."""
+        """Written beside and renamed when complete: a folder of that name is always a whole model (fp32). Every rank calls
+        it, because each has a part of the weights."""
+        weights = {key: value.cpu() for key, value in full_weights(model) if rank() == 0}
+        if rank():
+            return
         fresh, old, target = self.path / f".{name}.new", self.path / f".{name}.old", self.path / name
         for left_over in (fresh, old):
             shutil.rmtree(left_over, ignore_errors=True)
-        model.save_pretrained(fresh)
+        model.save_pretrained(fresh, state_dict=weights)
         tokenizer.save_pretrained(fresh)
         if target.exists():
             target.rename(old)
         fresh.rename(target)
         shutil.rmtree(old, ignore_errors=True)
 
+    def draw_curves(self) -> None:
+        if rank() == 0:
+            view.draw_curves(self.path)
+
 
 class Display:
-    """The terminal: a bar with the current phase and the time left, one line per step; plain lines when piped."""
+    """The terminal: a bar with the current phase and the time left, one line per step; plain lines when piped. Only rank 0
+    has one."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -136,12 +157,15 @@ class Display:
         self.bar: tqdm | None = None  # made at the first phase: until then errors have the terminal to themselves
 
     def phase(self, name: str) -> None:
+        if rank():
+            return
         if self.bar is None:
             self.bar = tqdm(total=self.steps, unit="step", disable=None, dynamic_ncols=True, leave=False)
         self.bar.set_description_str(name)
 
     def say(self, text: str) -> None:
-        tqdm.write(text)
+        if rank() == 0:
+            tqdm.write(text)
 
     def step(self, m: dict) -> None:
         test = ""
@@ -151,9 +175,48 @@ class Display:
         self.say(f"step {m['step']:>4}   reward {m['initial/reward']:.3f}   {m['problems']:>3} problems, "
                  f"{m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens   "
                  f"{m['seconds/step']:5.1f} s{test}")
+        if rank():
+            return
         self.bar.update()
         self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{self.tested}")
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failures with a name
+# ---------------------------------------------------------------------------------------------------------------------
+def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
+    """How much FCI tells of the steps: the median over responses of the relative spread (std / mean) of their scores, both
+    as they are and in units of `uniform` (fci.uniform_fci), whichever is smaller. None: too few steps to say.
+
+    Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
+    """
+    def spread(values: list[float]) -> float:
+        return statistics.pstdev(values) / statistics.fmean(values)
+
+    rows = [[(y, u) for y, u in zip(ys, us) if y > 0] for ys, us in zip(scores, uniform)]
+    found = [min(spread([y for y, _ in row]), spread([y / u for y, u in row])) for row in rows if len(row) >= 3]
+    return statistics.median(found) if found else None
+
+
+def notices(problems: int, expanded: int | None, kept: int, spread: float | None, inert: bool = False) -> list[str]:
+    """What a person should know about this batch: one line each, none if all is well.
+
+    expanded: problems with a branch point (None: the method has none); kept: training sequences; spread: `fci_spread`;
+    inert: no step of any response has a positive FCI.
+    """
+    found = []
+    if inert:
+        found.append("FCI is inert: every step scores 0, for no response has more than Delta + 1 steps; lower --delta")
+    if spread is not None and spread < 0.05:
+        found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); "
+                     "branch points are arbitrary")
+    if expanded == 0:
+        found.append(f"everything filtered: none of {problems} problems is branched, no continuations this step")
+    if kept == 0:
+        found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
+                     "the batch size is held (problems too easy or too hard for this policy)")
+    return found

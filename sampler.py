@@ -10,7 +10,7 @@ Equations (AttnRL):
     Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' wanted, B'' kept training sequences
 
 Everything is a small function, or a small state that saves to and restores from plain numbers. Emptiness and collapse
-are named (`notices`), never silent. Left out: filters on difficulty other than z = 1 (the paper's ablation lost by them).
+are named (runlog.notices), never silent. Left out: filters on difficulty other than z = 1 (the paper's ablation lost by them).
 
     python -m pytest tests/test_sampler.py
 """
@@ -137,40 +137,3 @@ class AdaptiveBatch:
             wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled  # AttnRL Eq. 10
             self.size = min(self.high, max(self.low, round_half_up(wanted)))
         return self.size
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Failures with a name
-# ---------------------------------------------------------------------------------------------------------------------
-def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
-    """How much FCI tells of the steps: the median over responses of the relative spread (std / mean) of their scores, both
-    as they are and in units of `uniform` (fci.uniform_fci), whichever is smaller. None: too few steps to say.
-
-    Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
-    """
-    def spread(values: list[float]) -> float:
-        return statistics.pstdev(values) / statistics.fmean(values)
-
-    rows = [[(y, u) for y, u in zip(ys, us) if y > 0] for ys, us in zip(scores, uniform)]
-    found = [min(spread([y for y, _ in row]), spread([y / u for y, u in row])) for row in rows if len(row) >= 3]
-    return statistics.median(found) if found else None
-
-
-def notices(problems: int, expanded: int | None, kept: int, spread: float | None, inert: bool = False) -> list[str]:
-    """What a person should know about this batch: one line each, none if all is well.
-
-    expanded: problems with a branch point (None: the method has none); kept: training sequences; spread: `fci_spread`;
-    inert: no step of any response has a positive FCI.
-    """
-    found = []
-    if inert:
-        found.append("FCI is inert: every step scores 0, for no response has more than Delta + 1 steps; lower --delta")
-    if spread is not None and spread < 0.05:
-        found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); "
-                     "branch points are arbitrary")
-    if expanded == 0:
-        found.append(f"everything filtered: none of {problems} problems is branched, no continuations this step")
-    if kept == 0:
-        found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
-                     "the batch size is held (problems too easy or too hard for this policy)")
-    return found

@@ -38,6 +38,7 @@ class Continuation:
     tokens: list[int]
     logprobs: list[float]  # behaviour log-probs of `tokens` only
     reward: float = 0.0
+    weights: list[float] = field(default_factory=list)  # truncated importance weights of `tokens`; empty: all 1
 
 
 @dataclass
@@ -51,6 +52,7 @@ class Response:
     fci: list[float] = field(default_factory=list)  # per step
     branchable: int = 0  # the first `branchable` steps may be branch points (not the answer after "</think>")
     continuations: list[Continuation] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # truncated importance weights (learner.py); empty: all 1
 
 
 @dataclass
@@ -60,10 +62,12 @@ class TrainingSequence:
     tokens: list[int]
     advantages: list[float]
     logprobs: list[float]
+    weights: list[float] = field(default_factory=list)  # of the tokens' losses; empty: all 1
 
     def __post_init__(self):
-        if not len(self.tokens) == len(self.advantages) == len(self.logprobs):
-            raise ValueError("tokens, advantages and logprobs must have one entry per response token")
+        self.weights = self.weights or [1.0] * len(self.tokens)
+        if not len(self.tokens) == len(self.advantages) == len(self.logprobs) == len(self.weights):
+            raise ValueError("tokens, advantages, logprobs and weights must have one entry per response token")
 
     @property
     def mask(self) -> list[int]:
@@ -126,16 +130,18 @@ class Node:
     """A span of tokens shared by all leaves below it. Values are exact fractions: equal rewards give exactly zero."""
     tokens: list[int]
     logprobs: list[float]
+    weights: list[float]
     children: list["Node"] = field(default_factory=list)
     value: Fraction = Fraction(0)  # V(s); for a leaf its reward
     leaves: int = 1  # L(s)
     advantage: float = 0.0  # A(s)
 
 
-def leaf(tokens: list[int], logprobs: list[float], reward: float) -> Node:
-    if not math.isfinite(reward):
-        raise ValueError(f"a reward must be a finite number, got {reward}")
-    return Node(tokens, logprobs, value=Fraction(reward))
+def leaf(end: Response | Continuation, start: int = 0) -> Node:
+    """What is left of `end` from token `start` on, with its reward."""
+    if not math.isfinite(end.reward):
+        raise ValueError(f"a reward must be a finite number, got {end.reward}")
+    return Node(end.tokens[start:], end.logprobs[start:], end.weights[start:], value=Fraction(end.reward))
 
 
 def response_chain(response: Response) -> Node:
@@ -145,16 +151,16 @@ def response_chain(response: Response) -> Node:
             raise ValueError(f"a continuation must start inside its response: 0 < {c.at} < {len(response.tokens)} fails")
     cuts = sorted({c.at for c in response.continuations})
     starts = [0, *cuts]
-    node = leaf(response.tokens[starts[-1]:], response.logprobs[starts[-1]:], response.reward)
+    node = leaf(response, starts[-1])
     for start, cut in reversed(list(zip(starts, cuts))):  # from the end: what follows a cut is a child of what precedes
-        branches = [leaf(c.tokens, c.logprobs, c.reward) for c in response.continuations if c.at == cut]
-        node = Node(response.tokens[start:cut], response.logprobs[start:cut], children=[node, *branches])
+        branches = [leaf(c) for c in response.continuations if c.at == cut]
+        node = Node(response.tokens[start:cut], response.logprobs[start:cut], response.weights[start:cut], [node, *branches])
     return node
 
 
 def build_tree(responses: list[Response]) -> Node:
     """The tree of one problem with V, L and A on every node."""
-    root = Node([], [], children=[response_chain(r) for r in responses])
+    root = Node([], [], [], [response_chain(r) for r in responses])
     set_values(root)
     set_advantages(root, parent=root, root=root)
     return root
@@ -192,8 +198,8 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
                 walk(child, path)
         else:
             sequences.append(TrainingSequence(
-                prompt_ids, [t for s in path for t in s.tokens],
-                [s.advantage for s in path for _ in s.tokens], [lp for s in path for lp in s.logprobs]))
+                prompt_ids, [t for s in path for t in s.tokens], [s.advantage for s in path for _ in s.tokens],
+                [lp for s in path for lp in s.logprobs], [w for s in path for w in s.weights]))
 
     for child in build_tree(responses).children:
         walk(child, [])
@@ -208,7 +214,7 @@ def grpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
     mean = statistics.mean(rewards)  # exact, so that equal rewards differ from their mean by 0
     std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
     return [TrainingSequence(prompt_ids, r.tokens, [(r.reward - mean) / (std + 1e-6)] * len(r.tokens),  # AttnRL Eq. 1
-                             r.logprobs) for r in responses]
+                             r.logprobs, r.weights) for r in responses]
 
 
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:

@@ -1,8 +1,12 @@
 """view.py: look at runs. Draws each run's curves.png from its metrics.jsonl and prints a table of all of them.
 
     python view.py runs/toy-20260101-120000 runs/toy-20260101-130000
+
+Also here: what `python fci.py` prints and draws, the FCI of one response.
 """
+import argparse
 import json
+import random
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file, no window: also on a machine without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-from data import UserError, stop_on_user_error  # noqa: E402
+from data import Problem, UserError, encode_prompt, stop_on_user_error  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -84,6 +88,77 @@ def table(runs: list[Path]) -> str:
     for name, row in zip([*(run.name for run in runs), "mean"], rows):
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row[:5]) + f" | {row[5]:.2f} | {row[6]:.1f} |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `python fci.py`: the scores of one response
+# ---------------------------------------------------------------------------------------------------------------------
+def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
+    """The FCI curve of one response with its branch points."""
+    figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
+    axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
+    axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
+    axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)", title="Forward Context Influence")
+    if len(labels) <= 40:  # longer responses: step numbers only
+        axis.set_xticks(range(len(labels)), [f"{k}: {text[:18]}" for k, text in enumerate(labels)], rotation=60, ha="right",
+                        fontsize=8, parse_math=False)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:  # no such folder, no such format
+        raise UserError(f"--plot {path}: cannot be written ({error})") from error
+
+
+def show_fci(argv: list[str]) -> None:
+    """Score one response (sampled here, unless --response names a file) and mark where AttnRL would branch."""
+    from eval import check_context, load_model  # here, so that drawing curves needs no model code
+    from fci import Sequence, score, separator_tokens, split_steps, without_answer
+    from rollout import Request, TransformersEngine
+    from tree import Response, choose_branch_points
+
+    parser = argparse.ArgumentParser(prog="fci.py", description=show_fci.__doc__,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default="toy/model", help="model directory")
+    parser.add_argument("--problem", required=True, help="the problem's text")
+    parser.add_argument("--response", help="file with the response; without it one is sampled")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
+    parser.add_argument("--delta", type=int, default=4, help="attention counts from this many steps later on")
+    parser.add_argument("--rho", type=float, default=0.2, help="branch points are among the top rho of FCI")
+    parser.add_argument("--max_response", type=int, default=1024, help="tokens, when sampling")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.error = lambda message: parser.exit(2, f"fci.py: {message} (see --help)\n")
+    args = parser.parse_args(argv)
+    if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
+        raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
+    model, tokenizer, eos_ids = load_model(args.model, "auto")
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": args.problem}])
+    if args.response:
+        try:
+            text = open(args.response, encoding="utf-8").read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        limit = check_context(model, [Problem(args.problem, [], "--problem", prompt)], None, at_most=args.max_response)
+        tokens = TransformersEngine(model, eos_ids).generate([Request(prompt, limit, 1.0, args.seed)])[0].tokens
+    if not tokens:
+        raise UserError("the response is empty: there is nothing to score")
+    separators = separator_tokens(tokenizer)
+    bounds = split_steps(tokens, separators)
+    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
+    fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
+    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
+    points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
+    labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
+    for k, (label, y) in enumerate(zip(labels, fci)):
+        mark = "<- branch" if bounds[k] in points else ""
+        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {' '.join(label.split())[:90]}")
+    if len(labels) <= args.delta + 1:
+        print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
+    if args.plot:
+        plot_scores(args.plot, fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
+        print(f"curve: {args.plot}")
 
 
 def main(arguments: list[str]) -> None:

@@ -9,12 +9,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 from attnrl import Config, Trainer, parse_config, train
-from data import stop_on_user_error, toy_solution
+from data import stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
 from rollout import Request, TransformersEngine, request_seed
 from runlog import Display
 from test_eval import run
+from toy.programs import toy_solution
 from tree import Response, choose_branch_points, tree_sequences
 
 TINY = ["--steps", "2", "--batch_size", "4", "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2",

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import (LETTERS, Problem, UserError, encode_prompt, load_problems, parse_answers, toy_program, toy_set,
-                  toy_solution)
+from data import Problem, UserError, encode_prompt, load_problems, parse_answers
 from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
+from toy.programs import LETTERS, toy_program, toy_set, toy_solution
 
 SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
 
@@ -196,8 +196,10 @@ def test_toy_sets_are_reproducible_distinct_and_validated():
     assert list(toy_set("toy:6:50:3")) == list(toy_set("toy:6:50:3")) != list(toy_set("toy:6:50:4"))
     assert len({program for program, _ in toy_set("toy:4:500:0")}) == 500
     for wrong in ("toy:x", "toy:3", "toy:27", "toy:8:0", "toy:8:1:-1", "toy:8:10:0:9"):
-        with pytest.raises(UserError, match="write toy:VARIABLES:COUNT:SEED"):
+        with pytest.raises(ValueError):
             list(toy_set(wrong))
+        with pytest.raises(UserError, match="write toy:VARIABLES:COUNT:SEED"):
+            load_problems(wrong, toy_tokenizer(), max_prompt=99)
 
 
 def test_toy_tokens_are_characters_and_the_blank_line():
@@ -205,3 +207,28 @@ def test_toy_tokens_are_characters_and_the_blank_line():
     text = "b=3+4=7\n\n\\boxed{7}"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == 7 + 1 + 9 and tokenizer.decode(ids) == text
+
+
+def test_a_json_array_is_read_as_published_and_a_wrong_one_says_so(tmp_path, tokenizer):
+    path = tmp_path / "deepscaler.json"
+    rows = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": "It is."} for i in range(3)]
+    path.write_text(json.dumps([*rows, {"problem": "no answer"}]))
+    problems, said = load(path, tokenizer, drop=True)
+    assert [p.answers for p in problems] == [["1"], ["2"], ["3"]] and problems[1].source == f"{path}, entry 1"
+    assert said == [f"{path}: left out 1 malformed"]
+    for text, message in (('{"problem": "x", "answer": "1"}', "not an array"), ('[{"problem": "x",', "not JSON in UTF-8")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load(path, tokenizer)
+
+
+def test_parquet_with_plain_columns(tmp_path, tokenizer):
+    """DeepScaleR as the hub converts it: columns problem, answer, solution."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "deepscaler.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["What is 1 + 1?", "What is 2 + 2?"], "answer": ["2", "4"],
+                                               "solution": ["", ""]}), path)
+    problems, _ = load(path, tokenizer)
+    assert [p.answers for p in problems] == [["2"], ["4"]]

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 import eval as evaluation
-from data import UserError, toy_solution
+from data import UserError
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
+from toy.programs import toy_solution
 
 
 def run(*args, cwd=ROOT, code=0):

@@ -318,13 +318,13 @@ def test_wrong_requests_are_refused():
 
 def test_sync_weights_switches_the_weights():
     requests, other = requests_for(14), tiny_model("qwen2", seed=1)
-    engine = TransformersEngine(MODELS["qwen2"], EOS)
+    engine = TransformersEngine(copy.deepcopy(MODELS["qwen2"]), EOS)
     first = engine.generate(requests)
-    engine.sync_weights(other)
+    engine.sync_weights(other.state_dict().items())
     second = engine.generate(requests)
     assert second == TransformersEngine(other, EOS).generate(requests)
     assert [c.tokens for c in first] != [c.tokens for c in second]
-    engine.sync_weights(MODELS["qwen2"])
+    engine.sync_weights(MODELS["qwen2"].state_dict().items())
     assert engine.generate(requests) == first
 
 

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fci import fci_scores, uniform_fci
 from helpers import tiny_model
-from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, fci_spread, is_correct, notices,
-                     problem_fci, round_half_up, solve_rate, tree_count)
+from runlog import fci_spread, notices
+from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, is_correct, problem_fci, round_half_up,
+                     solve_rate, tree_count)
 
 quick = settings(max_examples=150, deadline=None)
 

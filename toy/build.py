@@ -1,15 +1,16 @@
-"""Rebuild the toy checkpoint (toy/model): a 0.4M-parameter Qwen2 that can solve the toy but slips.
+"""Rebuild the toy checkpoint (toy/model): a 0.6M-parameter Qwen2 that can solve the toy but slips.
 
     python toy/build.py --out toy/model          # about 40 minutes on 2 cores; seed 0
 
 Three stages of supervised learning, loss on the response only:
 1. a perfect teacher on varied programs of 2 to 9 variables, until nearly every one is solved;
 2. the same on the toy's own programs, which have a constant hub in the middle;
-3. a teacher that slips (data.toy_solution): the policy then knows how to solve a program but errs now and then in every
+3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program but errs now and then in every
    step, which is the room that reinforcement learning has.
 What was left out: everything that a real SFT needs (packing, evaluation during training, mixed precision).
 """
 import argparse
+import copy
 import math
 import random
 import sys
@@ -21,7 +22,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import LETTERS, toy_program, toy_solution  # noqa: E402
+from toy.programs import LETTERS, toy_program, toy_solution  # noqa: E402
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -88,6 +89,44 @@ def train(model, tokenizer, stage: Stage):
 
 
 @torch.no_grad()
+def widen(model, width: int = 128):
+    """The same function, up to rounding, `width` wide instead of 96 and so with heads of 32 instead of 24 dimensions: all
+    that is new is 0, and stays 0 in training.
+
+    Rotary dimension i of D turns with theta^(-2 i / D) and is paired with i + D / 2: another theta keeps the old
+    frequencies, and the second half of a head moves to the new middle. Where the model divides by the root of a size that
+    is larger now, queries and norms make up for it.
+    """
+    config = copy.deepcopy(model.config)
+    ratio, old = width / config.hidden_size, config.hidden_size // config.num_attention_heads
+    config.hidden_size, new = width, width // config.num_attention_heads
+    config.rope_parameters["rope_theta"] **= ratio
+    config.rms_norm_eps /= ratio
+    place = torch.cat([torch.arange(old // 2), new // 2 + torch.arange(old // 2)])  # where a head's dimensions go
+
+    def heads(rows):  # (heads * old, ...) -> (heads * new, ...)
+        wide = rows.new_zeros(len(rows) // old, new, *rows.shape[1:])
+        wide[:, place] = rows.unflatten(0, (-1, old))
+        return wide.flatten(0, 1)
+
+    def pad(value, like):
+        return torch.nn.functional.pad(value, [n for old, new in zip(value.shape[::-1], like.shape[::-1])
+                                               for n in (0, new - old)])
+
+    wide = Qwen2ForCausalLM(config)
+    for (name, value), target in zip(model.state_dict().items(), wide.state_dict().values()):
+        if any(f"{kind}_proj" in name for kind in "qkv"):
+            value = heads(value) * (ratio ** 0.5 if "q_proj" in name else 1)
+        elif "o_proj" in name:
+            value = heads(value.T).T
+        elif "norm" in name:
+            value = value / ratio ** 0.5
+        target.copy_(pad(value, target))
+    wide.generation_config = model.generation_config
+    return wide
+
+
+@torch.no_grad()
 def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed: int) -> float:
     """Share of `count` fresh programs whose sampled response ends in the right box."""
     rng = random.Random(seed)
@@ -123,6 +162,8 @@ def main():
         if stage.steps:
             train(model, tokenizer, stage)
             print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}, flush=True)
+    widen(model).save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,294 @@
+"""plan.py: what a run will do and how much memory it needs, before it starts: `attnrl.py --dry_run`, and the README's table.
+
+Runs on any CPU in seconds: the model is built from its config on the "meta" device (shapes without numbers), so parameters
+are counted, not guessed. The rest is arithmetic on shapes; the tests compare it with what PyTorch allocates on the CPU.
+
+What a GPU holds, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first line by the ranks:
+    always     4 P weights, 8 P Adam's moments, 4 P reference (if there is a KL term)
+    sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights in b P)
+    scoring    the engine's weights; the inside of one layer
+    update     4 P gradients; what the backward pass needs of `token_budget` tokens; logits of HEAD_CHUNK positions
+    optimizer  4 P gradients; AdamW's temporary copy
+One phase follows the other, and vLLM sleeps in the last two: the largest of them must fit.
+
+Left out: mixtures of experts (their parameters are right, their activations are not). Not yet compared with a GPU.
+
+    python plan.py              # the README's table
+    python -m pytest tests/test_plan.py
+"""
+import itertools
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+from data import UserError, first_line, stop_on_user_error
+from fci import HEAD_CHUNK
+
+GIB = 2**30
+PHASES = ("sampling", "scoring", "update", "optimizer")
+BYTES = {"fp32": 4, "bf16": 2}
+TOKENS_PER_STEP = 32  # of reasoning, a low guess: only FCI's indicator matrix depends on it
+# PyTorch's CUDA kernels that never store attention want bf16, or as many KV heads as heads (up to torch 2.13). With fp32 and
+# grouped-query attention SDPA falls back to one that stores H x T x T numbers.
+FP32_GQA_STORES_ATTENTION = True
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on. `root`: the parameters that are in no decoder layer (embedding, last norm, output head)."""
+    parameters: int
+    layer: int  # parameters of one
+    root: int
+    layers: int
+    hidden: int
+    inner: int  # width of the MLP
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    normed_heads: bool  # Qwen3 normalises queries and keys
+
+
+def count(model_config) -> Shape:
+    """The Shape of a transformers config: real modules on the meta device, so no memory and no weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]  # as dist.py splits them
+    total, *each = (sum(p.numel() for p in module.parameters()) for module in (model, *layers))  # tied weights count once
+    c = model_config.get_text_config()
+    return Shape(total, max(each), total - sum(each), c.num_hidden_layers, c.hidden_size, c.intermediate_size,
+                 c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+                 getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.vocab_size,
+                 any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()))
+
+
+def parameter_counts(model_dir: str) -> Shape:
+    """The Shape of a model directory, of which only config.json is read. Raises UserError."""
+    if "/" not in model_dir and not Path(model_dir).is_dir():  # no hub name either
+        raise UserError(f"--model {model_dir}: cannot be loaded (no such directory)")
+    try:
+        return count(AutoConfig.from_pretrained(model_dir))
+    except Exception as error:  # no such directory, no config, an unknown architecture, not a decoder
+        raise UserError(f"--model {model_dir}: cannot be loaded ({first_line(error)})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+def saved_per_token(shape: Shape, b: int) -> int:
+    """Bytes per token that ONE decoder layer keeps for its backward pass, if attention is not stored.
+
+    Two RMSNorms: input and 1 / rms in fp32, normalised, output. Attention: q, k, v, output, and logsumexp in fp32. MLP:
+    gate, its activation, up, their product.
+    """
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * ((4 + 2 * b) * shape.hidden + 4)
+    if shape.normed_heads:  # two more, whose outputs are attention's q and k
+        norms += (4 + b) * (q + kv) + 4 * (shape.heads + shape.kv_heads)
+    return norms + b * (2 * q + 2 * kv) + 4 * shape.heads + b * 4 * shape.inner
+
+
+def kv_per_token(shape: Shape, b: int) -> int:
+    """Bytes of a token in the KV cache: a key and a value in every layer."""
+    return 2 * shape.layers * shape.kv_heads * shape.head_dim * b
+
+
+def row_tokens(config) -> tuple[int, int]:
+    """(longest row of a training step, longest row that is sampled): evaluations may have longer responses."""
+    return config.max_prompt + config.max_response, config.max_prompt + max(config.max_response, config.eval_max_response)
+
+
+def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) -> dict[str, float]:
+    """GiB on each GPU in one of the PHASES, by part. Their sum is what is needed."""
+    b, h, fsdp, vllm = BYTES[config.dtype], shape.hidden, config.parallel == "fsdp", config.engine == "vllm"
+    row, sampled_row = row_tokens(config)
+    n = max(config.token_budget, row)  # padded tokens of a pass: one row always fits
+    held = 0 if config.cpu_offload else shape.parameters / (ranks if fsdp else 1)  # parameters with their fp32 state
+    logits = min(n, HEAD_CHUNK) * shape.vocabulary
+    inside = b * (3 * shape.inner + 4 * h)  # of a layer, per token, without gradients: gate, up, product, residual, ...
+    gqa = config.dtype == "fp32" and shape.kv_heads < shape.heads
+    stored = 4 * shape.heads * row if gqa and FP32_GQA_STORES_ATTENTION else 0  # attention, per token, one copy
+
+    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if config.kl_coef else 0}
+    if phase in ("update", "optimizer") or (not fsdp and ranks > 1):  # DDP never lets go of its gradient buckets
+        parts["gradients"] = 4 * held
+    if phase in ("sampling", "scoring"):
+        if vllm:
+            parts["engine: vLLM"] = config.engine_memory * gpu_gib * GIB
+        elif fsdp:  # with DDP it samples with the policy itself
+            parts["engine: weights"] = b * shape.parameters
+    if phase == "sampling" and not vllm:
+        kv, cached = kv_per_token(shape, b), max(config.rollout_tokens, sampled_row)
+        sharing = config.continuations if config.advantage == "tree" else config.grpo_samples
+        prompts = max(row, cached // sharing)  # tokens computed at once, one time for all requests that share them
+        parts["engine: KV cache"] = cached * kv
+        # before the rows' cache exists: the prompts' cache and a layer's inside; then both caches
+        parts["engine: prefill"] = max(prompts * (kv + inside + 3 * stored) - cached * kv, prompts * kv)
+    if phase in ("scoring", "update") and fsdp:  # in `dtype`: the root; a layer, and the next one while it computes
+        parts["gathered weights"] = b * (shape.root + 2 * shape.layer)
+    if phase == "scoring":
+        steps = math.ceil(config.max_response / TOKENS_PER_STEP)
+        parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * shape.head_dim)  # (T, K) twice; (T, H, D) of alpha @ E
+        parts["working space"] = max(n * (inside + 3 * stored), n * 2 * b * h + 12 * logits)  # in a layer; in the head
+    if phase == "update":
+        saved = saved_per_token(shape, b) + stored
+        back = b * (2 * shape.inner + 3 * h) + 2 * stored  # gradients inside a layer
+        head = n * 24 * h + 20 * logits + 2 * b * shape.vocabulary * h  # last norm; 5 fp32 copies; the weight's gradient
+        if fsdp:  # unsharded: the root's, and a layer's, which is copied to fp32 to be summed over ranks
+            parts["gathered gradients"] = b * shape.root + (b + 4) * shape.layer
+        if config.activation_checkpointing:  # a hidden state per layer; the inside of the one that is recomputed
+            parts["activations"] = n * shape.layers * b * h
+            parts["working space"] = max(head, n * (saved + back))
+        else:
+            parts["activations"] = n * shape.layers * saved
+            parts["working space"] = max(head, n * back)
+    if phase == "optimizer":  # AdamW's square roots; before it, FSDP2's root: weights, gradients, these in fp32 to be summed
+        parts["working space"] = max(4 * held, (2 * b + 4) * shape.root if fsdp else 0)
+    parts = {name: size / GIB for name, size in parts.items() if size}
+    parts["context, gaps"] = 1 + 0.1 * sum(size for name, size in parts.items() if name != "engine: vLLM")  # a guess
+    return parts
+
+
+def peak(config, shape: Shape, ranks: int, gpu_gib: float) -> tuple[float, str]:
+    """(GiB, phase) of the phase that needs most."""
+    return max((sum(memory(config, shape, ranks, phase, gpu_gib).values()), phase) for phase in PHASES)
+
+
+def vllm_tokens(config, shape: Shape, gpu_gib: float) -> int:
+    """Tokens that fit into vLLM's share of a GPU beside its weights."""
+    b = BYTES[config.dtype]
+    return max(0, int((config.engine_memory * gpu_gib * GIB - b * shape.parameters) / kv_per_token(shape, b)))
+
+
+def fits(config, shape: Shape, ranks: int, gpu_gib: float) -> bool:
+    one_row = config.engine != "vllm" or vllm_tokens(config, shape, gpu_gib) >= row_tokens(config)[1]
+    return one_row and peak(config, shape, ranks, gpu_gib)[0] <= gpu_gib
+
+
+def remedy(config, shape: Shape, ranks: int, gpu_gib: float) -> str:
+    """The fewest changes that make it fit, as command-line options; "" if none do. Tries them all: it is arithmetic."""
+    row, sampled_row = row_tokens(config)
+    least = dict(token_budget=row, rollout_tokens=sampled_row, engine_memory=0.3)
+    changes = [dict(activation_checkpointing=True), *({name: min(getattr(config, name), least[name])} for name in least),
+               dict(parallel="fsdp"), dict(dtype="bf16", parallel="fsdp"), dict(parallel="fsdp", cpu_offload=True)]
+    changes = [{name: value for name, value in change.items() if getattr(config, name) != value} for change in changes]
+    for size in range(1, 5):
+        for chosen in itertools.combinations(filter(None, changes), size):
+            change = {name: value for one in chosen for name, value in one.items()}
+            if fits(SimpleNamespace(**(vars(config) | change)), shape, ranks, gpu_gib):
+                return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+# ---------------------------------------------------------------------------------------------------------------------
+def memory_lines(config, shape: Shape, ranks: int, gpu_gib: float) -> list[str]:
+    """The memory table, and whether it fits."""
+    phases = [memory(config, shape, ranks, phase, gpu_gib) for phase in PHASES]
+    rows = {name: [parts.get(name, 0) for parts in phases] for parts in phases for name in parts}
+    rows["context, gaps"] = rows.pop("context, gaps")  # last
+    rows["sum"] = [sum(parts.values()) for parts in phases]
+    lines = [f"{'GiB per GPU':18}" + "".join(f"{phase:>11}" for phase in PHASES)]
+    for name, row in rows.items():
+        lines.append(f"{name:18}" + "".join(f"{size:11.1f}" if size else f"{'-':>11}" for size in row))
+    most, phase = peak(config, shape, ranks, gpu_gib)
+    needs = f"{most:.1f} of {gpu_gib:g} GiB at the peak ({phase}); an estimate, of which a guess: 1 GiB + 10 % context, gaps"
+    if fits(config, shape, ranks, gpu_gib):
+        return lines + [f"fits: {needs}"]
+    if most <= gpu_gib:
+        needs = "the share of vLLM does not hold its weights and one response"
+    options = remedy(config, shape, ranks, gpu_gib)
+    return lines + [f"DOES NOT FIT: {needs}",
+                    f"would fit with: {options}" if options else "no option makes it fit: more GPUs, or a shorter response"]
+
+
+def launch(argv: list[str], ranks: int) -> str:
+    """The command of the run itself: that of the plan without the plan's own options."""
+    words, skipping = [], False
+    for word in argv:
+        if word.startswith("--"):
+            skipping = word.partition("=")[0] in ("--dry_run", "--gpus", "--gpu_gib")
+        words += [] if skipping else [word]
+    return shlex.join((["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]) + ["attnrl.py", *words])
+
+
+def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] = ()) -> str:
+    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no such model."""
+    shape, tree, vllm = parameter_counts(config.model), config.advantage == "tree", config.engine == "vllm"
+    samples = config.group_size if tree else config.grpo_samples
+    initial = config.batch_size * samples
+    continued = initial * config.branch_points * config.continuations if tree else 0
+    leaves = initial + continued
+    tokens = leaves * config.max_response / 1e6
+    # without a tree there is nothing to continue; one-step off-policy has one call more than steps, to warm up
+    calls = config.steps * (1 if config.one_step_off_policy or not tree else 2) + (config.one_step_off_policy and tree)
+    evaluated = [step for step in range(config.steps + 1) if step in (0, config.steps)
+                 or config.eval_every and step % config.eval_every == 0]
+    sizes = f" ({config.batch_size / config.batch_range:.0f} to {config.batch_size * config.batch_range:.0f} later)"
+    wanted = f" ({config.target_sequences:,} wanted)"
+    copies = 2 if config.parallel == "fsdp" and not vllm else 1  # policy, and the engine's copy of it
+    host = f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads the fp32 weights)"
+    if config.cpu_offload:
+        host += f", {(16 + 4 * bool(config.kl_coef)) * shape.parameters / GIB:.1f} GiB then; all ranks together"
+    lines = {
+        "model": [config.model, f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
+                                f"{shape.root:,} in embedding, last norm and head"],
+        "machine": [f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation checkpointing "
+                    f"{'on' if config.activation_checkpointing else 'off'}{', cpu offload' * config.cpu_offload}"],
+        "engine": [f"vLLM, {config.engine_memory:.0%} of a GPU: weights and about "
+                   f"{vllm_tokens(config, shape, gpu_gib):,} tokens of KV cache" if vllm else
+                   f"transformers, at most {config.rollout_tokens:,} tokens of KV cache"],
+        "data": [f"{config.problems}, evaluated on {config.test_problems} (not read here)"],
+        "a step": [f"{config.batch_size} problems{sizes * config.ads_batch} x {samples} responses = {initial:,}, and up to "
+                   f"{continued:,} continuations",
+                   f"up to {leaves:,} leaves = training sequences{wanted * config.ads_batch} = "
+                   f"{math.ceil(leaves / config.mini_batch)} updates of {config.mini_batch}",
+                   f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are {config.max_response:,} long)"],
+        "the run": [f"{config.steps} steps, up to {config.steps * tokens:,.0f} M tokens; {calls} generation calls and "
+                    f"{len(evaluated)} evaluations ({config.eval_samples} samples a problem)"],
+        "memory": memory_lines(config, shape, ranks, gpu_gib),
+        "host": [host],
+        "disk": [f"last/ and best/: {4 * shape.parameters / GIB:.1f} GiB each"],
+        "command": [launch(argv, ranks)]}
+    return "\n".join(f"{'' if i else name:10}{text}" for name, texts in lines.items() for i, text in enumerate(texts))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's table
+# ---------------------------------------------------------------------------------------------------------------------
+QWEN2 = {"1.5B": dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
+                      vocab_size=151936),
+         "7B": dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
+                    vocab_size=152064)}
+MACHINES = {"ddp fp32, 1 GPU": (1, {}), "ddp fp32, 8 GPUs": (8, {}),
+            "fsdp bf16, 1 GPU": (1, dict(parallel="fsdp", dtype="bf16")),
+            "the same, cpu_offload": (1, dict(parallel="fsdp", dtype="bf16", cpu_offload=True)),
+            "fsdp bf16, 8 GPUs": (8, dict(parallel="fsdp", dtype="bf16"))}
+
+
+def table() -> str:
+    """Peak GiB per GPU without / with activation checkpointing, transformers engine, as Markdown; bold: more than 80."""
+    from attnrl import Config
+
+    base = vars(Config()) | dict(parallel="ddp", dtype="fp32", cpu_offload=False, engine="transformers")
+    lines = [f"| model | response | {' | '.join(MACHINES)} |", "|---|---|" + "---|" * len(MACHINES)]
+    for (name, sizes), response in itertools.product(QWEN2.items(), (2048, 8192, 32768)):
+        shape = count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=False, **sizes))
+        cells = []
+        for ranks, settings in MACHINES.values():
+            needs = [peak(SimpleNamespace(**(base | settings | dict(max_response=response, activation_checkpointing=on))),
+                          shape, ranks, 80)[0] for on in (False, True)]
+            cells.append(" / ".join(f"**{gib:.0f}**" if gib > 80 else f"{gib:.0f}" for gib in needs))
+        lines.append(f"| {name} | {response // 1024}k | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("plan.py"):
+        print(table())
