@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,15 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def leave(code: int):
+    """Exit. One rank of many leaves at once: the regular way out may wait for the other ranks, and they wait for this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 @contextmanager
 def stop_on_user_error(command: str):
     """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
@@ -48,7 +58,10 @@ def stop_on_user_error(command: str):
         if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)

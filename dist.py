@@ -63,10 +63,12 @@ def start(device: str, alone: bool = False) -> str:
     return device
 
 
-def stop() -> None:
-    """Leave together: a rank that left early would look like one that died."""
+def stop(close=lambda: None) -> None:
+    """Leave together: a rank that left early would look like one that died. `close` is the engine's; vLLM shares the group."""
     if group.is_initialized():
         group.barrier()
+    close()
+    if group.is_initialized():
         group.destroy_process_group()
 
 
@@ -141,7 +143,15 @@ def spread(forward: torch.nn.Module, device: str, parallel: str = "ddp", dtype: 
     forward.to(device)
     if world() == 1 or not any(p.requires_grad for p in forward.parameters()):
         return forward
-    return DistributedDataParallel(forward, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(forward, gradient_as_bucket_view=True)
+
+
+def cast(model, dtype: str):
+    """The model with parameters in `dtype`. Parameters only: `model.to(torch.bfloat16)` rounds the rotary frequencies, too,
+    and after some thousand tokens an engine that was cast like that reads other positions than the learner."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[dtype])
+    return model
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

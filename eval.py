@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import Problem, UserError, encode_prompt, first_line, load_problems, stop_on_user_error
-from dist import DTYPES
+from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from rollout import Request, TransformersEngine, VLLMEngine, request_seed
 from sampler import is_correct
@@ -113,17 +113,10 @@ def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int,
 
 
 def pick_device(device: str) -> str:
-    """"auto" -> "cuda" where there is one, else "cpu". Raises UserError for a device that cannot be used."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if torch.device(device).type == "cuda":  # asking without touching: a tensor on the first GPU would cost every rank
-            torch.cuda.get_device_properties(device)
-        else:
-            torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: cannot be used ({first_line(error)})") from error
-    return device
+    """"auto" -> "cuda" where there is one, else "cpu". Raises UserError where there is none."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: cannot be used (PyTorch sees no GPU)")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def load_model(path: str, device: str):
@@ -211,7 +204,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", help="JSONL with one line per problem; default runs/eval-PROBLEMS-DATE-TIME.jsonl")
     parser.add_argument("--reward", default="eval:grade", help="module:function(response, answers) -> number")
     parser.add_argument("--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (see --help)\n")
@@ -221,7 +214,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
     # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
     model, tokenizer, eos_ids = load_model(args.model, "cpu" if args.engine == "vllm" else args.device)
-    model.to(DTYPES[args.dtype])
+    cast(model, args.dtype)
     if args.ask is not None:
         return ask(model, tokenizer, eos_ids, args.ask, args)
     problems = load_problems(args.problems, tokenizer, max_prompt=args.max_prompt, suffix=args.prompt_suffix,

@@ -22,7 +22,9 @@ Left out: top-p and top-k (the paper samples from the full distribution), contin
 
     python -m pytest tests/test_rollout.py
 """
+import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
@@ -32,7 +34,7 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from data import UserError
-from dist import DTYPES, world
+from dist import DTYPES, everyone, world
 from fci import Sequence, output_head, score, scoring_mode
 
 
@@ -216,6 +218,10 @@ class VLLMEngine:
                  memory: float = 0.4, token_budget: int = 65536):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that weights need not travel
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+        if not device.startswith("cuda"):  # else small kernels are compiled, which takes seconds and a C++ compiler
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
@@ -233,11 +239,12 @@ class VLLMEngine:
                             enable_chunked_prefill=False, max_num_batched_tokens=max(max_tokens, 8192))
         if world() > 1:  # the plain executor would put every rank's engine on the first GPU
             settings |= dict(distributed_executor_backend="external_launcher")
-        threads = torch.set_num_threads  # vLLM replaces it by a function that does nothing
+        threads, count = torch.set_num_threads, torch.get_num_threads()  # vLLM disables the first and changes the second
         self.llm = LLM(path, dtype=str(DTYPES[dtype]).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
                        generation_config="vllm", max_model_len=max_tokens, tensor_parallel_size=1, seed=0,
                        enable_prefix_caching=True, logprobs_mode="processed_logprobs", **settings)
         torch.set_num_threads = threads
+        threads(count)
 
     def generate(self, requests: list[Request]) -> list[Completion]:
         """One Completion per request, in order. Each request has its own seed: engine seeds are not enough, two ranks
@@ -261,7 +268,8 @@ class VLLMEngine:
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not forget the KV cache of the old weights: it still holds requests")
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
@@ -288,10 +296,13 @@ def engine_gap(engine, policy, requests: list[Request], tolerance: float) -> flo
                    requests[0].temperature if requests else 1.0)
     sampled, learnt = [lp for c in completions for lp in c.logprobs], [lp for s in scores for lp in s.logprobs]
     gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
-    if not gap <= tolerance:  # NaN, too
+    means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
+    ranks = everyone([(gap, *means, len(sampled))])  # all stop or none: nobody waits for one that has left
+    if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
+        gap, engine_mean, learner_mean, tokens = bad[0]
         raise UserError(
-            f"engine and learner disagree after the weight sync: over {len(sampled)} tokens the engine's mean log-prob is "
-            f"{fmean(sampled):.4f}, the learner's {fmean(learnt):.4f}, mean |difference| {gap:.4g}, above --sync_tolerance "
+            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's mean log-prob is "
+            f"{engine_mean:.4f}, the learner's {learner_mean:.4f}, mean |difference| {gap:.4g}, above --sync_tolerance "
             f"{tolerance:g}. Likely causes: weights that did not arrive (a tied output head, a new version of vLLM), KV of the "
             "old weights in the prefix cache, another dtype or temperature, weights that are not finite")
-    return gap
+    return max(found[0] for found in ranks)

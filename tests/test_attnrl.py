@@ -48,7 +48,7 @@ def test_presets_and_command_line_in_this_order():
 @pytest.mark.parametrize("args, message", [
     (["--steps", "0"], "--steps 0: must be a number, at least 1"), (["--lr", "nan"], "--lr nan"),
     (["--lr", "-1"], "--lr -1"), (["--temperature", "0"], "--temperature 0"), (["--rho", "2"], "--rho 2"),
-    (["--max_grad_norm", "0"], "--max_grad_norm 0"), (["--device", "cud"], "--device cud"), (["--branch", "best"], "--branch"), (["--preset", "mine"], "--preset"), (["--step", "3"], "--step"),
+    (["--max_grad_norm", "0"], "--max_grad_norm 0"), (["--device", "cud"], "argument --device: invalid choice: 'cud'"), (["--branch", "best"], "--branch"), (["--preset", "mine"], "--preset"), (["--step", "3"], "--step"),
     (["--batch_size", "x"], "--batch_size"), (["--one_step_off_policy", "maybe"], "--one_step_off_policy"),
     (["--model", "nowhere"], "--model nowhere: cannot be loaded"), (["--problems", "nowhere.jsonl"], "no such problem file"),
     (["--problems", "toy:99"], "toy:99"), (["--reward", "no:thing"], "--reward no:thing"),

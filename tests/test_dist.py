@@ -547,6 +547,7 @@ def test_an_error_on_one_rank_is_shown_and_ends_the_run(tmp_path, parallel, brea
         check_folder(tmp_path / "run")
 
 
+@pytest.mark.full
 def test_bad_input_is_one_clear_line_once(tmp_path):
     """All ranks find it; one says it. Then torchrun adds its own report."""
     with Launched(*one_node(2), "attnrl.py", *RUN, "--problems", "nowhere.jsonl", "--out", tmp_path / "run") as run:

@@ -93,7 +93,7 @@ def test_ask_streams_one_answer():
     (["--model", TOY_MODEL, "--problems", "toy", "--max_response", "100000"], "more than the model's"),
     (["--model", TOY_MODEL, "--ask", ""], "the problem is empty"),
     (["--model", TOY_MODEL, "--problems", "toy:8:5", "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
-    (["--model", TOY_MODEL, "--problems", "toy", "--device", "cud"], "--device cud: cannot be used"),
+    (["--model", TOY_MODEL, "--problems", "toy", "--device", "cud"], "argument --device: invalid choice: 'cud'"),
     (["--model", TOY_MODEL, "--problems", "toy", "--reward", "math:pi"], "--reward math:pi: is not a function"),
 ])
 def test_wrong_arguments_are_one_line_and_exit_code_2(args, message, capsys):

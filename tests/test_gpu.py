@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnrl import parse_config, train
 from data import load_problems
-from dist import full_weights
+from dist import cast, full_weights
 from fci import Sequence, score
 from fixtures import ROOT, TOY_MODEL
 from helpers import KINDS, random_bounds, random_tokens, tiny_model
@@ -59,8 +59,8 @@ def test_half_precision_stays_near_the_cpus_numbers(kind):
     """bf16 has 8 bits: the bound only tells rounding from a wrong mask or a swapped head (which are off by 1 and more)."""
     model = tiny_model(kind).to(torch.bfloat16).float()  # the same rounded weights on both sides
     wanted = score(model, sequences(2), delta=2)
-    got = score(copy.deepcopy(model).to(DEVICE, torch.bfloat16), sequences(2), delta=2)
-    for name, bound in (("logprobs", 0.1), ("entropies", 0.1), ("fci", 0.03)):
+    got = score(cast(copy.deepcopy(model), "bf16").to(DEVICE), sequences(2), delta=2)
+    for name, bound in (("logprobs", 0.05), ("entropies", 0.05), ("fci", 0.01)):
         gaps = [abs(a - b) for one, other in zip(got, wanted) for a, b in zip(getattr(one, name), getattr(other, name))]
         print(f"{kind} bf16 {name}: mean gap {np.mean(gaps):.4f}, largest {max(gaps):.3f}")
         assert np.mean(gaps) < bound
@@ -136,7 +136,7 @@ def test_two_steps_in_bf16_with_checkpointing_and_offload(tmp_path):
         records, peaks[name] = toy_run(tmp_path / name, "--dtype", "bf16", *options)
         assert records[1]["logprob_gap/mean"] < 0.05 and records[2]["logprob_gap/sync"] < 0.05
         assert peaks[name] < 4
-    assert peaks["checkpointing"] <= peaks["plain"]
+    assert peaks["checkpointing"] <= 1.05 * peaks["plain"]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -161,15 +161,15 @@ def vllm_sleeps_and_wakes() -> None:
     requests = [Request(p.prompt_ids, 60, 1.0, request_seed(0, i)) for i, p in enumerate(problems)]
     for update in range(3):
         completions = engine.generate(requests)
-        gap = engine_gap(engine, policy, probe_requests(requests, completions), tolerance=0.05)
+        gap = engine_gap(engine, policy, probe_requests(requests, completions), tolerance=0.5)
         before = torch.cuda.mem_get_info()[0]
         engine.sleep()
         freed = torch.cuda.mem_get_info()[0] - before
         print(f"round {update}: gap {gap:.2g}, sleep gave back {freed / GIB:.1f} GiB")
         assert freed > GIB or DEVICE == "cpu"
-        with torch.no_grad():
-            for parameter in policy.parameters():  # a change that is far larger than rounding
-                parameter.mul_(1.1)
+        with torch.no_grad():  # every token takes another's place: old weights would be off by 10 nats and more
+            embedding = policy.get_input_embeddings().weight
+            embedding.copy_(embedding.roll(1, 0))
         engine.sync_weights(full_weights(policy))
     engine.close()
 
