@@ -108,6 +108,21 @@ def scores(model: str, lengths: list[int], at: int | None = None, parallel: str 
     return [vars(s) for s in score(forward, share, temperature=0.8, delta=1, token_budget=20)]
 
 
+def gap(stale: int) -> str:
+    """The check after a weight sync, with an engine on rank `stale` that missed it: what each rank says."""
+    import copy
+
+    from data import UserError
+    from rollout import Request, TransformersEngine, engine_gap
+    policy = model_of("qwen2")
+    engine = TransformersEngine(model_of("qwen2", seed=1) if dist.rank() == stale else copy.deepcopy(policy), [5])
+    requests = [Request([1, 2, 3], 8, 1.0, 0)] if dist.rank() != 2 else []  # a third rank has nothing to check
+    try:
+        return f"{engine_gap(engine, policy, requests, 1e-4):.5f}"
+    except UserError as error:
+        return str(error)
+
+
 if __name__ == "__main__":
     dist.start("cpu")
     results = {name: dist.everyone([globals()[function](**options)])

@@ -217,6 +217,8 @@ CASES = {
     "bf16": ("update", BF16),
     "bf16+checkpointing": ("update", BF16 | dict(activation_checkpointing=True)),
     "bf16 adam": ("update", BF16 | dict(adam_lr=1e-3)),
+    "gap in step": ("gap", dict(stale=-1)),
+    "gap of rank 1": ("gap", dict(stale=1)),
     **{f"scores {at} {spread}": ("scores", dict(model="qwen2_tied", lengths=[40, 12, 9], at=at, parallel=spread))
        for at in (0, 1, None) for spread in BOTH},
 }
@@ -365,6 +367,24 @@ def test_scores_do_not_depend_on_who_has_the_sequences(two, at, spread):
     got = [ranks[0][0], ranks[1][0], ranks[0][1]] if at is None else ranks[at]
     assert_same(got, plain, tol=1e-5)
     assert all(len(s["fci"]) == 6 and max(s["fci"]) > 0.01 and min(s["entropies"]) > 0.1 for s in plain)
+
+
+def test_an_engine_that_missed_a_sync_stops_all_ranks_and_not_only_its_own(two):
+    """A rank that left alone would leave the others waiting for it."""
+    assert two["gap in step"] == ["0.00000"] * 2
+    first, second = two["gap of rank 1"]
+    assert first == second and first.startswith("engine and learner disagree after the weight sync: over 8 tokens"), first
+
+
+def test_cast_rounds_weights_and_not_rotary_frequencies():
+    """They are no parameters and not in the state dict: an engine's copy that rounds them keeps another position encoding."""
+    model = dist_worker.model_of("qwen2")
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    assert any(name.endswith("inv_freq") for name in before)
+    dist.cast(model, "bf16")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(value.dtype == torch.float32 and value.equal(before[name]) for name, value in model.named_buffers())
+    assert not all(value.bfloat16().float().equal(value) for value in before.values()), "rounding would not show in this model"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ def vllm_sleeps_and_wakes() -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
     problems = load_problems("toy:8:8:7", tokenizer, max_prompt=100)
     engine = VLLMEngine(str(TOY_MODEL), [tokenizer.eos_token_id], 160, "bf16", DEVICE, memory=0.3)  # before the policy
-    policy = AutoModelForCausalLM.from_pretrained(TOY_MODEL).to(DEVICE, torch.bfloat16)
+    policy = cast(AutoModelForCausalLM.from_pretrained(TOY_MODEL), "bf16").to(DEVICE)
     engine.sync_weights(full_weights(policy))
     requests = [Request(p.prompt_ids, 60, 1.0, request_seed(0, i)) for i, p in enumerate(problems)]
     for update in range(3):
