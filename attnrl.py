@@ -24,9 +24,10 @@ Several GPUs (dist.py): each rank samples, scores and grades every world-th prob
 from there on all ranks hold the same groups and compute the same trees and metrics; updates are dealt out by token count.
 
 A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), samples.jsonl, curves.png,
-last/ and best/ (models for AutoModelForCausalLM.from_pretrained). Left out, for a later file: resuming.
+last/ and best/ (models for AutoModelForCausalLM.from_pretrained; last/ is the newest checkpoint, see checkpoint.py).
 """
 import copy
+import math
 import os
 import random
 import statistics
@@ -40,14 +41,16 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+import checkpoint
 import dist
 import eval as evaluation
 import view
-from data import Problem, UserError, load_problems, stop_on_user_error
+from data import Problem, load_problems
+from errors import UserError, stop_on_user_error
 from fci import Scores, Sequence, TokenLogprobs, score, separator_tokens, split_steps, uniform_fci, without_answer
 from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, VLLMEngine, engine_gap, probe_requests, request_seed
-from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices
+from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
 
@@ -79,7 +82,10 @@ class Config:
     eval_samples: int = option(8, "k of avg@k")
     eval_temperature: float = option(0.6, "sampling temperature of evaluations")
     eval_max_response: int = option(0, "tokens per response of evaluations; 0: max_response")
-    save_every: int = option(0, "steps between savings of the model to last/; 0: at evaluations")
+    save_every: int = option(0, "steps between checkpoints; 0: at evaluations")
+    keep: int = option(2, "checkpoints that are kept")
+    resume: Literal["never", "auto"] = option("never", "auto: go on from the newest checkpoint in --out, if there is one")
+    resume_changed: bool = option(False, "resume although settings have changed")
     log_samples: int = option(2, "problems per step written to samples.jsonl")
     # sampling
     engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine")
@@ -156,7 +162,7 @@ class Config:
                        "clip_low clip_high seed eval_temperature weight_decay rho log_samples eval_max_response save_every "
                        "tis_cap engine_memory sync_tolerance gpus gpu_gib",
                     1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta batch_range "
-                       "mini_batch token_budget dual_clip rollout_tokens grading_workers"}
+                       "mini_batch token_budget dual_clip rollout_tokens grading_workers keep"}
         for low, names in at_least.items():
             for name in names.split():
                 if not low <= getattr(self, name) < float("inf"):  # also catches NaN
@@ -164,13 +170,15 @@ class Config:
         for name in ("temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name in ("rho", "batch_lam", "engine_memory"):
-            if getattr(self, name) > 1:
-                raise UserError(f"--{name} {getattr(self, name)}: is a share, at most 1")
+        for name, high in (("rho", 1), ("batch_lam", 1), ("engine_memory", 1), ("batch_range", 1000)):
+            if getattr(self, name) > high:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at most {high}")
         if self.parallel == "ddp" and (self.dtype == "bf16" or self.cpu_offload):
             raise UserError("--parallel ddp: keeps whole fp32 weights on the GPU; --dtype bf16 and --cpu_offload need fsdp")
         if self.cpu_offload and self.parallel == "auto" and self.dtype == "fp32":
             raise UserError("--cpu_offload: needs --parallel fsdp")
+        if self.resume == "auto" and not self.out:
+            raise UserError("--resume auto: name the run's folder with --out")
         if 0 < self.tis_cap < 1 or self.tis_cap and self.behaviour == "engine":
             raise UserError(f"--tis_cap {self.tis_cap}: must be 0 or at least 1, and needs --behaviour learner: with the "
                             "engine's log-probs PPO's own ratio makes up for the mismatch")
@@ -212,6 +220,7 @@ def parse_config(argv: list[str]) -> Config:
 class Group:
     """One problem with its responses; `branch_points[i]` lists where response i is branched (absent: not expanded)."""
     index: int  # in the whole batch, of which each rank has every world-th group
+    number: int  # of the problem in its set
     problem: Problem
     responses: list[Response] = field(default_factory=list)
     branch_points: dict[int, list[int]] = field(default_factory=dict)
@@ -247,13 +256,15 @@ class Trainer:
     def __init__(self, config: Config, display: Display):
         self.config, self.display = config, display
         device = dist.start(config.device, alone=config.parallel == "fsdp")
-        self.policy, self.tokenizer, eos_ids = evaluation.load_model(config.model, "cpu")
+        self.checkpoint = checkpoint.find(config)
+        self.policy, self.tokenizer, eos_ids = evaluation.load_model(str(self.checkpoint or config.model), "cpu")
         load = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows, say=display.say)
         self.test_problems = load_problems(config.test_problems, self.tokenizer, **load)
         self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
         evaluation.check_context(self.policy, self.problems, config.max_response)
         evaluation.check_context(self.policy, self.test_problems, config.eval_max_response, option="eval_max_response")
         self.separators = separator_tokens(self.tokenizer)
+        self.fingerprint = checkpoint.fingerprint(self.problems, config.model)
         # vLLM first: it checks the GPU's free memory. The policy itself can sample only where it is whole.
         self.copied = config.engine == "vllm" or config.parallel == "fsdp"  # the engine has weights of its own
         if config.engine == "vllm":
@@ -306,7 +317,7 @@ class Trainer:
 
     def new_batch(self, step: int) -> Batch:
         """The next problems of the stream; of these, every world-th is this rank's."""
-        taken = [Group(j, self.problems[i]) for j, i in enumerate(self.stream.take(self.batch_size.size))]
+        taken = [Group(j, i, self.problems[i]) for j, i in enumerate(self.stream.take(self.batch_size.size))]
         return Batch(step, dist.mine(taken))
 
     def sample(self, batch: Batch | None, upcoming: Batch | None) -> None:
@@ -356,6 +367,9 @@ class Trainer:
         """Behaviour log-probs of sampled tokens and, if asked for, their importance weights; logs how far engine and
         learner are apart."""
         self.gap.add(c.logprobs, s.logprobs)
+        if not math.isfinite(sum(s.logprobs)):
+            raise UserError("the log-probs of sampled tokens are not finite: the policy's weights are damaged; a lower --lr, or "
+                            "--resume auto from a checkpoint before that")
         return dict(logprobs=c.logprobs if self.config.behaviour == "engine" else s.logprobs,
                     weights=tis_weights(s.logprobs, c.logprobs, self.config.tis_cap) if self.config.tis_cap else [])
 
@@ -447,23 +461,30 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------------
-def train(config: Config) -> Path:
-    """A whole run; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log, evaluate, save."""
+def train(config: Config, stop=lambda: False) -> Path:
+    """A whole run, or the rest of it; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log,
+    evaluate, save. stop() is asked after every step; True on any rank: save, and leave."""
     display = Display(config.steps)
     trainer = Trainer(config, display)
-    folder = RunFolder(config)
+    resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
+        step, [Group(**group | {"problem": trainer.problems[group["number"]]}) for group in groups]))
+    folder = RunFolder(config)  # after that: a run that is refused touches nothing
     started = time.perf_counter()
-    best = trainer.evaluate()
-    folder.save_model("best", trainer.policy, trainer.tokenizer)
-    display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, "
-                f"{len(trainer.test_problems)} problems)")
-    folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best, "seconds/total": 0.0})
-
-    upcoming = None
-    if config.one_step_off_policy:  # warm-up: the pipeline starts with initial responses for batch 1
-        upcoming = trainer.new_batch(1)
+    if resumed:
+        done, best, upcoming = resumed
+        folder.forget_after(done)
+        display.say(f"resumed from {trainer.checkpoint}")
+    else:
+        folder.forget_after(-1)
+        done, upcoming, best = 0, None, trainer.evaluate()
+        checkpoint.save_best(folder.path, 0, trainer)
+        display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, "
+                    f"{len(trainer.test_problems)} problems)")
+        folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best, "seconds/total": 0.0})
+    if config.one_step_off_policy and upcoming is None and done < config.steps:
+        upcoming = trainer.new_batch(done + 1)  # warm-up: the pipeline starts with initial responses for the first batch
         trainer.sample(None, upcoming)
-    for step in range(1, config.steps + 1):
+    for step in range(done + 1, config.steps + 1):
         trainer.start_step()
         # 1. sample, score, grade, plan: in one call (one-step off-policy), or in two with the same policy
         if config.one_step_off_policy:
@@ -485,17 +506,21 @@ def train(config: Config) -> Path:
             record["test_accuracy"] = trainer.evaluate()
             if record["test_accuracy"] >= best:
                 best = record["test_accuracy"]
-                folder.save_model("best", trainer.policy, trainer.tokenizer)
-        if "test_accuracy" in record or config.save_every and step % config.save_every == 0:
-            folder.save_model("last", trainer.policy, trainer.tokenizer)
+                checkpoint.save_best(folder.path, step, trainer)
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
         folder.write_samples(step, batch.groups[:config.log_samples], trainer.tokenizer)
+        leaving = any(dist.everyone([stop()]))
+        if leaving or "test_accuracy" in record or config.save_every and step % config.save_every == 0:
+            checkpoint.save(folder.path, step, trainer, upcoming, best, config.keep)
         if "test_accuracy" in record:
             folder.draw_curves()
         display.step(record)
         for notice in trainer.notices(batch, sequences):
             display.say(f"step {step:>4}   {notice}")
+        if leaving:
+            display.say(f"stopped after step {step}, on request; the same command with --resume auto goes on")
+            break
     display.close()
     dist.stop(trainer.engine.close)
     return folder.path
@@ -507,7 +532,7 @@ def main(argv: list[str]) -> None:
         import plan
         text = plan.plan(config, config.gpus, config.gpu_gib, argv)
         return print(text) if int(os.environ.get("RANK", 0)) == 0 else None
-    folder = train(config)
+    folder = train(config, stop_on_signals())
     if folder:  # rank 0 has it
         print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, models last/ and best/)")
 

@@ -17,54 +17,14 @@ Left out: streaming. A set is held in memory, as token ids.
     python -m pytest tests/test_data.py
 """
 import json
-import os
-import sys
-import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from errors import UserError, first_line
 from toy.programs import toy_set
 
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500
-
-
-class UserError(Exception):
-    """Bad input: the message is one line that says what is wrong, where, and what to do."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, fit for a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def leave(code: int):
-    """Exit. One rank of many leaves at once: the regular way out may wait for the other ranks, and they wait for this one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
-
-
-@contextmanager
-def stop_on_user_error(command: str):
-    """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
-    try:
-        yield
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
-            time.sleep(3)
-        print(f"{command}: {error}", file=sys.stderr)
-        leave(2)
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 @dataclass
@@ -142,6 +102,15 @@ def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written the special tokens
     return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+
+
+def encode_question(tokenizer, text: str, option: str) -> list[int]:
+    """The prompt of a problem that came with a command-line option. Raises UserError."""
+    try:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
+    except Exception as error:  # a chat template that is broken or refuses, a text that is not UTF-8
+        raise UserError(f"{option}: cannot be written with the model's chat template and tokenizer, or is not UTF-8 "
+                        f"({first_line(error)})") from error
 
 
 def problem_key(text: str, suffix: str) -> str:

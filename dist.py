@@ -159,6 +159,16 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The inverse of `whole`, for an optimizer's state: placed and cut like its parameter (scalars stay whole)."""
+    if tensor.dim() == 0:
+        return tensor
+    if not hasattr(parameter, "full_tensor"):
+        return tensor.to(parameter.device)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) for every entry of the state dict, one at a time. Every rank must iterate, in step.
 

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data import Problem, UserError, encode_prompt, first_line, load_problems, stop_on_user_error
+from data import Problem, encode_question, load_problems
+from errors import UserError, first_line, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from rollout import Request, TransformersEngine, VLLMEngine, request_seed
@@ -52,8 +53,8 @@ class Reward:
         module, _, name = spec.partition(":")
         try:
             self.function = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(f"--reward {spec}: cannot be imported as module:function ({error})") from error
+        except Exception as error:  # a module that is not there, or anything that it does wrong itself
+            raise UserError(f"--reward {spec}: cannot be imported as module:function ({first_line(error)})") from error
         if not callable(self.function):
             raise UserError(f"--reward {spec}: is not a function")
         self.spec = spec
@@ -127,10 +128,15 @@ def load_model(path: str, device: str):
         raise UserError(f"--model {path}: cannot be loaded (no such directory)")
     device = pick_device(device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(device)
+        # False, said aloud: without it transformers asks on the terminal whether to run code that lies beside the weights
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
+                                                            output_loading_info=True)
+        model = model.to(device)
     except Exception as error:  # a dozen types for "no such model", "no such tokenizer", "broken weights"
         raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
+    if lacking := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
+        raise UserError(f"--model {path}: cannot be loaded (its weights lack {lacking[0]} and {len(lacking) - 1} more tensors)")
     end = model.generation_config.eos_token_id if model.generation_config else None
     eos_ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
     if not eos_ids:
@@ -181,7 +187,7 @@ def ask(model, tokenizer, eos_ids: list[int], problem: str, args) -> None:
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": problem + args.prompt_suffix}])
+    prompt = encode_question(tokenizer, problem + args.prompt_suffix, "--ask")
     limit = check_context(model, [Problem(problem, [], "--ask", prompt)], args.max_response)
     engine = TransformersEngine(model, eos_ids)
     engine.generate([Request(prompt, limit, args.temperature, args.seed)], on_token=show)
@@ -226,9 +232,9 @@ def main(argv: list[str]) -> None:
                             pick_device(args.device), memory=0.9)
         engine.sync_weights(model.state_dict().items())
     out = Path(args.out or f"runs/eval-{Path(args.problems).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-    if out.exists():
-        raise UserError(f"--out {out}: exists already; give another name")
     try:
+        if out.exists():
+            raise UserError(f"--out {out}: exists already; give another name")
         out.parent.mkdir(parents=True, exist_ok=True)
         file = out.open("x", encoding="utf-8")
     except OSError as error:

@@ -21,6 +21,7 @@ credit, and any sympy in this process (it hangs, eats memory, and its plain-text
 # The standard library only: a grading worker is this file run as a script, so importing torch up here would cost every
 # worker seconds and memory.
 import atexit
+import ctypes
 import json
 import mmap
 import os
@@ -160,6 +161,27 @@ def _decide(box: str, gold: str) -> bool | tuple[str, str]:
 # with CUDA and threads is no option. Not pickle: the other end has read model output.
 
 
+def _confine() -> None:
+    """From here on this process may compute and read, but not write files, reach a network or start programs.
+
+    Seatbelts, not a sandbox: the hook refuses what Python code asks for, and machine code that has broken out of Python does
+    not ask. The kernel itself refuses file contents (the limit) and, where it grants an empty network, every address.
+    """
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # pipes are no files: replies get through
+        resource.setrlimit(limit, (0, 0))
+    with suppress(Exception):  # Linux only: CLONE_NEWNET, and with CLONE_NEWUSER before it for all but root
+        ctypes.CDLL(None).unshare(0x40000000) and ctypes.CDLL(None).unshare(0x50000000)
+    sys.dont_write_bytecode = True
+
+    def refuse(event: str, args: tuple) -> None:
+        writes = event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        family = event.partition(".")[0] in ("os", "socket", "subprocess", "shutil", "ctypes", "pty", "fcntl", "syslog")
+        if writes or family and event not in ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv"):  # what imports need
+            raise PermissionError(f"a grading worker may not: {event}")
+
+    sys.addaudithook(refuse)  # cannot be taken off again
+
+
 def _grading_worker(seconds: int) -> None:
     """A worker: [[gold, answer], ...] a line in, {"correct": ..., "error": ...} a line out, until its input ends."""
     # A stray print of sympy's must not pass for a verdict: put the real pipes aside, and /dev/null in their place.
@@ -189,6 +211,7 @@ def _grading_worker(seconds: int) -> None:
         numbers = getattr(gold[0], "is_number", False) and getattr(answer[0], "is_number", False)
         return not numbers or bool(abs(N(gold[0] - answer[0])) <= 1e-6 * abs(N(gold[0])) + 1e-60)
 
+    _confine()
     os.write(replies, b"ready\n")
     os.dup2(nowhere, 2)  # not earlier: the parent's terminal should show why an import fails
     for line in requests:

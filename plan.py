@@ -19,6 +19,7 @@ Left out: mixtures of experts (their parameters are right, their activations are
 import itertools
 import math
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from data import UserError, first_line, stop_on_user_error
+from errors import UserError, first_line, stop_on_user_error
 from fci import HEAD_CHUNK
 
 GIB = 2**30
@@ -72,7 +73,7 @@ def parameter_counts(model_dir: str) -> Shape:
     if "/" not in model_dir and not Path(model_dir).is_dir():  # no hub name either
         raise UserError(f"--model {model_dir}: cannot be loaded (no such directory)")
     try:
-        return count(AutoConfig.from_pretrained(model_dir))
+        return count(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
     except Exception as error:  # no such directory, no config, an unknown architecture, not a decoder
         raise UserError(f"--model {model_dir}: cannot be loaded ({first_line(error)})") from error
 
@@ -289,6 +290,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def main(argv: list[str]) -> None:
+    if argv:
+        raise UserError(f"{' '.join(argv)}: plan.py takes no arguments; the plan of a run is python attnrl.py ... --dry_run")
+    print(table())
+
+
 if __name__ == "__main__":
     with stop_on_user_error("plan.py"):
-        print(table())
+        main(sys.argv[1:])

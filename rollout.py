@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from data import UserError
+from errors import UserError
 from dist import DTYPES, everyone, world
 from fci import Sequence, output_head, score, scoring_mode
 

@@ -10,7 +10,8 @@ A run's folder:
     python -m pytest tests/test_attnrl.py
 """
 import json
-import shutil
+import os
+import signal
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -21,8 +22,8 @@ import transformers
 from tqdm import tqdm
 
 import view
-from data import UserError
-from dist import full_weights, rank
+from errors import UserError
+from dist import rank
 from sampler import is_correct
 
 
@@ -94,10 +95,12 @@ class RunFolder:
         self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise UserError(f"--out {self.path}: is not empty; give another folder or remove it")
+            going_on = config.resume == "auto" and (self.path / "config.json").exists()
+            if any(self.path.iterdir()) and not going_on:
+                raise UserError(f"--out {self.path}: is not empty; give another folder, remove it, or (if it is this run's) "
+                                "--resume auto")
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            with (self.path / "config.json").open("x") as file:  # "x": of two runs that start together only one gets it
+            with (self.path / "config.json").open("w" if going_on else "x") as file:  # "x": of two runs that start together only one gets it
                 file.write(json.dumps(asdict(config) | {"out": str(self.path), "versions": versions}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be made a folder ({error.strerror})") from error
@@ -106,8 +109,12 @@ class RunFolder:
         """One JSON line, on the disk before the next step begins."""
         if rank():
             return
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # the disk is full, say; half a line is dropped when the run goes on
+            raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the same command with "
+                            "--resume auto goes on from the newest checkpoint") from error
 
     def write_samples(self, step: int, groups: list, tokenizer) -> None:
         """Problems with their whole tree as text, one line each."""
@@ -126,25 +133,39 @@ class RunFolder:
                                       for c in r.continuations],
                 } for i, r in enumerate(group.responses)]})
 
-    def save_model(self, name: str, model, tokenizer) -> None:
-        """Written beside and renamed when complete: a folder of that name is always a whole model (fp32). Every rank calls
-        it, because each has a part of the weights."""
-        weights = {key: value.cpu() for key, value in full_weights(model) if rank() == 0}
-        if rank():
-            return
-        fresh, old, target = self.path / f".{name}.new", self.path / f".{name}.old", self.path / name
-        for left_over in (fresh, old):
-            shutil.rmtree(left_over, ignore_errors=True)
-        model.save_pretrained(fresh, state_dict=weights)
-        tokenizer.save_pretrained(fresh)
-        if target.exists():
-            target.rename(old)
-        fresh.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+    def forget_after(self, step: int) -> None:
+        """Drop what a run logged after the checkpoint that it goes on from (and half a line, where it was killed)."""
+        for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
+            path, kept = self.path / name, []
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= step else []
+                except (ValueError, KeyError, TypeError):
+                    break
+            if path.exists():
+                fresh = path.with_name(f".{name}.new")
+                fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                fresh.replace(path)
 
     def draw_curves(self) -> None:
         if rank() == 0:
             view.draw_curves(self.path)
+
+
+def stop_on_signals():
+    """A function that says whether Ctrl-C or SIGTERM has asked the run to stop after this step. The second one leaves at once:
+    what is on the disk is whole at every moment."""
+    asked = []
+
+    def ask(number, _):
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        os.write(2, b"\nstopping after this step (once more: at once)\n")  # print is not safe inside a signal handler
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return lambda: bool(asked)
 
 
 class Display:

@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")  # a file, no window: also on a machine without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-from data import Problem, UserError, encode_prompt, stop_on_user_error  # noqa: E402
+from data import Problem, encode_question  # noqa: E402
+from errors import UserError, first_line, stop_on_user_error  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -24,10 +25,22 @@ BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#
 
 def read_metrics(run: Path) -> list[dict]:
     """The run's metrics, one dict a step; step 0 is the evaluation before training. Raises UserError."""
+    path, records = run / "metrics.jsonl", []
     try:
-        return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'metrics.jsonl'}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+            wrong = [key for key in ("step", "generated_tokens", "test_accuracy", "seconds/total")
+                     if not isinstance(records[-1].get(key, 0 if key == "test_accuracy" else None), (int, float))]
+        except (ValueError, RecursionError, AttributeError) as error:
+            raise UserError(f"{path}, line {number}: not a step's metrics ({first_line(error)}); a run that was killed: remove "
+                            "half a last line") from error
+        if wrong:
+            raise UserError(f"{path}, line {number}: no number in the field {wrong[0]}")
+    return records
 
 
 def draw_curves(run: Path) -> Path:
@@ -67,8 +80,12 @@ def draw_curves(run: Path) -> Path:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)  # never over a line
     figure.suptitle(run.name)
-    figure.savefig(run / "curves.png", dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(run / "curves.png", dpi=110)
+    except OSError as error:
+        raise UserError(f"{run / 'curves.png'}: cannot be written ({error.strerror})") from error
+    finally:
+        plt.close(figure)
     return run / "curves.png"
 
 
@@ -132,13 +149,14 @@ def show_fci(argv: list[str]) -> None:
     if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
         raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
     model, tokenizer, eos_ids = load_model(args.model, "auto")
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": args.problem}])
+    prompt = encode_question(tokenizer, args.problem, "--problem")
     if args.response:
         try:
             text = open(args.response, encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_context(model, [Problem(args.problem, [], "--problem", prompt)], len(tokens), option=f"response {args.response}:")
     else:
         limit = check_context(model, [Problem(args.problem, [], "--problem", prompt)], None, at_most=args.max_response)
         tokens = TransformersEngine(model, eos_ids).generate([Request(prompt, limit, 1.0, args.seed)])[0].tokens
@@ -146,7 +164,10 @@ def show_fci(argv: list[str]) -> None:
         raise UserError("the response is empty: there is nothing to score")
     separators = separator_tokens(tokenizer)
     bounds = split_steps(tokens, separators)
-    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
+    try:
+        scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
+    except ValueError as error:  # an architecture for which FCI or log-probs would be wrong
+        raise UserError(f"--model {args.model}: cannot be scored ({first_line(error)})") from error
     fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
     response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
     points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)

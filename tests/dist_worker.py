@@ -112,7 +112,7 @@ def gap(stale: int) -> str:
     """The check after a weight sync, with an engine on rank `stale` that missed it: what each rank says."""
     import copy
 
-    from data import UserError
+    from errors import UserError
     from rollout import Request, TransformersEngine, engine_gap
     policy = model_of("qwen2")
     engine = TransformersEngine(model_of("qwen2", seed=1) if dist.rank() == stale else copy.deepcopy(policy), [5])

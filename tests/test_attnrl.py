@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 from attnrl import Config, Trainer, parse_config, train
-from data import stop_on_user_error
+from errors import stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
 from rollout import Request, TransformersEngine, request_seed
@@ -72,7 +72,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_writes_its_folder(finished):
-    assert {p.name for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png", "last", "best"}
+    assert {p.name.split("-0")[0] for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png",
+                                                                   "last", "best", "step"}
     config = json.loads((finished / "config.json").read_text())
     assert config["out"] == str(finished) and config["target_sequences"] == 4 * 30 and config["device"] in ("cpu", "cuda")
     assert config["steps"] == 2 and config["branch"] == "fci" and set(config) == {f.name for f in dataclasses.fields(Config)} | {"versions"}

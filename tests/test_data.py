@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Problem, UserError, encode_prompt, load_problems, parse_answers
+from data import Problem, encode_prompt, load_problems, parse_answers
+from errors import UserError
 from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
 from toy.programs import LETTERS, toy_program, toy_set, toy_solution
 

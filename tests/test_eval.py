@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import eval as evaluation
-from data import UserError
+from errors import UserError
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
 from toy.programs import toy_solution
 

@@ -17,7 +17,7 @@ import torch
 import attnrl
 import dist
 from attnrl import Config, Trainer, parse_config, train
-from data import UserError, stop_on_user_error
+from errors import UserError, stop_on_user_error
 from helpers import random_tokens, tiny_model
 from learner import Learner, TrainStats, tis_weights
 from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import dist
 import plan
 from attnrl import Config
-from data import UserError
+from errors import UserError
 from fci import HEAD_CHUNK, Sequence, TokenLogprobs, score, token_logprobs
 from fixtures import TOY_MODEL
 from helpers import tiny_model

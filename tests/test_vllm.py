@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import attnrl
 import eval as evaluation
 from attnrl import Config, Trainer, parse_config, train
-from data import UserError, load_problems, stop_on_user_error
+from data import load_problems
+from errors import UserError, stop_on_user_error
 from dist import full_weights
 from fci import Sequence, score
 from fixtures import ROOT, TOY_MODEL

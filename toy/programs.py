@@ -52,7 +52,7 @@ def toy_set(source: str) -> Iterator[tuple[str, str]]:
     """(program, answer) pairs for "toy[:VARIABLES[:COUNT[:SEED]]]"; no program twice. Raises ValueError."""
     given = [int(part) for part in source.split(":")[1:]]
     n_vars, count, seed = given + [8, 2000, 0][len(given):]
-    if not (4 <= n_vars <= 26 and count >= 1 and seed >= 0):
+    if not (4 <= n_vars <= 26 and 1 <= count <= 10**6 and seed >= 0):  # a set is held in memory
         raise ValueError(source)
     rng = random.Random(f"toy/{n_vars}/{seed}")
     seen: set[str] = set()

@@ -1,0 +1,199 @@
+"""checkpoint.py: the whole state of a run on the disk, so that a run that was stopped ends as if it had not been.
+
+    python attnrl.py ... --out runs/mine --resume auto        # the newest checkpoint in runs/mine, or a fresh start
+
+A checkpoint is a folder of the run, `step-000040/`, written after training step 40 (`last` points to the newest):
+
+    config.json, model.safetensors, tokenizer ...   the policy in fp32: AutoModelForCausalLM.from_pretrained, vLLM, eval.py
+    training.pt    AdamW's moments, counters, sampler state, and the IN-FLIGHT half of the pipeline: the initial responses of
+                   step 41 with their log-probs, FCI, grades and branch points. Without these a resumed run would sample
+                   them anew, from a newer policy, and go another way.
+    run.json       the run's settings, and fingerprints of its problems and of the initial model (the reference)
+
+Random numbers need no state: every rollout, shuffle and tree has a seed made of its place in the run. The reference is the
+initial model, read again.
+
+Safety: a folder is written under another name, flushed to the disk and renamed, so one called step-N is always whole; older
+ones go only after that. Nothing that is read can run code: weights are safetensors, training.pt is read with
+weights_only=True, the rest is JSON.
+
+What is written does not depend on the number of ranks (whole tensors, all groups), so a run can go on with another number of
+them; only the rounding differs then.
+
+    python -m pytest tests/test_checkpoint.py
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from errors import UserError, first_line
+from dist import everyone, full_weights, mine, rank, shard_like, whole
+from tree import Response
+
+# Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not what it computes.
+FREE = {"out", "resume", "resume_changed", "dry_run", "gpus", "gpu_gib", "device", "grading_workers", "save_every", "keep",
+        "log_samples", "engine_memory", "sync_tolerance"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def flush(path: Path) -> None:
+    """To the disk, not only to the system's memory: after a power cut no name may stand for something that is not there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(target: Path, link: str, write) -> None:
+    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the disk; then the symbolic
+    link of this name, beside it, points to it. At every moment the link leads to a whole folder."""
+    fresh = target.with_name(f".{target.name}.new")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+        fresh.mkdir()
+        write(fresh)
+        for path in [*fresh.rglob("*"), fresh]:
+            flush(path)
+    except Exception as error:  # safetensors, torch and json each have their own for a full disk
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise UserError(f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and the same command "
+                        "with --resume auto goes on from them") from error
+    if target.exists():  # a resumed run comes by here again
+        shutil.rmtree(target)
+    fresh.rename(target)
+    pointer = target.with_name(f".{link}.new")
+    pointer.unlink(missing_ok=True)
+    pointer.symlink_to(target.name)
+    os.replace(pointer, target.with_name(link))
+    flush(target.parent)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Whole checkpoints of a run, the oldest first."""
+    return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def fingerprint(problems, model: str) -> dict[str, str]:
+    """What a resumed run must find unchanged besides its settings: the problems, in order, and the initial weights."""
+    texts = json.dumps([[p.text, p.answers] for p in problems])
+    weights = hashlib.sha256()
+    for file in sorted(Path(model).glob("*.safetensors")):  # none: a name on the hub, which the settings compare
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
+    return {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": weights.hexdigest()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------------------------
+def collect(trainer, upcoming, best: float) -> dict:
+    """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are each rank's own."""
+    moments = {}
+    for name, parameter in trainer.policy.named_parameters():
+        for key, value in trainer.learner.optimizer.state.get(parameter, {}).items():
+            value = whole(value)  # one at a time, and only rank 0 keeps it
+            if rank() == 0:
+                moments[f"{name}/{key}"] = value.cpu()
+    groups = everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups]) if upcoming else None
+    return {"moments": moments, "groups": groups, "best": best, "generated_tokens": sum(everyone([trainer.generated_tokens])),
+            "easy_filter": asdict(trainer.easy_filter), "batch_size": trainer.batch_size.size,
+            "stream": [trainer.stream.epoch, trainer.stream.position]}
+
+
+def write_model(folder: Path, trainer, weights: dict) -> None:
+    trainer.policy.save_pretrained(folder, state_dict=weights)
+    trainer.tokenizer.save_pretrained(folder)
+
+
+def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> None:
+    """Write step-N and drop all but the newest `keep`. Every rank must call it; rank 0 writes."""
+    state = collect(trainer, upcoming, best)
+    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+    if rank():
+        return
+    if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise UserError(f"step {step}: {damaged[0]} and {len(damaged) - 1} more tensors of the policy are not finite; no "
+                        "checkpoint is written of it, the older ones are whole")
+
+    def write(folder: Path):
+        write_model(folder, trainer, weights)
+        torch.save(state, folder / "training.pt")
+        (folder / "run.json").write_text(json.dumps({"step": step, "config": asdict(trainer.config), **trainer.fingerprint}))
+
+    publish(run / f"step-{step:06}", "last", write)
+    for old in checkpoints(run)[:-keep]:
+        shutil.rmtree(old)
+
+
+def save_best(run: Path, step: int, trainer) -> None:
+    """The best model so far, without what resuming needs. Every rank must call it."""
+    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+    if rank() == 0:
+        publish(run / f"best-{step:06}", "best", lambda folder: write_model(folder, trainer, weights))
+        for old in run.glob("best-[0-9]*"):
+            if old.name != f"best-{step:06}":
+                shutil.rmtree(old)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+# ---------------------------------------------------------------------------------------------------------------------
+def find(config) -> Path | None:
+    """The checkpoint to go on from, the same one on every rank; None: a fresh start."""
+    found = checkpoints(Path(config.out)) if config.resume == "auto" and config.out else []
+    return everyone([found[-1] if found else None])[0]
+
+
+def check_unchanged(path: Path, trainer) -> bool:
+    """Raises UserError that names every setting which is not that of the checkpoint, unless --resume_changed; says whether
+    the problems are the same."""
+    try:
+        saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        changed = [f"--{name} {saved['config'].get(name)} is now {value}" for name, value in asdict(trainer.config).items()
+                   if name not in FREE and saved["config"].get(name) != value]
+        changed += [f"the {name} file is another one" for name, value in trainer.fingerprint.items() if saved[name] != value]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
+                        "checkpoint") from error
+    if changed and not trainer.config.resume_changed:
+        raise UserError(f"--resume auto: {path} was written with other settings ({'; '.join(changed)}); use those, or go on "
+                        "with the new ones by --resume_changed true")
+    return saved["problems"] == trainer.fingerprint["problems"]
+
+
+def restore(path: Path, trainer, batch_of):
+    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns (step, best, upcoming).
+
+    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is none).
+    """
+    same_problems = check_unchanged(path, trainer)
+    try:
+        state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
+    except Exception as error:  # a dozen types for a broken file
+        raise UserError(f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
+                        "checkpoint") from error
+    if not same_problems:  # numbers of problems mean others now, and the old place may be behind the new end
+        state |= {"groups": None, "stream": [0, 0]}
+    optimizer = trainer.learner.optimizer
+    for name, parameter in trainer.policy.named_parameters():
+        own = {key.removeprefix(f"{name}/"): value for key, value in state["moments"].items() if key.startswith(f"{name}/")}
+        if own:
+            optimizer.state[parameter] = {key: shard_like(value.clone(), parameter) for key, value in own.items()}
+    step = int(path.name.removeprefix("step-"))
+    trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
+    trainer.batch_size.size = state["batch_size"]
+    trainer.stream.epoch, trainer.stream.position = state["stream"]
+    trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0  # they are summed over ranks
+    groups = state["groups"]
+    upcoming = None if groups is None else batch_of(step + 1, mine([
+        group | {"responses": [Response(**response) for response in group["responses"]]} for group in groups]))
+    return step, state["best"], upcoming

@@ -1,0 +1,42 @@
+"""errors.py: what a person is told when something is wrong, and how a command leaves: one clear line and exit code 2."""
+import os
+import sys
+import time
+import traceback
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Bad input: the message is one line that says what is wrong, where, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, fit for a UserError."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def leave(code: int):
+    """Exit. One rank of many leaves at once: the regular way out may wait for the other ranks, and they wait for this one."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+@contextmanager
+def stop_on_user_error(command: str):
+    """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        yield
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
+            time.sleep(3)
+        print(f"{command}: {error}", file=sys.stderr)
+        leave(2)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        sys.exit(130)
