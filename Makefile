@@ -10,14 +10,17 @@ PYTHON ?= python3
 export OMP_WAIT_POLICY = passive
 export TOKENIZERS_PARALLELISM = false
 
+# A quick test that takes five minutes hangs: show where, and stop.
+NO_HANG = -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
+
 demo: .venv/ready
 	.venv/bin/python attnrl.py
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q -m "not full" --durations=5
+	.venv/bin/python -m pytest -q -m "not full" --durations=5 $(NO_HANG)
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q -m "not full" --durations=5 tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -q -m "not full" --durations=5 $(NO_HANG) tests/test_vllm.py
 
 test-full: .venv/ready .venv-vllm/ready
 	.venv/bin/python -m pytest -q --durations=10

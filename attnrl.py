@@ -264,7 +264,6 @@ class Trainer:
         evaluation.check_context(self.policy, self.problems, config.max_response)
         evaluation.check_context(self.policy, self.test_problems, config.eval_max_response, option="eval_max_response")
         self.separators = separator_tokens(self.tokenizer)
-        self.fingerprint = checkpoint.fingerprint(self.problems, config.model)
         # vLLM first: it checks the GPU's free memory. The policy itself can sample only where it is whole.
         self.copied = config.engine == "vllm" or config.parallel == "fsdp"  # the engine has weights of its own
         if config.engine == "vllm":

@@ -82,14 +82,17 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
-def fingerprint(problems, model: str) -> dict[str, str]:
-    """What a resumed run must find unchanged besides its settings: the problems, in order, and the initial weights."""
-    texts = json.dumps([[p.text, p.answers] for p in problems])
-    weights = hashlib.sha256()
-    for file in sorted(Path(model).glob("*.safetensors")):  # none: a name on the hub, which the settings compare
-        with file.open("rb") as content:
-            weights.update(hashlib.file_digest(content, "sha256").digest())
-    return {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": weights.hexdigest()}
+def fingerprint(trainer) -> dict[str, str]:
+    """What a resumed run must find unchanged besides its settings: the problems, in order, and the initial weights. Read once,
+    and only where a checkpoint is written or resumed from: the weights are gigabytes."""
+    if not hasattr(trainer, "fingerprint"):
+        texts = json.dumps([[p.text, p.answers] for p in trainer.problems])
+        weights = hashlib.sha256()
+        for file in sorted(Path(trainer.config.model).glob("*.safetensors")):  # none: a hub name, which the settings compare
+            with file.open("rb") as content:
+                weights.update(hashlib.file_digest(content, "sha256").digest())
+        trainer.fingerprint = {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": weights.hexdigest()}
+    return trainer.fingerprint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +112,11 @@ def collect(trainer, upcoming, best: float) -> dict:
             "stream": [trainer.stream.epoch, trainer.stream.position]}
 
 
+def whole_weights(trainer) -> dict:
+    """The policy's weights in host memory, on rank 0 only. Every rank must call it."""
+    return {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+
+
 def write_model(folder: Path, trainer, weights: dict) -> None:
     trainer.policy.save_pretrained(folder, state_dict=weights)
     trainer.tokenizer.save_pretrained(folder)
@@ -117,7 +125,7 @@ def write_model(folder: Path, trainer, weights: dict) -> None:
 def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> None:
     """Write step-N and drop all but the newest `keep`. Every rank must call it; rank 0 writes."""
     state = collect(trainer, upcoming, best)
-    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+    weights = whole_weights(trainer)
     if rank():
         return
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
@@ -127,7 +135,7 @@ def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> Non
     def write(folder: Path):
         write_model(folder, trainer, weights)
         torch.save(state, folder / "training.pt")
-        (folder / "run.json").write_text(json.dumps({"step": step, "config": asdict(trainer.config), **trainer.fingerprint}))
+        (folder / "run.json").write_text(json.dumps({"step": step, "config": asdict(trainer.config), **fingerprint(trainer)}))
 
     publish(run / f"step-{step:06}", "last", write)
     for old in checkpoints(run)[:-keep]:
@@ -136,7 +144,7 @@ def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> Non
 
 def save_best(run: Path, step: int, trainer) -> None:
     """The best model so far, without what resuming needs. Every rank must call it."""
-    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+    weights = whole_weights(trainer)
     if rank() == 0:
         publish(run / f"best-{step:06}", "best", lambda folder: write_model(folder, trainer, weights))
         for old in run.glob("best-[0-9]*"):
@@ -160,14 +168,14 @@ def check_unchanged(path: Path, trainer) -> bool:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         changed = [f"--{name} {saved['config'].get(name)} is now {value}" for name, value in asdict(trainer.config).items()
                    if name not in FREE and saved["config"].get(name) != value]
-        changed += [f"the {name} file is another one" for name, value in trainer.fingerprint.items() if saved[name] != value]
+        changed += [f"the {name} file is another one" for name, value in fingerprint(trainer).items() if saved[name] != value]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
                         "checkpoint") from error
     if changed and not trainer.config.resume_changed:
         raise UserError(f"--resume auto: {path} was written with other settings ({'; '.join(changed)}); use those, or go on "
                         "with the new ones by --resume_changed true")
-    return saved["problems"] == trainer.fingerprint["problems"]
+    return saved["problems"] == fingerprint(trainer)["problems"]
 
 
 def restore(path: Path, trainer, batch_of):

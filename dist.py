@@ -116,6 +116,11 @@ def in_step(batches: list[list[int]]) -> list[list[int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The model on many ranks
 # ---------------------------------------------------------------------------------------------------------------------
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The modules that are gathered and recomputed one at a time: those that transformers says must not be split."""
+    return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+
+
 def spread(forward: torch.nn.Module, device: str, parallel: str = "ddp", dtype: str = "fp32",
            activation_checkpointing: bool = False, cpu_offload: bool = False) -> torch.nn.Module:
     """Put `forward` (fci.TokenLogprobs: a causal model and its output head as ONE forward pass) on all ranks.
@@ -124,8 +129,7 @@ def spread(forward: torch.nn.Module, device: str, parallel: str = "ddp", dtype: 
     activation_checkpointing: keep one hidden state per layer and compute the rest again in the backward pass.
     cpu_offload: sharded weights, gradients and moments live in host memory, and AdamW runs there.
     """
-    model = forward.model
-    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    layers = decoder_layers(forward.model)
     if activation_checkpointing:
         for layer in layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)

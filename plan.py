@@ -27,6 +27,7 @@ from types import SimpleNamespace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
+from dist import decoder_layers
 from errors import UserError, first_line, stop_on_user_error
 from fci import HEAD_CHUNK
 
@@ -59,8 +60,7 @@ def count(model_config) -> Shape:
     """The Shape of a transformers config: real modules on the meta device, so no memory and no weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]  # as dist.py splits them
-    total, *each = (sum(p.numel() for p in module.parameters()) for module in (model, *layers))  # tied weights count once
+    total, *each = (sum(p.numel() for p in module.parameters()) for module in (model, *decoder_layers(model)))  # tied weights count once
     c = model_config.get_text_config()
     return Shape(total, max(each), total - sum(each), c.num_hidden_layers, c.hidden_size, c.intermediate_size,
                  c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads,

@@ -1,9 +1,13 @@
 """What stands in for downloads: a real byte-level BPE tokenizer with a chat template, and a tiny Qwen2 that goes with it."""
+import filecmp
 from pathlib import Path
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -43,3 +47,21 @@ def save_real_model(folder: Path, chat: bool = True, **overrides) -> Path:
     Qwen2ForCausalLM(Qwen2Config(**(settings | overrides))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def step_without_sync(trainer, monkeypatch) -> UserError:
+    """One step of the training loop whose weight sync is forgotten; what its check says."""
+    batch = trainer.new_batch(1)
+    trainer.sample(None, batch)
+    trainer.sample(batch, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.engine, "sync_weights", lambda weights: None)
+        with pytest.raises(UserError, match="engine and learner disagree after the weight sync") as stop:
+            trainer.update(1, trainer.sequences(batch))
+    return stop.value
+
+
+def same_file(got: Path, expected: Path) -> None:
+    """Byte for byte. Not `==` on the contents: where CI is set, pytest shows the whole difference of two strings, and finding it
+    in two files of weights takes hours."""
+    assert filecmp.cmp(got, expected, shallow=False), f"{got} and {expected} differ"

@@ -11,7 +11,7 @@ import attnrl
 from attnrl import Config, Trainer, parse_config, train
 from errors import stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, save_real_model
+from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
 from rollout import Request, TransformersEngine, request_seed
 from runlog import Display
 from test_eval import run
@@ -114,8 +114,8 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
         return [{key: value for key, value in m.items() if not key.startswith("seconds")} for m in metrics_of(folder)]
 
     assert without_times(finished) == without_times(again) != without_times(other)
-    assert (finished / "samples.jsonl").read_text() == (again / "samples.jsonl").read_text()
-    assert (finished / "last/model.safetensors").read_bytes() == (again / "last/model.safetensors").read_bytes()
+    same_file(finished / "samples.jsonl", again / "samples.jsonl")
+    same_file(finished / "last/model.safetensors", again / "last/model.safetensors")
 
 
 @pytest.mark.parametrize("options", [["--advantage", "grpo", "--grpo_samples", "8"], ["--branch", "entropy"], ["--branch", "random"],

@@ -23,7 +23,7 @@ import attnrl
 import checkpoint
 from attnrl import Trainer, parse_config, train
 from errors import UserError, stop_on_user_error
-from fixtures import ROOT, TOY_MODEL
+from fixtures import ROOT, TOY_MODEL, same_file
 from runlog import Display
 from test_dist import Launched, assert_same, lines, metrics, one_node, same_run, steps_done, torchrun
 from toy.programs import toy_set
@@ -68,20 +68,20 @@ def cut(run: Path, step: int, to: Path) -> Path:
 
 
 def same_checkpoint(got: Path, expected: Path) -> None:
-    assert (got / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes(), f"weights of {got.name}"
+    same_file(got / "model.safetensors", expected / "model.safetensors")
     assert_same(state_of(got), state_of(expected), where=got.name)
 
 
 def identical(got: Path, expected: Path) -> None:
     """Every number and every byte but the times."""
-    assert metrics(got) == metrics(expected)
-    assert lines(got / "samples.jsonl") == lines(expected / "samples.jsonl")
+    assert_same(metrics(got), metrics(expected), where="metrics")
+    assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), where="samples")
     names = [[folder.name for folder in checkpoint.checkpoints(run)] for run in (got, expected)]
     assert names[0] == names[1], f"checkpoints {names[0]} and {names[1]}"
     for name in (*names[0], "last"):
         same_checkpoint(got / name, expected / name)
     assert (got / "best").readlink() == (expected / "best").readlink()
-    assert (got / "best" / "model.safetensors").read_bytes() == (expected / "best" / "model.safetensors").read_bytes()
+    same_file(got / "best" / "model.safetensors", expected / "best" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
