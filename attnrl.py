@@ -24,7 +24,7 @@ Several GPUs (dist.py): each rank samples, scores and grades every world-th prob
 from there on all ranks hold the same groups and compute the same trees and metrics; updates are dealt out by token count.
 
 A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), samples.jsonl, curves.png,
-last/ and best/ (models for AutoModelForCausalLM.from_pretrained; last/ is the newest checkpoint, see checkpoint.py).
+step-N/ (checkpoints, each a model for AutoModelForCausalLM.from_pretrained; last and best are links, see checkpoint.py).
 """
 import copy
 import math
@@ -47,12 +47,14 @@ import eval as evaluation
 import view
 from data import Problem, load_problems
 from errors import UserError, stop_on_user_error
-from fci import Scores, Sequence, TokenLogprobs, score, separator_tokens, split_steps, uniform_fci, without_answer
+from fci import (Scores, Sequence, TokenLogprobs, check_model, score, separator_tokens, split_steps, uniform_fci,
+                 without_answer)
 from learner import Learner, TrainStats, learning_rate, tis_weights
-from rollout import Completion, Request, TransformersEngine, VLLMEngine, engine_gap, probe_requests, request_seed
-from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, stop_on_signals
+from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
+from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, say_out_of_memory, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
+from vllm_engine import VLLMEngine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,6 +265,7 @@ class Trainer:
         self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
         evaluation.check_context(self.policy, self.problems, config.max_response)
         evaluation.check_context(self.policy, self.test_problems, config.eval_max_response, option="eval_max_response")
+        check_model(self.policy, str(self.checkpoint or config.model))
         self.separators = separator_tokens(self.tokenizer)
         # vLLM first: it checks the GPU's free memory. The policy itself can sample only where it is whole.
         self.copied = config.engine == "vllm" or config.parallel == "fsdp"  # the engine has weights of its own
@@ -311,7 +314,8 @@ class Trainer:
         """Show what is going on, and add its wall-clock to this step's split."""
         self.display.phase(name)
         started = time.perf_counter()
-        yield
+        with say_out_of_memory(name):
+            yield
         self.seconds[name] += time.perf_counter() - started
 
     def new_batch(self, step: int) -> Batch:
@@ -475,11 +479,11 @@ def train(config: Config, stop=lambda: False) -> Path:
         display.say(f"resumed from {trainer.checkpoint}")
     else:
         folder.forget_after(-1)
-        done, upcoming, best = 0, None, trainer.evaluate()
-        checkpoint.save_best(folder.path, 0, trainer)
-        display.say(f"before training   test {100 * best:.1f} % (avg@{config.eval_samples}, "
+        done, upcoming, best = 0, None, (trainer.evaluate(), 0)
+        display.say(f"before training   test {100 * best[0]:.1f} % (avg@{config.eval_samples}, "
                     f"{len(trainer.test_problems)} problems)")
-        folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best, "seconds/total": 0.0})
+        folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best[0], "seconds/total": 0.0})
+        checkpoint.save(folder.path, 0, trainer, None, best, config.keep)
     if config.one_step_off_policy and upcoming is None and done < config.steps:
         upcoming = trainer.new_batch(done + 1)  # warm-up: the pipeline starts with initial responses for the first batch
         trainer.sample(None, upcoming)
@@ -503,9 +507,7 @@ def train(config: Config, stop=lambda: False) -> Path:
         record = trainer.metrics(batch, sequences, stats)
         if step == config.steps or config.eval_every and step % config.eval_every == 0:
             record["test_accuracy"] = trainer.evaluate()
-            if record["test_accuracy"] >= best:
-                best = record["test_accuracy"]
-                checkpoint.save_best(folder.path, step, trainer)
+            best = max(best, (record["test_accuracy"], step))
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
         folder.write_samples(step, batch.groups[:config.log_samples], trainer.tokenizer)

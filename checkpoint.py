@@ -2,7 +2,8 @@
 
     python attnrl.py ... --out runs/mine --resume auto        # the newest checkpoint in runs/mine, or a fresh start
 
-A checkpoint is a folder of the run, `step-000040/`, written after training step 40 (`last` points to the newest):
+A checkpoint is a folder of the run, `step-000040/`, written after training step 40. Two links, `last` and `best`, point to the
+newest and to the one of the best test accuracy:
 
     config.json, model.safetensors, tokenizer ...   the policy in fp32: AutoModelForCausalLM.from_pretrained, vLLM, eval.py
     training.pt    AdamW's moments, counters, sampler state, and the IN-FLIGHT half of the pipeline: the initial responses of
@@ -53,9 +54,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def publish(target: Path, link: str, write) -> None:
-    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the disk; then the symbolic
-    link of this name, beside it, points to it. At every moment the link leads to a whole folder."""
+def folder_of(step: int) -> str:
+    return f"step-{step:06}"
+
+
+def publish(target: Path, write) -> None:
+    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the disk."""
     fresh = target.with_name(f".{target.name}.new")
     try:
         shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
@@ -63,18 +67,20 @@ def publish(target: Path, link: str, write) -> None:
         write(fresh)
         for path in [*fresh.rglob("*"), fresh]:
             flush(path)
+        fresh.rename(target)
+        flush(target.parent)
     except Exception as error:  # safetensors, torch and json each have their own for a full disk
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and the same command "
                         "with --resume auto goes on from them") from error
-    if target.exists():  # a resumed run comes by here again
-        shutil.rmtree(target)
-    fresh.rename(target)
-    pointer = target.with_name(f".{link}.new")
-    pointer.unlink(missing_ok=True)
-    pointer.symlink_to(target.name)
-    os.replace(pointer, target.with_name(link))
-    flush(target.parent)
+
+
+def point(run: Path, link: str, step: int) -> None:
+    """The symbolic link leads to the checkpoint of this step; at every moment it leads to a whole one."""
+    fresh = run / f".{link}.new"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(folder_of(step))
+    fresh.replace(run / link)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -98,7 +104,7 @@ def fingerprint(trainer) -> dict[str, str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving
 # ---------------------------------------------------------------------------------------------------------------------
-def collect(trainer, upcoming, best: float) -> dict:
+def collect(trainer, upcoming, best: tuple[float, int]) -> dict:
     """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are each rank's own."""
     moments = {}
     for name, parameter in trainer.policy.named_parameters():
@@ -107,25 +113,18 @@ def collect(trainer, upcoming, best: float) -> dict:
             if rank() == 0:
                 moments[f"{name}/{key}"] = value.cpu()
     groups = everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups]) if upcoming else None
-    return {"moments": moments, "groups": groups, "best": best, "generated_tokens": sum(everyone([trainer.generated_tokens])),
+    return {"moments": moments, "groups": groups, "best": list(best), "generated_tokens": sum(everyone([trainer.generated_tokens])),
             "easy_filter": asdict(trainer.easy_filter), "batch_size": trainer.batch_size.size,
             "stream": [trainer.stream.epoch, trainer.stream.position]}
 
 
-def whole_weights(trainer) -> dict:
-    """The policy's weights in host memory, on rank 0 only. Every rank must call it."""
-    return {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+def save(run: Path, step: int, trainer, upcoming, best: tuple[float, int], keep: int) -> None:
+    """Write step-N, then drop all but the newest `keep` and the best. Every rank must call it; rank 0 writes.
 
-
-def write_model(folder: Path, trainer, weights: dict) -> None:
-    trainer.policy.save_pretrained(folder, state_dict=weights)
-    trainer.tokenizer.save_pretrained(folder)
-
-
-def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> None:
-    """Write step-N and drop all but the newest `keep`. Every rank must call it; rank 0 writes."""
+    upcoming: the half-finished next batch, or None; best: (test accuracy, its step), which is this step or an earlier one.
+    """
     state = collect(trainer, upcoming, best)
-    weights = whole_weights(trainer)
+    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
     if rank():
         return
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
@@ -133,23 +132,24 @@ def save(run: Path, step: int, trainer, upcoming, best: float, keep: int) -> Non
                         "checkpoint is written of it, the older ones are whole")
 
     def write(folder: Path):
-        write_model(folder, trainer, weights)
+        trainer.policy.save_pretrained(folder, state_dict=weights)
+        trainer.tokenizer.save_pretrained(folder)
         torch.save(state, folder / "training.pt")
         (folder / "run.json").write_text(json.dumps({"step": step, "config": asdict(trainer.config), **fingerprint(trainer)}))
 
-    publish(run / f"step-{step:06}", "last", write)
+    publish(run / folder_of(step), write)
+    link_and_drop(run, step, best[1], keep)
+
+
+def link_and_drop(run: Path, step: int, best: int, keep: int) -> None:
+    """`last` and `best`; then whatever neither they nor --keep need goes, and what a killed run left half-written."""
+    point(run, "last", step)
+    point(run, "best", best)
     for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-
-
-def save_best(run: Path, step: int, trainer) -> None:
-    """The best model so far, without what resuming needs. Every rank must call it."""
-    weights = whole_weights(trainer)
-    if rank() == 0:
-        publish(run / f"best-{step:06}", "best", lambda folder: write_model(folder, trainer, weights))
-        for old in run.glob("best-[0-9]*"):
-            if old.name != f"best-{step:06}":
-                shutil.rmtree(old)
+        if old.name != folder_of(best):
+            shutil.rmtree(old)
+    for half in run.glob(".step-*.new"):
+        shutil.rmtree(half)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,13 +179,17 @@ def check_unchanged(path: Path, trainer) -> bool:
 
 
 def restore(path: Path, trainer, batch_of):
-    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns (step, best, upcoming).
+    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns (step, best, upcoming) as
+    `save` was given them. The links of the run are put right: it may have been killed before they were set.
 
     batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is none).
     """
     same_problems = check_unchanged(path, trainer)
     try:
         state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
+        lacking = {"moments", "groups", "best", "generated_tokens", "easy_filter", "batch_size", "stream"} - state.keys()
+        if lacking:
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except Exception as error:  # a dozen types for a broken file
         raise UserError(f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
                         "checkpoint") from error
@@ -198,10 +202,16 @@ def restore(path: Path, trainer, batch_of):
             optimizer.state[parameter] = {key: shard_like(value.clone(), parameter) for key, value in own.items()}
     step = int(path.name.removeprefix("step-"))
     trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
-    trainer.batch_size.size = state["batch_size"]
+    if trainer.config.ads_batch:
+        trainer.batch_size.size = state["batch_size"]
     trainer.stream.epoch, trainer.stream.position = state["stream"]
     trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0  # they are summed over ranks
     groups = state["groups"]
     upcoming = None if groups is None else batch_of(step + 1, mine([
         group | {"responses": [Response(**response) for response in group["responses"]]} for group in groups]))
-    return step, state["best"], upcoming
+    best = tuple(state["best"])
+    if not (path.parent / folder_of(best[1])).exists():  # somebody removed it: the next evaluation is the best one
+        best = (0.0, step)
+    if rank() == 0:
+        link_and_drop(path.parent, step, best[1], trainer.config.keep)
+    return step, best, upcoming

@@ -64,11 +64,15 @@ def start(device: str, alone: bool = False) -> str:
 
 
 def stop(close=lambda: None) -> None:
-    """Leave together: a rank that left early would look like one that died. `close` is the engine's; vLLM shares the group."""
+    """Leave together: a rank that left early would look like one that died. `close` is the engine's; vLLM shares the group.
+
+    The group of several ranks is left alone: the process must end by errors.leave, without destructors. DDP's holds the
+    interpreter's lock and waits for a gloo thread, which at times waits for that lock (torch 2.13; seen once in ten runs).
+    """
     if group.is_initialized():
         group.barrier()
     close()
-    if group.is_initialized():
+    if group.is_initialized() and world() == 1:
         group.destroy_process_group()
 
 

@@ -16,7 +16,8 @@ def first_line(error: Exception) -> str:
 
 
 def leave(code: int):
-    """Exit. One rank of many leaves at once: the regular way out may wait for the other ranks, and they wait for this one."""
+    """Exit. One rank of many leaves at once: after an error the regular way out may wait for the other ranks, and they for this
+    one; and at the end of a run it may hang (dist.stop)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -40,3 +41,5 @@ def stop_on_user_error(command: str):
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         sys.exit(130)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        leave(0)

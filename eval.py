@@ -33,8 +33,9 @@ from data import Problem, encode_question, load_problems
 from errors import UserError, first_line, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
-from rollout import Request, TransformersEngine, VLLMEngine, request_seed
+from rollout import Request, TransformersEngine, request_seed
 from sampler import is_correct
+from vllm_engine import VLLMEngine
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +142,8 @@ def load_model(path: str, device: str):
     eos_ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
     if not eos_ids:
         raise UserError(f"--model {path}: neither its generation config nor its tokenizer names an end-of-sequence token")
+    if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one of nothing
+        raise UserError(f"--model {path}: its tokenizer knows no text (is tokenizer.json missing?)")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
                         f"{model.get_input_embeddings().num_embeddings}")

@@ -31,6 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist import in_step
+from errors import UserError
 
 ATTENTION_NAME = "attnrl_fci"
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
@@ -311,6 +312,16 @@ def fci_scores(model, prompt_ids: list[int], response_ids: list[int], bounds: li
     that do not rise from 0 to the response's length and for an empty prompt.
     """
     return score(model, [Sequence(list(prompt_ids), list(response_ids), list(bounds))], delta=delta)[0].fci
+
+
+def check_model(model, path: str) -> None:
+    """Raises UserError for a model whose log-probs or FCI would be wrong or are not finite, before anything is sampled."""
+    try:
+        found = score(model, [Sequence([0], [0, 0, 0], [0, 1, 2, 3])], delta=1)[0]
+    except ValueError as error:
+        raise UserError(f"--model {path}: {error}") from error
+    if not math.isfinite(sum(found.logprobs)):
+        raise UserError(f"--model {path}: its log-probs are not finite; the weights are damaged")
 
 
 def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:

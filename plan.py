@@ -60,7 +60,8 @@ def count(model_config) -> Shape:
     """The Shape of a transformers config: real modules on the meta device, so no memory and no weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    total, *each = (sum(p.numel() for p in module.parameters()) for module in (model, *decoder_layers(model)))  # tied weights count once
+    modules = (model, *decoder_layers(model))
+    total, *each = (sum(p.numel() for p in module.parameters()) for module in modules)  # tied weights count once
     c = model_config.get_text_config()
     return Shape(total, max(each), total - sum(each), c.num_hidden_layers, c.hidden_size, c.intermediate_size,
                  c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
@@ -255,7 +256,8 @@ def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] = ()) -> str
                     f"{len(evaluated)} evaluations ({config.eval_samples} samples a problem)"],
         "memory": memory_lines(config, shape, ranks, gpu_gib),
         "host": [host],
-        "disk": [f"last/ and best/: {4 * shape.parameters / GIB:.1f} GiB each"],
+        "disk": [f"{(config.keep + 2) * 12 * shape.parameters / GIB:.1f} GiB: {config.keep + 2} checkpoints of "
+                 f"{12 * shape.parameters / GIB:.1f} (--keep {config.keep}, the best, and a new one before an old one goes)"],
         "command": [launch(argv, ranks)]}
     return "\n".join(f"{'' if i else name:10}{text}" for name, texts in lines.items() for i, text in enumerate(texts))
 

@@ -4,7 +4,7 @@ An engine is anything with the methods of `TransformersEngine`: `generate(reques
 updated, `sync_weights(weights)` after that, `close()`. Two of them:
 
     TransformersEngine   the embedded default on plain transformers; samples with the policy itself, also on a laptop
-    VLLMEngine           vLLM inside the training process, one engine per rank: for real models
+    VLLMEngine           vLLM inside the training process, one engine per rank: for real models (vllm_engine.py)
 
 What the first takes care of, because sampling is most of the time of a training step:
 - a prefix shared by several requests is computed once: six samples of a problem, two continuations of one branch point,
@@ -22,19 +22,16 @@ Left out: top-p and top-k (the paper samples from the full distribution), contin
 
     python -m pytest tests/test_rollout.py
 """
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import AutoConfig, DynamicCache
+from transformers import DynamicCache
 
 from errors import UserError
-from dist import DTYPES, everyone, world
+from dist import everyone
 from fci import Sequence, output_head, score, scoring_mode
 
 
@@ -204,79 +201,6 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tens
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
-class VLLMEngine:
-    """vLLM in this process, one engine per rank. `path`: a model directory, of which only the configuration is read: the
-    weights come from the trainer (`sync_weights` before the first `generate`).
-
-    memory: share of the GPU for weights and KV cache. On the CPU the cache holds `token_budget` tokens. Must be made after
-    the process group and, on a GPU, before the policy goes there. Raises UserError where vLLM is not installed.
-    """
-
-    def __init__(self, path: str, eos_ids: list[int], max_tokens: int, dtype: str = "fp32", device: str = "cpu",
-                 memory: float = 0.4, token_budget: int = 65536):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that weights need not travel
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair
-        logging.getLogger("vllm").setLevel(logging.ERROR)
-        if not device.startswith("cuda"):  # else small kernels are compiled, which takes seconds and a C++ compiler
-            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as error:
-            raise UserError(f"--engine vllm: vLLM is not installed here ({error}); GPU: pip install -r requirements-gpu.txt, "
-                            "CPU: make .venv-vllm/ready, then .venv-vllm/bin/python") from error
-        self.eos_ids, self.params, self.gpu, self.asleep = eos_ids, SamplingParams, device.startswith("cuda"), False
-        if self.gpu:
-            settings = dict(gpu_memory_utilization=memory, enable_sleep_mode=True)
-        else:
-            config = AutoConfig.from_pretrained(path).get_text_config()
-            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            one = 2 * config.num_hidden_layers * config.num_key_value_heads * head * DTYPES[dtype].itemsize
-            # Prefixes are shared in whole blocks. Chunked prefill and per-request seeds do not go together on the CPU.
-            settings = dict(kv_cache_memory_bytes=one * max(token_budget, 2 * max_tokens), block_size=32, enforce_eager=True,
-                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_tokens, 8192))
-        if world() > 1:  # the plain executor would put every rank's engine on the first GPU
-            settings |= dict(distributed_executor_backend="external_launcher")
-        threads, count = torch.set_num_threads, torch.get_num_threads()  # vLLM disables the first and changes the second
-        self.llm = LLM(path, dtype=str(DTYPES[dtype]).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
-                       generation_config="vllm", max_model_len=max_tokens, tensor_parallel_size=1, seed=0,
-                       enable_prefix_caching=True, logprobs_mode="processed_logprobs", **settings)
-        torch.set_num_threads = threads
-        threads(count)
-
-    def generate(self, requests: list[Request]) -> list[Completion]:
-        """One Completion per request, in order. Each request has its own seed: engine seeds are not enough, two ranks
-        would sample the same rollouts."""
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [self.params(temperature=r.temperature, max_tokens=r.max_tokens, seed=r.seed, stop_token_ids=self.eos_ids,
-                         logprobs=0, flat_logprobs=True, detokenize=False) for r in requests], use_tqdm=False)
-        return [Completion(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
-                for output in outputs for o in output.outputs]
-
-    def sleep(self) -> None:
-        """Give the GPU's memory to the update: the KV cache and the weights are dropped (level 2)."""
-        if self.gpu:
-            self.llm.sleep(level=2)
-            torch.cuda.empty_cache()
-            self.asleep = True
-
-    def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load new weights, and forget the KV cache of the old ones: prefixes would be continued as if nothing had changed."""
-        if self.asleep:
-            self.llm.wake_up(tags=["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not forget the KV cache of the old weights: it still holds requests")
-        if self.asleep:
-            self.llm.wake_up(tags=["kv_cache"])
-        self.asleep = False
-
-    def close(self) -> None:
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
 
 
 def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:

@@ -5,7 +5,7 @@ A run's folder:
     metrics.jsonl   one line per step; every key is explained in the README
     samples.jsonl   a few problems of every step: responses, steps with FCI, branch points, continuations, rewards
     curves.png      drawn by view.py at every evaluation
-    last/, best/    the newest and the best model, for AutoModelForCausalLM.from_pretrained
+    step-N/         checkpoints, see checkpoint.py; the links last and best lead to the newest and the best
 
     python -m pytest tests/test_attnrl.py
 """
@@ -14,6 +14,7 @@ import os
 import signal
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import transformers
 from tqdm import tqdm
 
 import view
-from errors import UserError
+from errors import UserError, first_line
 from dist import rank
 from sampler import is_correct
 
@@ -209,6 +210,20 @@ class Display:
 # ---------------------------------------------------------------------------------------------------------------------
 # Failures with a name
 # ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def say_out_of_memory(phase: str):
+    """Out of memory, on a GPU or a CPU, is one line that names what to lower; every other error passes."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # CUDA's own type is a RuntimeError; the CPU allocator's is nothing else
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        lower = {"generate": "--rollout_tokens", "evaluate": "--rollout_tokens", "score": "--token_budget",
+                 "train": "--token_budget, or --activation_checkpointing true"}.get(phase, "--batch_size")
+        raise UserError(f"out of memory in phase '{phase}': lower {lower}; --resume auto --resume_changed true goes on from the "
+                        f"newest checkpoint ({first_line(error)})") from error
+
+
 def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
     """How much FCI tells of the steps: the median over responses of the relative spread (std / mean) of their scores, both
     as they are and in units of `uniform` (fci.uniform_fci), whichever is smaller. None: too few steps to say.

@@ -130,7 +130,7 @@ def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str
 def show_fci(argv: list[str]) -> None:
     """Score one response (sampled here, unless --response names a file) and mark where AttnRL would branch."""
     from eval import check_context, load_model  # here, so that drawing curves needs no model code
-    from fci import Sequence, score, separator_tokens, split_steps, without_answer
+    from fci import Sequence, check_model, score, separator_tokens, split_steps, without_answer
     from rollout import Request, TransformersEngine
     from tree import Response, choose_branch_points
 
@@ -149,6 +149,7 @@ def show_fci(argv: list[str]) -> None:
     if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
         raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
     model, tokenizer, eos_ids = load_model(args.model, "auto")
+    check_model(model, args.model)
     prompt = encode_question(tokenizer, args.problem, "--problem")
     if args.response:
         try:
@@ -164,10 +165,7 @@ def show_fci(argv: list[str]) -> None:
         raise UserError("the response is empty: there is nothing to score")
     separators = separator_tokens(tokenizer)
     bounds = split_steps(tokens, separators)
-    try:
-        scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
-    except ValueError as error:  # an architecture for which FCI or log-probs would be wrong
-        raise UserError(f"--model {args.model}: cannot be scored ({first_line(error)})") from error
+    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
     fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
     response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
     points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)

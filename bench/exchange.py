@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist  # noqa: E402
 from attnrl import Group  # noqa: E402
 from data import Problem  # noqa: E402
+from errors import leave  # noqa: E402
 from tree import Continuation, Response  # noqa: E402
 
 
@@ -55,3 +56,4 @@ if dist.rank() == 0:
           f"MiB and receives {dist.world() * size / 2**20:.0f} MiB; {statistics.median(seconds):.2f} s (median of 3); "
           f"peak memory of a rank {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
 dist.stop()
+leave(0)

@@ -14,6 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 import dist  # noqa: E402  (the rest is imported where it is used: transformers takes seconds)
+from errors import leave  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,3 +131,4 @@ if __name__ == "__main__":
     if dist.rank() == 0:
         torch.save(results, sys.argv[1])
     dist.stop()
+    leave(0)

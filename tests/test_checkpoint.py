@@ -50,14 +50,15 @@ def state_of(folder: Path) -> dict:
 
 
 def cut(run: Path, step: int, to: Path) -> Path:
-    """The run as a kill at a bad moment leaves it: the newest checkpoint is of `step`, the logs are further, and end with half
-    a line. Also half a checkpoint lies around."""
+    """The run as a kill at a bad moment leaves it: the newest checkpoint is of `step`, but the links are those of the one before;
+    the logs are further, and end with half a line. Also half a checkpoint lies around."""
     shutil.copytree(run, to, symlinks=True)
     for folder in checkpoint.checkpoints(to):
         if folder.name > f"step-{step:06}":
             shutil.rmtree(folder)
-    (to / "last").unlink()
-    (to / "last").symlink_to(f"step-{step:06}")
+    for link, leads in (("last", step - 1), ("best", state_of(to / f"step-{step - 1:06}")["best"][1])):
+        (to / link).unlink()
+        (to / link).symlink_to(f"step-{leads:06}")
     half = to / f".step-{step + 1:06}.new"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
@@ -78,10 +79,10 @@ def identical(got: Path, expected: Path) -> None:
     assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), where="samples")
     names = [[folder.name for folder in checkpoint.checkpoints(run)] for run in (got, expected)]
     assert names[0] == names[1], f"checkpoints {names[0]} and {names[1]}"
-    for name in (*names[0], "last"):
+    for name in names[0]:
         same_checkpoint(got / name, expected / name)
-    assert (got / "best").readlink() == (expected / "best").readlink()
-    same_file(got / "best" / "model.safetensors", expected / "best" / "model.safetensors")
+    for link in ("last", "best"):
+        assert (got / link).readlink() == (expected / link).readlink()
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ CHANGES = {
     "batch size": lambda state: state.update(batch_size=state["batch_size"] - 1),
     "stream": lambda state: state.update(stream=[0, 0]),
     "tokens": lambda state: state.update(generated_tokens=0),
-    "best": lambda state: state.update(best=2.0),
+    "best": lambda state: state.update(best=[2.0, 1]),
 }
 
 
@@ -224,12 +225,12 @@ def types_in(value) -> set:
 
 
 def test_a_checkpoint_is_a_model_and_plain_data(whole):
-    for folder in (whole / "last", whole / "best", *checkpoint.checkpoints(whole)):
+    assert len(checkpoint.checkpoints(whole)) == 5
+    for folder in checkpoint.checkpoints(whole):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
         assert not loading["missing_keys"] and not loading["unexpected_keys"] and {p.dtype for p in model.parameters()} == {torch.float32}
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer("(3+4)")["input_ids"] == AutoTokenizer.from_pretrained(TOY_MODEL)("(3+4)")["input_ids"]
-        assert (folder / "training.pt").exists() == (folder.name != "best")
     allowed = {dict, list, str, int, float, bool, type(None), torch.Tensor}
     for folder in checkpoint.checkpoints(whole):
         assert types_in(state_of(folder)) <= allowed, types_in(state_of(folder)) - allowed
@@ -238,21 +239,33 @@ def test_a_checkpoint_is_a_model_and_plain_data(whole):
 
 
 def test_links_lead_to_whole_folders_and_only_as_many_checkpoints_are_kept(whole, tmp_path):
-    run = resume(cut(whole, 2, tmp_path / "run"), "--keep", 2)
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000003", "step-000004"]
-    assert (run / "last").readlink() == Path("step-000004")
+    run = resume(cut(whole, 2, tmp_path / "run"), "--keep", 1)
     tested = {m["step"]: m["test_accuracy"] for m in metrics(run) if "test_accuracy" in m}
     best = max(step for step in tested if tested[step] == max(tested.values()))
-    assert (run / "best").readlink() == Path(f"best-{best:06}") and len(list(run.glob("best-*"))) == 1
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == [f"step-{step:06}" for step in sorted({best, 4})]
+    assert (run / "last").readlink() == Path("step-000004") and (run / "best").readlink() == Path(f"step-{best:06}")
+    assert not list(run.glob(".*")), "half a checkpoint of the killed run"
     shutil.move(run, tmp_path / "moved")  # relative links
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "last").num_parameters() > 0
+
+
+def test_the_best_checkpoint_outlives_the_newest_and_a_removed_one_is_found_anew(whole, tmp_path):
+    run = cut(whole, 2, tmp_path / "run")
+    for state, path in ((state_of(path), path) for path in checkpoint.checkpoints(run)):
+        torch.save(state | {"best": [2.0, 1]}, path / "training.pt")
+    resume(run, "--keep", 1)  # no later step can be better than 2.0
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000004"]
+    assert (run / "best").readlink() == Path("step-000001")
+    shutil.rmtree(run / "step-000001")  # what a person does
+    resume(run, "--steps", 5, "--resume_changed", "true", "--eval_every", 1)
+    assert (run / "best").readlink() == Path("step-000005") and (run / "best" / "config.json").exists()
 
 
 def test_what_is_no_checkpoint_is_not_taken_for_one(whole, tmp_path):
     run = cut(whole, 2, tmp_path / "run")
     for name in (".step-000009.new", "steps", "step-new", "step-000009.bak"):
         (run / name).mkdir()
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000002"]
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000000", "step-000001", "step-000002"]
 
 
 FILE_EVENTS = ("open", "os.", "shutil.", "pathlib.")
@@ -279,16 +292,16 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
                         os._exit(9)
             sys.addaudithook(count)
             try:
-                checkpoint.save(run, 3, trainer, None, 0.5, keep=1)
+                checkpoint.save(run, 3, trainer, None, (0.5, 1), keep=1)
             except BaseException:
                 os._exit(1)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9), f"saving failed with exit code {code} before operation {n}"
-        for folder in checkpoint.checkpoints(run)[-1:] + [run / "last"]:
+        for folder in (checkpoint.checkpoints(run)[-1], run / "last", run / "best"):
             assert {path.name for path in folder.iterdir()} == names, f"{folder.name} is not whole after death at operation {n}"
         newest.append(checkpoint.checkpoints(run)[-1].name)
-        if newest[-1] == "step-000002":
+        if (run / "last").readlink() == Path("step-000002"):
             assert_same(state_of(run / "last"), saved)
         else:
             assert_same(state_of(run / "step-000003")["moments"], saved["moments"])
@@ -297,9 +310,10 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
         if newest[-1] == "step-000003":  # back to the moment before, so that the next one has the same way
             shutil.rmtree(run)
             cut(whole, 2, run)
+            checkpoint.link_and_drop(run, 2, 1, keep=9)
     print(f"{n - 1} file operations, {newest.count('step-000003')} of them after the new one was there")
     assert code == 0 and n > 30 and newest.count("step-000002") > 20 and newest.count("step-000003") > 5
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000003"] and not list(run.glob(".*"))
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000003"] and not list(run.glob(".*"))
 
 
 @pytest.mark.parametrize("limit", [1_000_000, 3_000_000], ids=["model", "training.pt"])
@@ -313,7 +327,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays
             resume(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000002"]
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000000", "step-000001", "step-000002"]
     for name in ("last", "step-000001", "step-000002"):
         same_checkpoint(run / name, whole / ("step-000002" if name == "last" else name))
     identical(resume(run), whole)
@@ -510,7 +524,8 @@ def test_settings_that_change_no_number_are_free(whole, halfway, tmp_path):
     moved = halfway.rename(tmp_path / "moved")
     resume(moved, "--save_every", 3, "--keep", 1, "--log_samples", 1, "--grading_workers", 1, "--gpu_gib", 40, "--gpus", 3)
     same_checkpoint(moved / "last", whole / "last")
-    assert [folder.name for folder in checkpoint.checkpoints(moved)] == ["step-000004"]
+    assert [folder.name for folder in checkpoint.checkpoints(moved)][-1] == "step-000004"
+    assert len(checkpoint.checkpoints(moved)) <= 2  # the newest, and the best
 
 
 def test_other_settings_are_taken_on_request(whole, halfway, capsys):

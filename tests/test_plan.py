@@ -348,7 +348,7 @@ def test_the_plan_says_what_will_happen(tmp_path):
                  "up to 1,920 leaves = training sequences (1,920 wanted) = 10 updates of 192",
                  "up to 15.7 M tokens, 2.0 M a GPU",  # 1,920 x 8,192
                  "500 steps, up to 7,864 M tokens; 501 generation calls and 26 evaluations (32 samples a problem)",
-                 "fits: ", "host      53.0 GiB", "last/ and best/: 6.6 GiB each",
+                 "fits: ", "host      53.0 GiB", "4 checkpoints of 19.9",
                  "command   torchrun --nproc_per_node 8 attnrl.py --preset paper --model 'my model' --seed 1"):
         assert said in text, said
     assert len(text.splitlines()) < 40 and max(map(len, text.splitlines())) <= 130

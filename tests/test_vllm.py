@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,9 +34,11 @@ from fci import Sequence, score
 from fixtures import ROOT, TOY_MODEL, same_file, step_without_sync
 from helpers import random_tokens, tiny_model
 from learner import Learner
-from rollout import Request, TransformersEngine, VLLMEngine, engine_gap, probe_requests, request_seed
+from rollout import Request, TransformersEngine, engine_gap, probe_requests, request_seed
 from runlog import Display
+from test_dist import assert_same
 from tree import TrainingSequence
+from vllm_engine import VLLMEngine
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
@@ -235,6 +238,23 @@ def test_a_run_samples_with_the_learners_weights_and_ends_by_itself(finished):
     assert leaving < LEAVING
     first, last = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (TOY_MODEL, folder / "last"))
     assert any(not torch.equal(first[name], last[name]) for name in first)
+
+
+@needs_vllm
+def test_a_resumed_run_has_the_state_and_the_tokens_of_the_undisturbed_one(tmp_path):
+    """Killed after the checkpoint of step 1: steps 2 and 3 must sample the same tokens, and end with the same weights."""
+    options = [*SMALL, "--steps", "3", "--save_every", "1", "--keep", "9"]
+    launch(*options, "--out", tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run", symlinks=True)
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / "run" / f"step-{step:06}")
+    text, *_ = launch(*options, "--out", tmp_path / "run", "--resume", "auto")
+    assert "resumed from" in text
+    same_file(tmp_path / "run" / "samples.jsonl", tmp_path / "whole" / "samples.jsonl")
+    for step in (2, 3):  # the in-flight half, moments and counters; and the weights
+        folders = [tmp_path / name / f"step-{step:06}" for name in ("run", "whole")]
+        assert_same(*(torch.load(folder / "training.pt", weights_only=True) for folder in folders))
+        same_file(*(folder / "model.safetensors" for folder in folders))
 
 
 def assert_two_ranks_equal_one(finished, tmp_path, *options) -> None:
