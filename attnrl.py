@@ -172,7 +172,9 @@ class Config:
         for name in ("temperature", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
-        for name, high in (("rho", 1), ("batch_lam", 1), ("engine_memory", 1), ("batch_range", 1000)):
+        for name, high in (("rho", 1), ("batch_lam", 1), ("engine_memory", 1), ("batch_range", 1000), ("batch_size", 10**5),
+                           ("group_size", 10**4), ("grpo_samples", 10**5), ("branch_points", 10**4), ("continuations", 10**4),
+                           ("eval_samples", 10**5), ("grading_workers", 1000)):
             if getattr(self, name) > high:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at most {high}")
         if self.parallel == "ddp" and (self.dtype == "bf16" or self.cpu_offload):
@@ -228,6 +230,9 @@ class Group:
     branch_points: dict[int, list[int]] = field(default_factory=dict)
     filtered: bool = False  # an easy problem that the filter kept from expansion
     cut: int = 0  # initial responses that met the length limit
+
+
+FAULTS = ("timeout", "died", "error")  # of grading: the response counts as wrong
 
 
 @dataclass
@@ -295,7 +300,7 @@ class Trainer:
         self.batch_size = AdaptiveBatch(config.batch_size, config.target_sequences,
                                         low=max(1, int(config.batch_size / config.batch_range)),
                                         high=int(config.batch_size * config.batch_range), lam=config.batch_lam)
-        self.generated_tokens = 0
+        self.generated_tokens, self.gap = 0, Gap()
         self.probes = [Request(p.prompt_ids, 16, config.temperature, config.seed) for p in self.test_problems[:4]]
         if self.copied:  # KV of the engine's first, random weights: a prefix cache that is not reset shows at once
             self.engine.generate(self.probes)
@@ -303,11 +308,9 @@ class Trainer:
         self.start_step()
 
     def start_step(self) -> None:
-        """What is measured per step starts anew."""
+        """The step's clock starts anew (what is counted goes on: the warm-up call belongs to the first step)."""
         self.started = time.perf_counter()
         self.seconds: Counter = Counter()  # by phase
-        self.gap = Gap()
-        self.reward.counts.clear()
 
     @contextmanager
     def phase(self, name: str):
@@ -371,8 +374,8 @@ class Trainer:
         learner are apart."""
         self.gap.add(c.logprobs, s.logprobs)
         if not math.isfinite(sum(s.logprobs)):
-            raise UserError("the log-probs of sampled tokens are not finite: the policy's weights are damaged; a lower --lr, or "
-                            "--resume auto from a checkpoint before that")
+            raise UserError("the log-probs of sampled tokens are not finite: the policy's weights are damaged; remove "
+                            "the newest checkpoint, and --resume auto --resume_changed true with a lower --lr")
         return dict(logprobs=c.logprobs if self.config.behaviour == "engine" else s.logprobs,
                     weights=tis_weights(s.logprobs, c.logprobs, self.config.tis_cap) if self.config.tis_cap else [])
 
@@ -437,25 +440,30 @@ class Trainer:
         self.engine.sync_weights(dist.full_weights(self.policy))
         self.sync_gap = engine_gap(self.engine, self.scorer, self.probes, self.config.sync_tolerance) if self.copied else 0.0
 
-    def evaluate(self) -> float:
-        """avg@k on the held-out problems, with the same seeds at every evaluation (paired, so less noise)."""
-        config = self.config
+    def evaluate(self) -> dict:
+        """avg@k on the held-out problems, with the same seeds at every evaluation (paired, so less noise), and how many
+        responses could not be graded."""
+        config, counts = self.config, self.reward.counts
         with self.phase("evaluate"):
+            self.reward.counts = Counter()
             results = evaluation.evaluate(self.engine, self.tokenizer, dist.mine(self.test_problems), self.reward,
                                           config.eval_samples, config.eval_max_response, config.eval_temperature, config.seed)
-            return statistics.fmean(dist.everyone([evaluation.avg_at_k(r.rewards) for r in results]))
+            faults = sum(dist.everyone([sum(self.reward.counts[name] for name in FAULTS)]))
+            self.reward.counts = counts
+            return {"test_accuracy": statistics.fmean(dist.everyone([evaluation.avg_at_k(r.rewards) for r in results])),
+                    "test_faults": faults}
 
     def metrics(self, batch: Batch, sequences: list[TrainingSequence], stats: TrainStats) -> dict:
         """One line of metrics.jsonl, over all ranks: sums and means; of seconds those of the slowest."""
         ranks = dist.everyone([(self.generated_tokens, self.gap, self.reward.counts, self.seconds)])
         tokens, gaps, counts, seconds = zip(*ranks)
-        gap, count = Gap.sum(gaps), sum(counts, Counter())
+        gap, count, self.gap, self.reward.counts = Gap.sum(gaps), sum(counts, Counter()), Gap(), Counter()
         return {"step": batch.step, "generated_tokens": sum(tokens), **batch_metrics(batch, sequences),
                 **{f"train/{name}": value for name, value in asdict(stats).items()},
                 "train/lr": self.learner.optimizer.param_groups[0]["lr"],
                 "logprob_gap/mean": gap.total / max(1, gap.tokens), "logprob_gap/max": gap.largest,
                 "logprob_gap/sync": self.sync_gap,
-                **{f"grading/{name}": count[name] for name in ("unboxed", "timeout", "died", "error")},
+                **{f"grading/{name}": count[name] for name in ("unboxed", *FAULTS)},
                 **{f"seconds/{name}": round(max(s[name] for s in seconds), 3)
                    for name in ("generate", "score", "grade", "exchange", "train", "sync")},
                 "seconds/step": round(time.perf_counter() - self.started, 3)}
@@ -479,10 +487,11 @@ def train(config: Config, stop=lambda: False) -> Path:
         display.say(f"resumed from {trainer.checkpoint}")
     else:
         folder.forget_after(-1)
-        done, upcoming, best = 0, None, (trainer.evaluate(), 0)
+        tested = trainer.evaluate()
+        done, upcoming, best = 0, None, (tested["test_accuracy"], 0)
         display.say(f"before training   test {100 * best[0]:.1f} % (avg@{config.eval_samples}, "
                     f"{len(trainer.test_problems)} problems)")
-        folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, "test_accuracy": best[0], "seconds/total": 0.0})
+        folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, **tested, "seconds/total": 0.0})
         checkpoint.save(folder.path, 0, trainer, None, best, config.keep)
     if config.one_step_off_policy and upcoming is None and done < config.steps:
         upcoming = trainer.new_batch(done + 1)  # warm-up: the pipeline starts with initial responses for the first batch
@@ -506,7 +515,7 @@ def train(config: Config, stop=lambda: False) -> Path:
         # 3. log, evaluate, save
         record = trainer.metrics(batch, sequences, stats)
         if step == config.steps or config.eval_every and step % config.eval_every == 0:
-            record["test_accuracy"] = trainer.evaluate()
+            record |= trainer.evaluate()
             best = max(best, (record["test_accuracy"], step))
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
@@ -515,7 +524,7 @@ def train(config: Config, stop=lambda: False) -> Path:
         if leaving or "test_accuracy" in record or config.save_every and step % config.save_every == 0:
             checkpoint.save(folder.path, step, trainer, upcoming, best, config.keep)
         if "test_accuracy" in record:
-            folder.draw_curves()
+            folder.draw_curves(display.say)
         display.step(record)
         for notice in trainer.notices(batch, sequences):
             display.say(f"step {step:>4}   {notice}")

@@ -17,6 +17,8 @@ Left out: streaming. A set is held in memory, as token ids.
     python -m pytest tests/test_data.py
 """
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,8 @@ def parse_answers(value) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError("the answer must be a string, a number or a list of them")
+    if not all(math.isfinite(v) for v in values if isinstance(v, float)):  # what other libraries write where there is none
+        raise ValueError("the answer is NaN or infinite")
     return [str(v).strip() for v in values if str(v).strip()]
 
 
@@ -67,6 +71,10 @@ def parse_row(row) -> tuple[list[dict], list[str]]:
 
 def read_rows(path: Path) -> Iterator[tuple[str, object]]:
     """("line 7", row) for every row; a row that cannot be read is a ValueError object in its place."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     if path.suffix == ".parquet":
         import pyarrow.parquet as parquet  # only for those who have such files
         try:
@@ -141,7 +149,7 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
         rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(programs)
                 if text not in held_texts)
         suffix, evaluation = "", ()
-    elif not Path(source).is_file():
+    elif not os.path.isfile(source):  # Path's raises where a folder may not be read or a name is too long
         raise UserError(f"{source}: no such problem file; give a .jsonl, .json or .parquet file, or toy:8:2000:1")
     else:
         rows = read_rows(Path(source))
@@ -176,7 +184,7 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
     for first, *others in problems.values():
         if any(sorted(other.answers) != sorted(first.answers) for other in others):  # nobody knows which is right
             bad.setdefault("conflicting answers", []).extend(
-                f"{p.source}: answer {p.answers}, but {first.source} has the same problem with {first.answers}"
+                f"{p.source}: answer {str(p.answers)[:200]}, but {first.source} has the same problem with {str(first.answers)[:200]}"
                 for p in (first, *others))
             continue
         kept.append(first)

@@ -1,5 +1,6 @@
 """errors.py: what a person is told when something is wrong, and how a command leaves: one clear line and exit code 2."""
 import os
+import re
 import sys
 import time
 import traceback
@@ -12,7 +13,12 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """What an error says, fit for a UserError."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return plain((str(error).strip() or type(error).__name__).splitlines()[0])[:500]
+
+
+def plain(text: str) -> str:
+    """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or worse, are replaced."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 def leave(code: int):
@@ -28,6 +34,8 @@ def leave(code: int):
 @contextmanager
 def stop_on_user_error(command: str):
     """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):  # a file name or an answer that the terminal's encoding lacks is no reason to end
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -16,8 +16,10 @@ import atexit
 import importlib
 import json
 import math
+import os
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from data import Problem, encode_question, load_problems
-from errors import UserError, first_line, stop_on_user_error
+from errors import UserError, first_line, plain, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from rollout import Request, TransformersEngine, request_seed
@@ -67,11 +69,19 @@ class Reward:
             self.counts.update(v.error for v in verdicts if v.error)
             self.counts["unboxed"] += sum(not v.boxed for v in verdicts)
             return [float(v.correct) for v in verdicts]
-        rewards = [self.function(response, answers) for response, answers in items]
-        for reward in rewards:
-            if not isinstance(reward, (bool, int, float)) or not math.isfinite(reward):
-                raise UserError(f"--reward {self.spec}: returned {reward!r}; it must return a finite number")
-        return [float(reward) for reward in rewards]
+        return [self.ask(response, answers) for response, answers in items]
+
+    def ask(self, response: str, answers: list[str]) -> float:
+        """Your function, which may do anything."""
+        try:
+            reward = self.function(response, answers)
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(f"--reward {self.spec}: raised {type(error).__name__} in {place.filename}:{place.lineno} "
+                            f"({first_line(error)})") from error
+        if not isinstance(reward, (bool, int, float)) or not abs(reward) <= sys.float_info.max:  # false for NaN, too
+            raise UserError(f"--reward {self.spec}: returned {reward!r}; it must return a finite number")
+        return float(reward)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,7 +135,7 @@ def load_model(path: str, device: str):
     """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
-    if "/" not in path and not Path(path).is_dir():  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
+    if "/" not in path and not os.path.isdir(path):  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
         raise UserError(f"--model {path}: cannot be loaded (no such directory)")
     device = pick_device(device)
     try:
@@ -187,7 +197,7 @@ def ask(model, tokenizer, eos_ids: list[int], problem: str, args) -> None:
         tokens.append(token)
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            print(text[shown:], end="", flush=True)
+            print(plain(text[shown:]), end="", flush=True)
             shown = len(text)
 
     prompt = encode_question(tokenizer, problem + args.prompt_suffix, "--ask")
@@ -221,6 +231,8 @@ def main(argv: list[str]) -> None:
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
+    if args.k > 10**5:
+        raise UserError(f"--k {args.k}: must be at most 100000")
     # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
     model, tokenizer, eos_ids = load_model(args.model, "cpu" if args.engine == "vllm" else args.device)
     cast(model, args.dtype)

@@ -138,19 +138,26 @@ class RunFolder:
         """Drop what a run logged after the checkpoint that it goes on from (and half a line, where it was killed)."""
         for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
             path, kept = self.path / name, []
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= step else []
-                except (ValueError, KeyError, TypeError):
-                    break
-            if path.exists():
-                fresh = path.with_name(f".{name}.new")
-                fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                fresh.replace(path)
+            try:
+                for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                    try:
+                        kept += [line] if json.loads(line)["step"] <= step else []
+                    except (ValueError, KeyError, TypeError):
+                        break
+                if path.exists():
+                    fresh = path.with_name(f".{name}.new")
+                    fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                    fresh.replace(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be cut back to step {step} ({error.strerror})") from error
 
-    def draw_curves(self) -> None:
+    def draw_curves(self, say) -> None:
+        """A drawing that fails, whatever the reason, must not end a run."""
         if rank() == 0:
-            view.draw_curves(self.path)
+            try:
+                view.draw_curves(self.path)
+            except Exception as error:
+                say(f"no curves: {first_line(error)}")
 
 
 def stop_on_signals():

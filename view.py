@@ -17,7 +17,7 @@ matplotlib.use("Agg")  # a file, no window: also on a machine without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 from data import Problem, encode_question  # noqa: E402
-from errors import UserError, first_line, stop_on_user_error  # noqa: E402
+from errors import UserError, first_line, plain, stop_on_user_error  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -172,7 +172,7 @@ def show_fci(argv: list[str]) -> None:
     labels = [tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip() for a, b in zip(bounds, bounds[1:])]
     for k, (label, y) in enumerate(zip(labels, fci)):
         mark = "<- branch" if bounds[k] in points else ""
-        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {' '.join(label.split())[:90]}")
+        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {plain(' '.join(label.split()))[:90]}")
     if len(labels) <= args.delta + 1:
         print(f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a smaller --delta")
     if args.plot:

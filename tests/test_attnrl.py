@@ -176,7 +176,7 @@ def calls_of_a_run(monkeypatch, config) -> list[list[Request]]:
         made.append(self.engine)
 
     monkeypatch.setattr(Trainer, "__init__", with_counting_engine)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: 0.0)
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"test_accuracy": 0.0, "test_faults": 0})
     train(config)
     return made[0].calls
 
