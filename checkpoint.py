@@ -93,12 +93,17 @@ def fingerprint(trainer) -> dict[str, str]:
     and only where a checkpoint is written or resumed from: the weights are gigabytes."""
     if not hasattr(trainer, "fingerprint"):
         texts = json.dumps([[p.text, p.answers] for p in trainer.problems])
-        weights = hashlib.sha256()
-        for file in sorted(Path(trainer.config.model).glob("*.safetensors")):  # none: a hub name, which the settings compare
-            with file.open("rb") as content:
-                weights.update(hashlib.file_digest(content, "sha256").digest())
-        trainer.fingerprint = {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": weights.hexdigest()}
+        trainer.fingerprint = {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": model_hash(trainer.config.model)}
     return trainer.fingerprint
+
+
+def model_hash(model: str) -> str:
+    """Tells whether a model directory still holds the same weights."""
+    weights = hashlib.sha256()
+    for file in sorted(Path(model).glob("*.safetensors")):  # none: a hub name, which the settings compare
+        with file.open("rb") as content:
+            weights.update(hashlib.file_digest(content, "sha256").digest())
+    return weights.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

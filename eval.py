@@ -1,15 +1,13 @@
-r"""eval.py: the reward of a run, and the evaluation of a model on a problem set.
+r"""eval.py: the reward of a run, and the evaluation of a model on problem sets.
 
-    python eval.py --model DIR --problems FILE --k 8        avg@k, pass@k, one JSON line per problem
-    python eval.py --model DIR --ask "What is 2 + 3?"       one answer, streamed
+    python eval.py --model DIR --problems FILE... --k 32        avg@k, pass@k; one JSON line per sample, one file per set
+    python eval.py --model DIR --suite paper --problems aime24=FILE ...      the paper's six benchmarks and settings
+    python eval.py --model DIR --ask "What is 2 + 3?"           one answer, streamed
 
-Grading itself, with its worker processes, is grading.py; `grade` here is the same function.
+The same command with the same --out goes on with an evaluation that was stopped, and ends with the same files. The files,
+the statistics and the tables are report.py; grading, with its worker processes, is grading.py (`grade` is here, too).
 
-    avg@k  = mean over problems of c / n                          c right of n samples
-    pass@k = mean over problems of 1 - C(n - c, k) / C(n, k)      unbiased, with n the actual number of samples
-
-With 30 problems (AIME) the standard error from the choice of questions alone is about 5 points even at k = 32: do not
-read a difference of 2 points as progress. Left out: intervals and paired comparisons (they belong to experiments).
+    python -m pytest tests/test_eval.py
 """
 import argparse
 import atexit
@@ -17,6 +15,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
@@ -24,19 +23,19 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from data import Problem, encode_question, load_problems
+from checkpoint import model_hash
+from data import Problem, load_problems
 from errors import UserError, first_line, plain, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
+from report import Sample, append, avg_at_k, make_folder, resume, table  # noqa: F401  (attnrl.py calls avg_at_k)
 from rollout import Request, TransformersEngine, request_seed
-from sampler import is_correct
 from vllm_engine import VLLMEngine
 
 
@@ -48,6 +47,7 @@ class Reward:
 
     def __init__(self, spec: str = "eval:grade", workers: int = 2):
         self.counts: Counter[str] = Counter()
+        self.errors: list[str] = []  # of the latest call: per item "", or why it could not be graded
         self.grader = self.function = None
         if spec == "eval:grade":  # the default goes to the pool as a whole: many answers at a time
             self.grader = Grader(workers)
@@ -66,9 +66,11 @@ class Reward:
         """One finite number per item, in order; 0 or 1 by default. Raises UserError if a function of yours gives another."""
         if self.grader:
             verdicts = self.grader.grade_many(items)
-            self.counts.update(v.error for v in verdicts if v.error)
+            self.errors = [v.error for v in verdicts]
+            self.counts.update(filter(None, self.errors))
             self.counts["unboxed"] += sum(not v.boxed for v in verdicts)
             return [float(v.correct) for v in verdicts]
+        self.errors = [""] * len(items)
         return [self.ask(response, answers) for response, answers in items]
 
     def ask(self, response: str, answers: list[str]) -> float:
@@ -87,41 +89,32 @@ class Reward:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-def avg_at_k(rewards: list[float]) -> float:
-    """Mean accuracy over the samples of one problem: c / n."""
-    return sum(rewards) / len(rewards)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of k samples is right, unbiased from n >= k samples of which c are right.
-
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021), with n the actual number of samples. Raises ValueError for k > n.
-    """
-    if not 1 <= k <= n or not 0 <= c <= n:
-        raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}")
-    return 1 - math.comb(n - c, k) / math.comb(n, k)
-
-
 @dataclass
 class Result:
-    """One problem with its k sampled responses."""
+    """One problem with its k graded samples."""
     problem: Problem
-    responses: list[str]
     rewards: list[float]
-    lengths: list[int]  # tokens
-    finished: list[bool]  # False: cut off at the length limit
+    samples: list[Sample]
 
 
 def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int, max_tokens: int, temperature: float,
              seed: int = 0) -> list[Result]:
-    """k samples for every problem, graded. Seeds depend on (seed, problem, sample) only: evaluations are paired."""
-    asked = [(p, Request(p.prompt_ids, max_tokens, temperature, request_seed(seed, zlib.crc32(p.text.encode()), i)))
-             for p in problems for i in range(k)]
-    completions = engine.generate([request for _, request in asked])
+    """k samples for every problem, graded."""
+    samples = sample(engine, tokenizer, [(p, i) for p in problems for i in range(k)], reward, max_tokens, temperature, seed)
+    groups = [samples[a:a + k] for a in range(0, len(samples), k)]
+    return [Result(p, [s.reward for s in group], group) for p, group in zip(problems, groups)]
+
+
+def sample(engine, tokenizer, asked: list[tuple[Problem, int]], reward: Reward, max_tokens: int, temperature: float,
+           seed: int) -> list[Sample]:
+    """Graded samples, one per (problem, its number). Seeds depend on (seed, problem, number) only: evaluations are paired."""
+    requests = [Request(p.prompt_ids, max_tokens, temperature, request_seed(seed, zlib.crc32(p.text.encode()), i))
+                for p, i in asked]
+    completions = engine.generate(requests)
     texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
     rewards = reward([(text, p.answers) for text, (p, _) in zip(texts, asked)])
-    return [Result(p, texts[a:a + k], rewards[a:a + k], [len(c.tokens) for c in completions[a:a + k]],
-                   [c.finished for c in completions[a:a + k]]) for a, p in zip(range(0, len(asked), k), problems)]
+    return [Sample(p.source, p.text, p.answers, i, r.seed, value, len(c.tokens), c.finished, last_box(text) is not None, error,
+                   text) for (p, i), r, c, text, value, error in zip(asked, requests, completions, texts, rewards, reward.errors)]
 
 
 def pick_device(device: str) -> str:
@@ -153,7 +146,7 @@ def load_model(path: str, device: str):
     if not eos_ids:
         raise UserError(f"--model {path}: neither its generation config nor its tokenizer names an end-of-sequence token")
     if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one of nothing
-        raise UserError(f"--model {path}: its tokenizer knows no text (is tokenizer.json missing?)")
+        raise UserError(f"--model {path}: cannot be loaded (its tokenizer knows no text; is tokenizer.json missing?)")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UserError(f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
                         f"{model.get_input_embeddings().num_embeddings}")
@@ -175,52 +168,33 @@ def check_context(model, problems: list[Problem], max_response: int | None, at_m
     return max_response or min(room, at_most)
 
 
-def summary(results: list[Result], k: int) -> str:
-    """The table of an evaluation."""
-    correct = [sum(map(is_correct, result.rewards)) for result in results]
-    lengths = [n for result in results for n in result.lengths]
-    cut = [not f for result in results for f in result.finished]
-    rows = [("problems", f"{len(results)}"), (f"avg@{k}", f"{100 * fmean(avg_at_k(r.rewards) for r in results):.1f} %")]
-    rows += [(f"pass@{j}", f"{100 * fmean(pass_at_k(k, c, j) for c in correct):.1f} %")
-             for j in sorted({1, 2, 4, 8, 16, 32, k}) if 1 < j <= k]
-    rows += [("response length", f"{fmean(lengths):.0f} tokens"), ("cut off", f"{100 * fmean(cut):.1f} %"),
-             ("without a box", f"{100 * fmean(last_box(t) is None for r in results for t in r.responses):.1f} %")]
-    return "\n".join(f"{name:16} {value:>12}" for name, value in rows)
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings of the paper; `samples` is the k of each benchmark. Its top-p is 1.0: engines sample from the full distribution.
+SUITES = {"paper": dict(temperature=0.6, max_response=32768,
+                        prompt_suffix=" Let's think step by step and output the final answer within \\boxed{}.",
+                        samples=dict(aime24=32, aime25=32, amc23=32, math500=4, minerva=4, olympiad=4))}
+CHUNK = 256  # responses that are sampled, graded and written together: what a killed evaluation loses
 
 
-def ask(model, tokenizer, eos_ids: list[int], problem: str, args) -> None:
-    """Print one answer while it is sampled."""
-    tokens, shown = [], 0
-
-    def show(_, token):
-        nonlocal shown
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            print(plain(text[shown:]), end="", flush=True)
-            shown = len(text)
-
-    prompt = encode_question(tokenizer, problem + args.prompt_suffix, "--ask")
-    limit = check_context(model, [Problem(problem, [], "--ask", prompt)], args.max_response)
-    engine = TransformersEngine(model, eos_ids)
-    engine.generate([Request(prompt, limit, args.temperature, args.seed)], on_token=show)
-    print()
-
-
-def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="eval.py", description="Evaluate a model on a problem set, or ask it one question.",
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The settings: options given by hand, then the suite's, then the defaults. Raises UserError."""
+    parser = argparse.ArgumentParser(prog="eval.py", description="Evaluate a model on problem sets, or ask it one question.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--problems", help="FILE.jsonl, FILE.parquet or toy:8:100:2")
+    what.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help="FILE.jsonl, .json, .parquet or toy:8:100:2")
     what.add_argument("--ask", metavar="PROBLEM", help="print one sampled answer")
-    parser.add_argument("--k", type=int, default=8, help="samples per problem")
+    parser.add_argument("--suite", choices=SUITES, help="the paper's settings for " + ", ".join(SUITES["paper"]["samples"]))
+    parser.add_argument("--subset", action="store_true", help="go on though benchmarks of the suite are missing")
+    parser.add_argument("--k", type=int, help="samples per problem; default 8, or the suite's")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max_prompt", type=int, default=1024)
     parser.add_argument("--max_response", type=int, help="tokens; default 1024, or what the model has room for")
     parser.add_argument("--prompt_suffix", default="", help="added to every problem that does not end in it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="JSONL with one line per problem; default runs/eval-PROBLEMS-DATE-TIME.jsonl")
+    parser.add_argument("--out", help="folder of NAME.jsonl per set; again: goes on; default runs/eval-NAME-DATE-TIME")
     parser.add_argument("--reward", default="eval:grade", help="module:function(response, answers) -> number")
     parser.add_argument("--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -228,50 +202,73 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.error = lambda message: parser.exit(2, f"eval.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
+    if args.suite:
+        parser.set_defaults(**SUITES[args.suite])
+        args = parser.parse_args(argv)
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
         if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
-    if args.k > 10**5:
+    if (args.k or 1) > 10**5:
         raise UserError(f"--k {args.k}: must be at most 100000")
+    args.sets = problem_sets(args) if args.problems else {}
+    return args
+
+
+def problem_sets(args) -> dict[str, tuple[str, int]]:
+    """Name -> (source, k), in the suite's order. Raises UserError for names it lacks, and for missing ones without --subset."""
+    sets: dict[str, tuple[str, int]] = {}
+    suite = args.samples if args.suite else {}
+    for given in args.problems:
+        pair = None if os.path.isfile(given) else re.fullmatch(r"([\w-]+)=(.+)", given)
+        name, source = pair.groups() if pair else (Path(given).stem.replace(":", "-"), given)
+        if suite and name not in suite:
+            raise UserError(f"--problems {given}: write NAME=FILE, with a NAME of --suite {args.suite}: {', '.join(suite)}")
+        if name in sets:
+            raise UserError(f"--problems {given}: {sets[name][0]} is called {name}, too; write NAME=FILE with another name")
+        sets[name] = source, args.k or suite.get(name, 8)
+    if missing := ", ".join(name for name in suite if name not in sets):
+        if not args.subset:
+            raise UserError(f"--suite {args.suite}: no file for {missing}; give NAME=FILE, or leave them out with --subset")
+        print(f"only a subset of --suite {args.suite}: without {missing}")
+    return {name: sets[name] for name in suite or sets if name in sets}
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
     model, tokenizer, eos_ids = load_model(args.model, "cpu" if args.engine == "vllm" else args.device)
     cast(model, args.dtype)
     if args.ask is not None:
-        return ask(model, tokenizer, eos_ids, args.ask, args)
-    problems = load_problems(args.problems, tokenizer, max_prompt=args.max_prompt, suffix=args.prompt_suffix,
-                             drop=args.drop_bad_rows)
-    max_response = check_context(model, problems, args.max_response)
-    reward, engine = Reward(args.reward), TransformersEngine(model, eos_ids)
+        from view import ask  # here, so that an evaluation needs no matplotlib
+        return ask(model, tokenizer, eos_ids, args)
+    out = Path(args.out or f"runs/eval-{args.suite or next(iter(args.sets))}-{time.strftime('%Y%m%d-%H%M%S')}")
+    work: list[tuple[Path, dict, list[tuple[Problem, int]]]] = []  # per set: its file, its settings, what to sample
+    for name, (source, k) in args.sets.items():
+        problems = load_problems(source, tokenizer, max_prompt=args.max_prompt, suffix=args.prompt_suffix,
+                                 drop=args.drop_bad_rows)
+        prompts = zlib.crc32(json.dumps([(p.text, p.answers, p.prompt_ids) for p in problems]).encode())
+        settings = {"model": args.model, "problems": source, "prompts": prompts, "questions": len(problems), "k": k,
+                    "max_response": check_context(model, problems, args.max_response)}
+        settings |= {name: getattr(args, name) for name in ("temperature", "prompt_suffix", "seed", "reward", "engine", "dtype")}
+        work.append((out / f"{name}.jsonl", settings, [(p, i) for p in problems for i in range(k)]))
+    weights, reward, engine = model_hash(args.model)[:16], Reward(args.reward), TransformersEngine(model, eos_ids)
+    make_folder(out, [path for path, _, _ in work])
+    found = [resume(path, settings | {"weights": weights}, [(p.text, i) for p, i in asked]) for path, settings, asked in work]
+    for results in found:
+        append(results, [])
+    print(f"results: {plain(str(out))} (the same command with this --out goes on where it was stopped)", flush=True)
     if args.engine == "vllm":
-        engine = VLLMEngine(args.model, eos_ids, max_response + max(len(p.prompt_ids) for p in problems), args.dtype,
-                            pick_device(args.device), memory=0.9)
+        longest = max(settings["max_response"] + len(p.prompt_ids) for _, settings, asked in work for p, _ in asked)
+        engine = VLLMEngine(args.model, eos_ids, longest, args.dtype, pick_device(args.device), memory=0.9)
         engine.sync_weights(model.state_dict().items())
-    out = Path(args.out or f"runs/eval-{Path(args.problems).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl")
-    try:
-        if out.exists():
-            raise UserError(f"--out {out}: exists already; give another name")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        file = out.open("x", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
-    results: list[Result] = []
-    with file, tqdm(total=len(problems), unit="problem", disable=None) as bar:
-        for start in range(0, len(problems), 16):  # a few problems at a time: progress to see, and results on the disk
-            for r in evaluate(engine, tokenizer, problems[start:start + 16], reward, args.k, max_response,
-                              args.temperature, args.seed):
-                file.write(json.dumps({"source": r.problem.source, "problem": r.problem.text, "answers": r.problem.answers,
-                                       "rewards": r.rewards, "lengths": r.lengths, "finished": r.finished,
-                                       "responses": r.responses}) + "\n")
-                results.append(r)
-                bar.update()
-            file.flush()
-            bar.set_postfix_str(f"avg@{args.k} {100 * fmean(avg_at_k(r.rewards) for r in results):.1f} %")
-    print(summary(results, args.k))
-    for name in ("timeout", "died", "error"):
-        if reward.counts[name]:
-            print(f"grading: {reward.counts[name]} x {name} (counted as wrong)")
+    for results, (path, settings, asked) in zip(found, work):
+        with tqdm(total=len(asked), initial=len(results.samples), unit="response", desc=plain(path.stem), disable=None) as bar:
+            while (done := len(results.samples)) < len(asked):
+                chunk = asked[done:done - done % CHUNK + CHUNK]  # ends where it would without a stop: the same batches
+                append(results, sample(engine, tokenizer, chunk, reward, settings["max_response"], args.temperature, args.seed))
+                bar.update(len(chunk))
     engine.close()
-    print(f"responses: {out}")
+    print(table(found))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python view.py runs/toy-20260101-120000 runs/toy-20260101-130000
 
-Also here: what `python fci.py` prints and draws, the FCI of one response.
+Also here: what `python fci.py` prints and draws, the FCI of one response; and `python eval.py --ask`, an answer as it comes.
 """
 import argparse
 import json
@@ -178,6 +178,31 @@ def show_fci(argv: list[str]) -> None:
     if args.plot:
         plot_scores(args.plot, fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
         print(f"curve: {args.plot}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# `python eval.py --ask`: one answer
+# ---------------------------------------------------------------------------------------------------------------------
+def ask(model, tokenizer, eos_ids: list[int], args) -> None:
+    """Print one answer while it is sampled."""
+    from eval import check_context
+    from rollout import Request, TransformersEngine
+
+    tokens, shown = [], 0
+
+    def show(_, token):
+        nonlocal shown
+        tokens.append(token)
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
+            print(plain(text[shown:]), end="", flush=True)
+            shown = len(text)
+
+    prompt = encode_question(tokenizer, args.ask + args.prompt_suffix, "--ask")
+    limit = check_context(model, [Problem(args.ask, [], "--ask", prompt)], args.max_response)
+    engine = TransformersEngine(model, eos_ids)
+    engine.generate([Request(prompt, limit, args.temperature, args.seed)], on_token=show)
+    print()
 
 
 def main(arguments: list[str]) -> None:

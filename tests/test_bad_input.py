@@ -17,11 +17,13 @@ from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Qwen2Co
 import attnrl
 import eval as evaluation
 import plan
+import report
 import view
 from errors import stop_on_user_error
 from fixtures import ROOT, TOY_MODEL, save_real_model
 
-MAINS = {"attnrl.py": attnrl.main, "eval.py": evaluation.main, "fci.py": view.show_fci, "view.py": view.main, "plan.py": plan.main}
+MAINS = {"attnrl.py": attnrl.main, "eval.py": evaluation.main, "fci.py": view.show_fci, "view.py": view.main, "plan.py": plan.main,
+         "report.py": report.main}
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;?d"
 GOOD = {"step": 0, "test_accuracy": 0.5, "generated_tokens": 0, "seconds/total": 0.0}
 
@@ -135,7 +137,8 @@ def world(tmp_path_factory) -> Path:
 
 # (command, arguments, words that the one line must hold). A command's usual arguments come first (USUAL).
 USUAL = {"attnrl.py": ["--steps", "1", "--batch_size", "2", "--problems", "toy:6:20:1", "--test_problems", "toy:6:3:2", "--out", "out"],
-         "eval.py": ["--k", "1", "--out", "out"], "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM], "view.py": [], "plan.py": []}
+         "eval.py": ["--k", "1", "--out", "out"], "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM], "view.py": [], "plan.py": [],
+         "report.py": []}
 TOY = f"--model {TOY_MODEL}"
 CASES = [
     # settings of a training run
@@ -227,7 +230,21 @@ CASES = [
     ("eval.py", f"{TOY} --problems toy:6:3 --max_response 0", "--max_response 0"),
     ("eval.py", TOY, "--problems|--ask"),
     ("eval.py", f"{TOY} --problems toy:6:3 --colour red", "--colour"),
-    ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}", "--out {w}: exists already"),
+    ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}", "--out {w}: is not empty"),
+    ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}/file", "--out {w}/file: cannot be written"),
+    ("eval.py", f"{TOY} --problems {{w}}/good.jsonl --out {{w}}", "{w}/good.jsonl, line 1: no settings"),  # the problem file itself
+    ("eval.py", f"{TOY} --problems toy:6:3 {{w}}/nothing.jsonl", "nothing.jsonl: no such problem file"),
+    ("eval.py", f"{TOY} --problems toy:6:3 toy:6:3", "--problems toy:6:3: toy:6:3 is called toy-6-3, too"),
+    ("eval.py", f"{TOY} --problems a=toy:6:3 a=toy:6:4", "--problems a=toy:6:4: toy:6:3 is called a, too"),
+    ("eval.py", f"{TOY} --problems a=", "a=: no such problem file"),
+    ("eval.py", f"{TOY} --problems", "--problems"),
+    ("eval.py", f"{TOY} --suite papers --problems toy:6:3", "--suite|papers"),
+    ("eval.py", f"{TOY} --suite paper --problems toy:6:3", "--problems toy:6:3: write NAME=FILE|aime24, aime25, amc23, math500, minerva"),
+    ("eval.py", f"{TOY} --suite paper --problems aime=toy:6:3", "--problems aime=toy:6:3: write NAME=FILE"),
+    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 minerva=toy:6:3", "no file for aime25, amc23, math500, olympiad|--subset"),
+    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 aime24=toy:6:4 --subset", "--problems aime24=toy:6:4: toy:6:3 is called"),
+    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 --subset", "--max_response 32768: |toy:6:3"),  # the toy has not the room
+    ("eval.py", f"{TOY} --suite paper --problems aime24={{w}}/nothing.jsonl --subset", "nothing.jsonl: no such problem file"),
     ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}/file/x", "--out {w}/file/x: cannot be written"),
     ("eval.py", f"{TOY} --problems toy:6:3 --out " + "n" * 300, "--out nnn|: cannot be written"),
     ("eval.py", f"{TOY} --problems toy:6:3 --reward broken_reward:f", "--reward broken_reward:f: cannot be imported"),
@@ -267,6 +284,14 @@ CASES = [
     ("view.py", "{w}/curves", "{w}/curves/curves.png: cannot be written"),
     ("plan.py", "--gpus 8", "--gpus"),
     ("plan.py", "1.5B", "1.5B"),
+    # results of evaluations
+    ("report.py", "", "FILE.jsonl"),
+    ("report.py", "--compares x", "--compares"),
+    ("report.py", "{w}/nothing.jsonl", "{w}/nothing.jsonl: cannot be read"),
+    ("report.py", "{w}/folder.jsonl", "{w}/folder.jsonl: cannot be read"),
+    ("report.py", "--compare {w}/good.jsonl", "--compare: takes two result files, got 1"),
+    *[("report.py", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
+      for name in ("file", "good.jsonl", "blank.jsonl", "utf16.jsonl", "empty.parquet", "deep.json")],
 ]
 
 
@@ -296,7 +321,8 @@ def test_bad_input_is_one_line_and_exit_code_2(command, args, words, world, tmp_
 
 @pytest.mark.parametrize("command, args, words", [
     ("attnrl.py", "--steps 0", "--steps 0"), ("eval.py", "--model {w}/automap --ask x", "cannot be loaded"),
-    ("view.py", "{w}/halfline", "line 2"), ("plan.py", "x", "plan.py takes no arguments")])
+    ("view.py", "{w}/halfline", "line 2"), ("plan.py", "x", "plan.py takes no arguments"),
+    ("report.py", "{w}/good.jsonl", "good.jsonl, line 1: no settings")])
 def test_the_same_as_real_commands(command, args, words, world, tmp_path):
     before = files(world)
     done = subprocess.run([sys.executable, str(ROOT / command), *args.replace("{w}", str(world)).split()], cwd=tmp_path, input="y\n",

@@ -338,10 +338,10 @@ def test_a_run_writes_nothing_outside_its_folder_whatever_texts_say(tmp_path, mo
         folder = attnrl.train(attnrl.parse_config([
             *both, "--problems", "train.jsonl", "--out", "run", "--steps", "2", "--batch_size", "4", "--eval_samples", "1", "--eval_every", "2",
             "--max_response", "24", "--mini_batch", "8", "--prompt_suffix", "", "--grading_workers", "1"]))
-        evaluation.main([*both[:2], "--problems", *both[3:], "--k", "1", "--max_response", "8", "--out", "run/eval.jsonl"])
+        evaluation.main([*both[:2], "--problems", *both[3:], "--k", "1", "--max_response", "8", "--out", "run/eval"])
     finally:
         watching.clear()
-    assert folder == Path("run") and "escaped" in (folder / "samples.jsonl").read_text() and "escaped" in (folder / "eval.jsonl").read_text()
+    assert folder == Path("run") and "escaped" in (folder / "samples.jsonl").read_text() and "escaped" in (folder / "eval/test.jsonl").read_text()
     after = {path: state for path, state in listing(sandbox).items() if path != str(inside / "run") and not path.startswith(f"{inside}/run/")}
     assert set(after) == set(before)
     assert not [path for path in before if after[path] != before[path]]
@@ -369,8 +369,9 @@ def test_the_default_name_of_an_evaluation_stays_in_runs(name, tmp_path, monkeyp
         with stop_on_user_error("eval.py"):
             evaluation.main(command)
     new = sorted(set(tmp_path.rglob("*")) - before)
-    assert [p.relative_to(inside).parts[0] for p in new] == ["runs"] * len(new) and len(new) == (1 if len(name) > 200 else 2)
-    assert all(p.parent == inside / "runs" and p.name.startswith("eval-") for p in new[1:])
+    assert [p.relative_to(inside).parts[0] for p in new] == ["runs"] * len(new) and len(new) == (1 if len(name) > 200 else 3)
+    assert all(p.parent == inside / "runs" and p.name.startswith("eval-") for p in new[1:2])
+    assert all(p.parent == new[1] and p.suffix == ".jsonl" for p in new[2:])
 
 
 # --- files that may not be read or written ----------------------------------------------------------------------------
