@@ -1,9 +1,7 @@
 r"""attnrl.py: train a reasoning model with AttnRL. The configuration, the training loop, the command line.
 
     python attnrl.py                                       # the toy: a real run on a laptop CPU, a few minutes
-    python attnrl.py --branch entropy --one_step_off_policy false --ads_filter false --ads_expansion false \
-        --ads_batch false                                  # TreeRL
-    python attnrl.py --advantage grpo --one_step_off_policy false --ads_batch false        # GRPO
+    python attnrl.py --method treerl                       # the same on TreeRL; also grpo, prl, and ablations: see METHODS
     torchrun --nproc_per_node 8 attnrl.py --preset paper --model DIR --problems FILE.parquet --test_problems FILE.parquet
     python attnrl.py --preset paper --model DIR --dry_run  # memory, batch and tokens of that run, without a GPU
 
@@ -36,6 +34,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,13 +46,13 @@ import eval as evaluation
 import view
 from data import Problem, load_problems
 from errors import UserError, stop_on_user_error
-from fci import (Scores, Sequence, TokenLogprobs, check_model, score, separator_tokens, split_steps, uniform_fci,
+from fci import (Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, uniform_fci,
                  without_answer)
 from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
 from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, say_out_of_memory, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
-from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, tree_sequences
+from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences, tree_sequences
 from vllm_engine import VLLMEngine
 
 
@@ -69,6 +68,8 @@ class Config:
     """Every setting of a run. Training defaults are the paper's; a preset changes some, the command line has the last word.
     """
     preset: Literal["toy", "paper"] = option("toy", "settings to start from")
+    method: Literal["attnrl", "atb_ads_nofilter", "atb_ads_noexpand", "atb_drop_easy", "atb", "treerl_off", "treerl", "grpo",
+                    "prl"] = option("attnrl", "what is run: AttnRL, a baseline, or AttnRL with one part changed (see METHODS)")
     # what is trained, on what, where it is written
     model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
     problems: str = option("deepscaler.parquet", "training problems: FILE.jsonl, FILE.parquet or toy:8:2000:1")
@@ -95,7 +96,7 @@ class Config:
     group_size: int = option(6, "G: initial responses per problem")
     branch_points: int = option(2, "N: branch points per expanded response")
     continuations: int = option(2, "T: continuations per branch point")
-    grpo_samples: int = option(0, "responses per problem with --advantage grpo; 0: as many as the tree has leaves")
+    grpo_samples: int = option(0, "responses per problem without a tree; 0: as many as the tree has leaves")
     max_prompt: int = option(1024, "tokens")
     max_response: int = option(8192, "tokens, a continuation's shared prefix included")
     temperature: float = option(1.0, "sampling temperature of training")
@@ -106,7 +107,7 @@ class Config:
     rho: float = option(0.2, "branch points are among the top rho of FCI")
     min_branch_gap: int = option(0, "tokens between branch points")
     # adaptive sampling
-    ads_filter: bool = option(True, "do not expand easy problems of low FCI (Eq. 8)")
+    ads_filter: Literal["fci", "easy", "none"] = option("fci", "not expanded: easy problems of low FCI (Eq. 8), all easy ones")
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
     target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
@@ -115,7 +116,10 @@ class Config:
     # update
     behaviour: Literal["learner", "engine"] = option("learner", "whose log-probs of the sampled tokens are PPO's old ones")
     tis_cap: float = option(0.0, "truncated importance sampling for the engine's mismatch: cap of the weights; 0: off")
-    advantage: Literal["tree", "grpo"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, no branching")
+    advantage: Literal["tree", "grpo", "prl"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, prl: process rewards; no branching")
+    prl_eta: float = option(200.0, "PRL: process rewards are log-ratios to the initial policy, divided by this")
+    prl_steps: Literal["length", "newline", "blank"] = option("length", "PRL: what ends a step")
+    prl_length: int = option(256, "PRL: tokens of a step, with --prl_steps length")
     lr: float = option(1e-6, "peak learning rate of AdamW")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "after the warm-up")
     warmup_steps: int = option(0, "training steps of linear warm-up")
@@ -164,12 +168,12 @@ class Config:
                        "clip_low clip_high seed eval_temperature weight_decay rho log_samples eval_max_response save_every "
                        "tis_cap engine_memory sync_tolerance gpus gpu_gib",
                     1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta batch_range "
-                       "mini_batch token_budget dual_clip rollout_tokens grading_workers keep"}
+                       "mini_batch token_budget dual_clip rollout_tokens grading_workers keep prl_length"}
         for low, names in at_least.items():
             for name in names.split():
                 if not low <= getattr(self, name) < float("inf"):  # also catches NaN
                     raise UserError(f"--{name} {getattr(self, name)}: must be a number, at least {low}")
-        for name in ("temperature", "max_grad_norm"):
+        for name in ("temperature", "max_grad_norm", "prl_eta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} {getattr(self, name)}: must be above 0")
         for name, high in (("rho", 1), ("batch_lam", 1), ("engine_memory", 1), ("batch_range", 1000), ("batch_size", 10**5),
@@ -199,18 +203,33 @@ PRESETS: dict[str, dict] = {
 }
 
 
+SYNCHRONOUS = dict(one_step_off_policy=False)
+NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False)
+METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings; a preset's settings are the same for all
+    "attnrl": {},
+    "atb_ads_nofilter": dict(ads_filter="none"),
+    "atb_ads_noexpand": dict(ads_expansion=False),
+    "atb_drop_easy": dict(ads_filter="easy"),
+    "atb": NO_ADS | SYNCHRONOUS,
+    "treerl_off": NO_ADS | dict(branch="entropy"),
+    "treerl": NO_ADS | SYNCHRONOUS | dict(branch="entropy"),
+    "grpo": NO_ADS | SYNCHRONOUS | dict(advantage="grpo"),
+    "prl": NO_ADS | SYNCHRONOUS | dict(advantage="prl", kl_coef=0.0),
+}
+
+
 def parse_config(argv: list[str]) -> Config:
-    """Preset first, then the options that were given. Raises UserError for a wrong one."""
+    """Preset and method first, then the options that were given. Raises UserError for a wrong one."""
     parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                              usage="python attnrl.py [--preset toy|paper] [--OPTION VALUE ...]")
+                              usage="python attnrl.py [--preset toy|paper] [--method NAME] [--OPTION VALUE ...]")
 
     def one_line(message):
         raise UserError(f"{message} (see --help)")
     parser.error = one_line
-    preset = "toy"
-    for flag, value in zip(argv, argv[1:] + [""]):
-        preset = value if flag == "--preset" else flag.removeprefix("--preset=") if "--preset=" in flag else preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
+    for name, table, chosen in (("--preset", PRESETS, "toy"), ("--method", METHODS, "attnrl")):
+        for flag, value in zip(argv, argv[1:] + [""]):
+            chosen = value if flag == name else flag.removeprefix(f"{name}=") if flag.startswith(f"{name}=") else chosen
+        parser.set_defaults(**table.get(chosen, {}))
     config = Config(**vars(parser.parse_args(argv)))
     config.check()
     config.resolve()
@@ -286,10 +305,10 @@ class Trainer:
                          activation_checkpointing=config.activation_checkpointing)
         self.scorer = TokenLogprobs(self.policy)
         policy, reference = dist.spread(self.scorer, **placement), None
-        if config.kl_coef:  # read again, now that the policy is on the GPU: one copy in host memory at a time
-            reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
-            reference = dist.spread(reference, **placement)
-        self.learner = Learner(policy, reference, lr=config.lr, weight_decay=config.weight_decay,
+        if config.kl_coef or config.advantage == "prl":  # read again, now that the policy is on the GPU: one copy in host memory at a time
+            self.reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
+            reference = dist.spread(self.reference, **placement)
+        self.learner = Learner(policy, reference if config.kl_coef else None, lr=config.lr, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, temperature=config.temperature, kl_coef=config.kl_coef,
                                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
                                token_budget=config.token_budget)
@@ -344,17 +363,21 @@ class Trainer:
         """Scoring pass 1: initial responses get behaviour log-probs, entropies, FCI and rewards."""
         config = self.config
         owners = [group for group in batch.groups for _ in range(config.samples_per_problem())]
-        bounds = [split_steps(c.tokens, self.separators) for c in completions]
+        bounds = [prl_steps(c.tokens, self.separators, config.prl_steps, config.prl_length) if config.advantage == "prl"
+                  else split_steps(c.tokens, self.separators) for c in completions]
         with self.phase("score"):
             wants_fci = config.advantage == "tree"
-            scores = score(self.scorer, [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
-                                         for group, c, row in zip(owners, completions, bounds)],
-                           config.temperature, config.delta, config.token_budget)
+            sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
+                         for group, c, row in zip(owners, completions, bounds)]
+            scores = score(self.scorer, sequences, config.temperature, config.delta, config.token_budget)
+            initial = [[]] * len(scores)
+            if config.advantage == "prl":
+                initial = [s.logprobs for s in score(self.reference, sequences, config.temperature, 1, config.token_budget)]
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
-        for group, c, row, s, reward in zip(owners, completions, bounds, scores, rewards):
+        for group, c, row, s, ref_logprobs, reward in zip(owners, completions, bounds, scores, initial, rewards):
             fci, branchable = without_answer(s.fci, c.tokens, row, self.separators)
             group.responses.append(Response(c.tokens, reward=reward, entropies=s.entropies, bounds=row, fci=fci,
-                                            branchable=branchable, **self.behaviour(c, s)))
+                                            branchable=branchable, ref_logprobs=ref_logprobs, **self.behaviour(c, s)))
             group.cut += not c.finished
 
     def add_continuations(self, continued: list[tuple[Problem, Response, int, Request]],
@@ -387,14 +410,14 @@ class Trainer:
     def plan(self, batch: Batch) -> None:
         """Adaptive sampling and attention-based tree branching (ATB): who is expanded, how often, and where."""
         config = self.config
-        if config.advantage == "grpo":
+        if config.advantage != "tree":
             return
         rewards = [[r.reward for r in group.responses] for group in batch.groups]
         rates = [solve_rate(row) for row in rewards]
         fcis = [problem_fci([r.fci for r in group.responses]) for group in batch.groups]
         keep = dist.mine(self.easy_filter.keep(dist.everyone(rates), dist.everyone(fcis)))  # its mean is over all ranks
         for j, group in enumerate(batch.groups):
-            if config.ads_filter and not keep[j]:
+            if {"fci": not keep[j], "easy": rates[j] == 1, "none": False}[config.ads_filter]:
                 group.filtered = True
                 continue
             rng = random.Random(request_seed(config.seed, batch.step, group.index))
@@ -421,8 +444,8 @@ class Trainer:
 
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
-        flatten = tree_sequences if self.config.advantage == "tree" else grpo_sequences
-        return [s for group in batch.groups for s in drop_zero(flatten(group.problem.prompt_ids, group.responses))]
+        flatten = {"tree": tree_sequences, "grpo": grpo_sequences, "prl": partial(prl_sequences, eta=self.config.prl_eta)}
+        return [s for group in batch.groups for s in drop_zero(flatten[self.config.advantage](group.problem.prompt_ids, group.responses))]
 
     def update(self, step: int, sequences: list[TrainingSequence]) -> TrainStats:
         """PPO on one batch; then the engine gets the new weights."""

@@ -72,6 +72,17 @@ def split_steps(tokens: list[int], separators: Separators) -> list[int]:
     return sorted({0, *cuts, len(tokens)})
 
 
+def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int = 256) -> list[int]:
+    """Bounds of PRL's steps: `length` tokens each, or closed by a "newline" or a "blank" line, whichever `ends` says.
+
+    >>> prl_steps([5, 9, 5, 8, 5], Separators(double=frozenset({9}), single=frozenset({8, 9})), "blank")
+    [0, 2, 5]
+    """
+    closing = {"newline": separators.single, "blank": separators.double}.get(ends)
+    cuts = range(length, len(tokens), length) if closing is None else (i + 1 for i, t in enumerate(tokens) if t in closing)
+    return sorted({0, *cuts, len(tokens)})
+
+
 def branchable_steps(tokens: list[int], bounds: list[int], separators: Separators) -> int:
     """Number of leading steps that may be branch points: for reasoning models those before the step of the last
     "</think>" (that step and the final answer after it never are, as in the authors' code), else all."""

@@ -17,8 +17,9 @@ Equations:
     AttnRL Eq. 2   V(s) = mean reward of the L(s) leaves below s; V(root) over all leaves of the problem
     AttnRL Eq. 3   A(s) = [(V(s) - V(root)) + (V(s) - V(parent(s)))] / sqrt(L(s)), for every token of node s  (TreeRL)
     AttnRL Eq. 7   branch at the EARLIEST N steps among those with FCI >= the (1 - rho) quantile  ("ATB")
+    PRL            A(t in step k) = A_GRPO - (1 / eta) * sum over u >= last token of step k of log [pi_old(u) / pi_ref(u)]
 
-Left out: trees deeper than initial responses plus one round of continuations (the paper's), and PRL's step rewards.
+Left out: trees deeper than initial responses plus one round of continuations (the paper's).
 
     python -m pytest tests/test_tree.py       # the example above, by hand, and the invariants
 """
@@ -53,6 +54,7 @@ class Response:
     branchable: int = 0  # the first `branchable` steps may be branch points (not the answer after "</think>")
     continuations: list[Continuation] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)  # truncated importance weights (learner.py); empty: all 1
+    ref_logprobs: list[float] = field(default_factory=list)  # PRL only: of the initial policy
 
 
 @dataclass
@@ -215,6 +217,22 @@ def grpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
     std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
     return [TrainingSequence(prompt_ids, r.tokens, [(r.reward - mean) / (std + 1e-6)] * len(r.tokens),  # AttnRL Eq. 1
                              r.logprobs, r.weights) for r in responses]
+
+
+def prl_sequences(prompt_ids: list[int], responses: list[Response], eta: float = 200.0) -> list[TrainingSequence]:
+    """PRL (arXiv 2601.10201), another baseline without a tree: what the entropy-regularised objective adds to GRPO's advantage,
+    the same for all tokens of a step, is how far the policy has left the initial one (log-ratios, nats) from the step's
+    last token on. Equal rewards leave a signal here. Steps are the responses' `bounds`."""
+    sequences = grpo_sequences(prompt_ids, responses)
+    for response, sequence in zip(responses, sequences):
+        ahead, rest = 0.0, []  # of every token: the sum from it to the end
+        for old, ref in zip(reversed(response.logprobs), reversed(response.ref_logprobs)):
+            ahead += old - ref
+            rest.append(ahead)
+        rest.reverse()
+        sequence.advantages = [sequence.advantages[a] - rest[b - 1] / eta  # PRL
+                               for a, b in zip(response.bounds, response.bounds[1:]) for _ in range(a, b)]
+    return sequences
 
 
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:

@@ -2,13 +2,14 @@
 import dataclasses
 import json
 import random
+import typing
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
-from attnrl import Config, Trainer, parse_config, train
+from attnrl import METHODS, Config, Trainer, parse_config, train
 from errors import stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
@@ -36,13 +37,30 @@ def test_presets_and_command_line_in_this_order():
     paper = parse_config(["--preset", "paper"])
     assert (paper.delta, paper.lr, paper.batch_size, paper.group_size, paper.max_response) == (4, 1e-6, 64, 6, 8192)
     assert (paper.min_branch_gap, paper.mini_batch, paper.kl_coef, paper.rho) == (512, 192, 0.001, 0.2)
-    assert paper.one_step_off_policy and paper.ads_filter and paper.ads_expansion and paper.ads_batch
+    assert paper.one_step_off_policy and paper.ads_filter == "fci" and paper.ads_expansion and paper.ads_batch
     assert paper.target_sequences == 1920  # B', the authors' 64 * 6 * 5
     assert parse_config(["--delta", "3", "--preset=paper", "--one_step_off_policy", "false"]).delta == 3
     assert not parse_config(["--one_step_off_policy", "false"]).one_step_off_policy
     grpo = parse_config(["--advantage", "grpo"])
     assert grpo.samples_per_problem() == 30 and parse_config([]).samples_per_problem() == 6
     assert parse_config(["--advantage", "grpo", "--grpo_samples", "8", "--batch_size", "4"]).target_sequences == 32
+
+
+def test_a_method_is_attnrl_but_for_a_few_settings():
+    names = list(METHODS)
+    assert list(typing.get_args(Config.__annotations__["method"])) == names  # what the command line takes
+    usual = vars(parse_config([]))
+    changed = {name: {key: value for key, value in vars(parse_config(["--method", name])).items() if value != usual[key]}
+               for name in names}
+    off = {"ads_filter": "none", "ads_expansion": False, "ads_batch": False}
+    synchronous = {"one_step_off_policy": False}
+    assert {name: {key: value for key, value in settings.items() if key != "method"} for name, settings in changed.items()} == {
+        "attnrl": {}, "atb_ads_nofilter": {"ads_filter": "none"}, "atb_ads_noexpand": {"ads_expansion": False},
+        "atb_drop_easy": {"ads_filter": "easy"}, "atb": off | synchronous, "treerl_off": off | {"branch": "entropy"},
+        "treerl": off | synchronous | {"branch": "entropy"}, "grpo": off | synchronous | {"advantage": "grpo"},
+        "prl": off | synchronous | {"advantage": "prl"}}
+    assert parse_config(["--method=prl", "--preset", "paper"]).kl_coef == 0.0  # its script has none
+    assert parse_config(["--kl_coef", "0.1", "--method=prl", "--preset", "paper"]).kl_coef == 0.1
 
 
 @pytest.mark.parametrize("args, message", [
@@ -118,12 +136,12 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     same_file(finished / "last/model.safetensors", again / "last/model.safetensors")
 
 
-@pytest.mark.parametrize("options", [["--advantage", "grpo", "--grpo_samples", "8"], ["--branch", "entropy"], ["--branch", "random"],
-                                     ["--one_step_off_policy", "false"], ["--kl_coef", "0.01", "--temperature", "0.8"]])
+@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", "8"], ["--method", "treerl"], ["--branch", "random"],
+                                     ["--method", "prl", "--grpo_samples", "8"], ["--kl_coef", "0.01", "--temperature", "0.8"]])
 def test_every_method_runs(tmp_path, options):
     records = metrics_of(train(tiny(tmp_path, *options)))
     assert len(records) == 3 and records[2]["train/updates"] >= 1
-    assert records[2]["leaves"] == 4 * 8 if "grpo" in options else records[2]["leaves"] > 4 * 6
+    assert records[2]["leaves"] == 4 * 8 if "--grpo_samples" in options else records[2]["leaves"] > 4 * 6
     if "--kl_coef" in options:
         assert records[1]["train/kl"] == pytest.approx(0, abs=1e-6) and records[2]["train/kl"] > 0
 
@@ -131,6 +149,32 @@ def test_every_method_runs(tmp_path, options):
 def test_grpo_has_no_branch_points_and_says_nothing_of_them(tmp_path, capsys):
     train(tiny(tmp_path, "--advantage", "grpo", "--grpo_samples", "8"))
     assert "filtered" not in capsys.readouterr().out
+
+
+def test_prl_steps_and_process_rewards_in_a_run(tmp_path, monkeypatch):
+    """The first step starts at the initial policy, so the log-ratios are 0 (up to rounding); in the second they are not, and
+    the advantage is another one in every step of a response. Groups whose rewards agree are trained, too."""
+    seen = []
+    real = Trainer.sequences
+    monkeypatch.setattr(Trainer, "sequences", lambda self, batch: seen.append((batch, real(self, batch))) or seen[-1][1])
+    options = ["--method", "prl", "--grpo_samples", "8", "--prl_steps", "blank", "--prl_eta", "2", "--lr", "1e-3"]
+    train(tiny(tmp_path, *options))
+    for step, (batch, sequences) in enumerate(seen, 1):
+        responses = [r for group in batch.groups for r in group.responses]
+        ratios = [abs(a - b) for r in responses for a, b in zip(r.logprobs, r.ref_logprobs, strict=True)]
+        assert max(ratios) < 1e-4 if step == 1 else max(ratios) > 0.01
+        assert all(len(r.bounds) > 4 for r in responses), "programs of 6 lines have blank lines"
+    agreeing = [group for group in batch.groups if len({r.reward for r in group.responses}) == 1]
+    assert agreeing and len(sequences) == len(responses)
+    assert all(len(set(s.advantages)) > 2 for s in sequences)
+
+
+@pytest.mark.parametrize("choice, expanded", [("none", True), ("easy", False)])
+def test_easy_problems_are_all_expanded_or_none(choice, expanded, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "all_right.py").write_text("def always(response, answers):\n    return 1.0\n")
+    record = metrics_of(train(tiny(tmp_path, "--ads_filter", choice, "--reward", "all_right:always", "--steps", "1")))[1]
+    assert record["filtered_ratio"] == (0 if expanded else 1) and (record["leaves"] > 4 * 6) == expanded
 
 
 def test_inert_fci_is_named(tmp_path, capsys):
@@ -147,7 +191,7 @@ def test_answers_after_the_thought_score_zero_everywhere():
 
 
 def test_without_adaptive_sampling_every_response_is_expanded(tmp_path):
-    off = ["--ads_filter", "false", "--ads_expansion", "false", "--ads_batch", "false"]
+    off = ["--ads_filter", "none", "--ads_expansion", "false", "--ads_batch", "false"]
     for m in metrics_of(train(tiny(tmp_path, *off)))[1:]:
         assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (4, 6, 0, 4 * 30)
 

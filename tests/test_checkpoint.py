@@ -112,7 +112,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, step, whole, tmp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("options", [["--advantage", "grpo", "--grpo_samples", 6], ["--behaviour", "engine"], ["--tis_cap", 2],
+@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", 6], ["--method", "prl", "--grpo_samples", 6], ["--behaviour", "engine"], ["--tis_cap", 2],
                                      ["--branch", "entropy", "--lr_schedule", "cosine", "--warmup_steps", 2],
                                      ["--parallel", "fsdp"]])
 def test_other_methods_resume_bit_for_bit(options, tmp_path):

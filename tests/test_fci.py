@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fci
 from fci import (ATTENTION_NAME, Separators, Sequence, StepAttention, branchable_steps, fci_scores, score,
-                 separator_tokens, split_steps, token_logprobs)
+                 prl_steps, separator_tokens, split_steps, token_logprobs)
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_bounds, random_tokens, randomise, tiny_model
 
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -429,6 +429,14 @@ def test_empty_prompt_is_refused():
 # ---------------------------------------------------------------------------------------------------------------------
 BLANK, LINE, THINK = 9, 8, 7
 SEPARATORS = Separators(double=frozenset({BLANK}), single=frozenset({LINE, BLANK}), think_end=THINK)
+
+
+@pytest.mark.parametrize("ends, bounds", [("blank", [0, 2, 6]), ("newline", [0, 2, 3, 6]), ("length", [0, 4, 6])])
+def test_prl_steps(ends, bounds):
+    """Of 6 tokens the second is a blank line, the third and the last a single newline."""
+    tokens = [5, 9, 8, 5, 5, 8]
+    assert prl_steps(tokens, Separators(double=frozenset({9}), single=frozenset({8, 9})), ends, length=4) == bounds
+    assert prl_steps([5], SEPARATORS, ends) == [0, 1]
 
 
 @pytest.mark.parametrize("tokens, bounds", [

@@ -27,7 +27,7 @@ from test_attnrl import metrics_of
 from tree import TrainingSequence, grpo_sequences, tree_sequences
 
 SMALL = ["--steps", "1", "--batch_size", "2", "--problems", "toy:6:20:1", "--test_problems", "toy:6:4:2", "--eval_samples", "1",
-         "--ads_filter", "false", "--ads_expansion", "false"]  # every response is branched
+         "--ads_filter", "none", "--ads_expansion", "false"]  # every response is branched
 CLOSE = dict(rel=0, abs=1e-4)
 EOS = [5, 11]
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tree import (Continuation, Response, TrainingSequence, build_tree, choose_branch_points, drop_zero,
-                  fci_branch_steps, grpo_sequences, step_advantages, tree_sequences)
+                  fci_branch_steps, grpo_sequences, prl_sequences, step_advantages, tree_sequences)
 
 PROMPT = [901, 902, 903]
 quick = settings(max_examples=150, deadline=None)
@@ -103,6 +103,46 @@ def test_eq1_epsilon_is_added_to_the_std():
 
 def test_eq1_one_response_has_no_advantage():
     assert grpo_sequences(PROMPT, [response([1, 2], 1.0)])[0].advantages == [0.0, 0.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PRL by hand
+# ---------------------------------------------------------------------------------------------------------------------
+def prl_response(old: list[float], ref: list[float], bounds: list[int], reward: float) -> Response:
+    return Response(list(range(len(old))), old, reward, bounds=bounds, ref_logprobs=ref)
+
+
+def test_prl_by_hand():
+    """5 tokens in steps [0, 2) [2, 4) [4, 5), log-ratios 0.1, -0.2, 0.3, 0.4, -0.5, eta = 10. From the last token of each
+    step on: tokens 1-4 add up to 0, tokens 3-4 to -0.1, token 4 to -0.5. GRPO: rewards 1 and 0, std 1 / sqrt 2."""
+    ref = [-1.0, -2.0, -0.5, -3.0, -0.25]
+    old = [r + d for r, d in zip(ref, (0.1, -0.2, 0.3, 0.4, -0.5))]
+    right = prl_response(old, ref, [0, 2, 4, 5], 1.0)
+    wrong = prl_response([-1.0], [-1.0], [0, 1], 0.0)
+    one, other = prl_sequences(PROMPT, [right, wrong], eta=10.0)
+    grpo = 0.5 / (math.sqrt(0.5) + 1e-6)
+    assert one.advantages == pytest.approx([grpo, grpo, grpo + 0.01, grpo + 0.01, grpo + 0.05], abs=1e-12)
+    assert other.advantages == [-grpo] and one.logprobs == old and one.tokens == right.tokens
+
+
+def test_prl_equal_rewards_leave_a_signal():
+    """By Eq. 1 alone the group would be dropped."""
+    group = [prl_response([-1.0, -1.0], [-1.5, -1.0], [0, 1, 2], 1.0), prl_response([-2.0], [-2.0], [0, 1], 1.0)]
+    first, second = prl_sequences(PROMPT, group, eta=200.0)
+    assert first.advantages == pytest.approx([-0.5 / 200, 0.0]) and second.advantages == [0.0]
+    assert drop_zero([first, second]) == [first] and drop_zero(grpo_sequences(PROMPT, group)) == []
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0), st.booleans()), min_size=1, max_size=30), st.floats(0.5, 500))
+def test_prl_equals_the_formula_token_by_token(tokens, eta):
+    """An independent computation: for every token find its step, and add up from the step's last token."""
+    old, ref, ends = zip(*tokens)
+    bounds = sorted({0, len(tokens), *(i + 1 for i, end in enumerate(ends) if end)})
+    got = prl_sequences(PROMPT, [prl_response(list(old), list(ref), bounds, 1.0)], eta)[0].advantages
+    for t, advantage in enumerate(got):
+        last = min(b for b in bounds if b > t) - 1
+        assert advantage == pytest.approx(-math.fsum(o - r for o, r in zip(old[last:], ref[last:])) / eta, abs=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
