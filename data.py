@@ -6,7 +6,7 @@ A problem set is one of
     FILE.parquet   such columns, or verl-style: `prompt` = [{"role", "content"}, ...], `reward_model.ground_truth` =
                    string or list
     FILE.json      the same in one array, as DeepScaleR is published
-    toy:8:2000:1   generated (toy/programs.py): 2000 programs of 8 variables, seed 1; "toy" alone is toy:8:2000:0
+    toy:8:2000:1   generated (toy/programs.py): 2000 programs of 8 (or 8-10) variables, seed 1
 
 Training on a bad row is worse than stopping. Malformed rows, empty answers, duplicates, conflicting answers, over-long
 prompts and training problems that occur in the evaluation set are all reported with file and row, and loading stops;

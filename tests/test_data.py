@@ -196,7 +196,9 @@ def test_the_teacher_slips_as_often_as_told_and_goes_on_from_its_slip():
 def test_toy_sets_are_reproducible_distinct_and_validated():
     assert list(toy_set("toy:6:50:3")) == list(toy_set("toy:6:50:3")) != list(toy_set("toy:6:50:4"))
     assert len({program for program, _ in toy_set("toy:4:500:0")}) == 500
-    for wrong in ("toy:x", "toy:3", "toy:27", "toy:8:0", "toy:8:1:-1", "toy:8:10:0:9"):
+    lengths = [program.count("=") for program, _ in toy_set("toy:8-10:300:0")]
+    assert set(lengths) == {8, 9, 10} and min(map(lengths.count, (8, 9, 10))) > 70
+    for wrong in ("toy:x", "toy:10-8", "toy:8-9-10", "toy:-8", "toy:3", "toy:27", "toy:8:0", "toy:8:1:-1", "toy:8:10:0:9"):
         with pytest.raises(ValueError):
             list(toy_set(wrong))
         with pytest.raises(UserError, match="write toy:VARIABLES:COUNT:SEED"):

@@ -49,15 +49,18 @@ def toy_solution(program: str, slip: float = 0.0, rng: random.Random | None = No
 
 
 def toy_set(source: str) -> Iterator[tuple[str, str]]:
-    """(program, answer) pairs for "toy[:VARIABLES[:COUNT[:SEED]]]"; no program twice. Raises ValueError."""
-    given = [int(part) for part in source.split(":")[1:]]
-    n_vars, count, seed = given + [8, 2000, 0][len(given):]
-    if not (4 <= n_vars <= 26 and 1 <= count <= 10**6 and seed >= 0):  # a set is held in memory
+    """(program, answer) pairs for "toy[:VARIABLES[:COUNT[:SEED]]]"; no program twice. VARIABLES is a number, or a range such
+    as 8-10 for programs of mixed difficulty. Raises ValueError."""
+    given = source.split(":")[1:]
+    lengths, count, seed = given + ["8", "2000", "0"][len(given):]
+    low, high = [int(part) for part in lengths.split("-")] if "-" in lengths else [int(lengths)] * 2
+    count, seed = int(count), int(seed)
+    if not (4 <= low <= high <= 26 and 1 <= count <= 10**6 and seed >= 0):  # a set is held in memory
         raise ValueError(source)
-    rng = random.Random(f"toy/{n_vars}/{seed}")
+    rng = random.Random(f"toy/{lengths}/{seed}")
     seen: set[str] = set()
     while len(seen) < count:
-        program = toy_program(n_vars, rng)
+        program = toy_program(low if low == high else rng.randint(low, high), rng)
         if program not in seen:
             seen.add(program)
             yield program, toy_solution(program).rsplit("{")[-1].rstrip("}")

@@ -1,0 +1,257 @@
+"""methods.py: the paper's table on the toy. Methods x seeds at EQUAL generated tokens, with intervals and figures.
+
+    python experiments/methods.py --quick            # 3 methods x 3 seeds on one setting: at most 20 minutes on 2 cores
+    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: hours; what is there is not run again
+    python experiments/methods.py --report           # tables and figures of what is there, without running anything
+
+Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps" compares nothing. Every run goes
+on until an evaluation lies beyond the budget of generated tokens T; its accuracy AT T is read off the straight line between
+the evaluations before and after T. The same is done for wall-clock (training without evaluations), at the time in which the
+fastest run of the setting got to its end. Evaluations ask every run the same questions with the same seeds.
+
+Intervals: 95 %, Student's t over seeds. Differences are paired by seed (the seed fixes the order of the problems), so what the
+problems have in common cancels out: mean and interval of d_s = accuracy of the method - accuracy of AttnRL at seed s.
+
+Files: results/SETTING/METHOD-SEED.json (settings and the metrics of every step), tables.md, figures/*.png, and the runs
+themselves in runs/experiments/, which --resume auto goes on with after a kill. The two settings were frozen before the methods
+were compared; experiments/README.md lists all that were tried.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean, stdev
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from errors import UserError, stop_on_user_error  # noqa: E402
+
+# What all runs of a setting share; the method is the only difference. Toy steps are a line each, hence --prl_steps.
+SHARED = ["--lr", "1e-5", "--eval_every", "4", "--eval_samples", "4", "--prl_steps", "blank", "--steps", "100000", "--keep", "1",
+          "--log_samples", "0"]
+SETTINGS = {
+    "toy9": ["--problems", "toy:9:4000:1", "--test_problems", "toy:9:200:2", "--max_response", "126"],
+    "toy8-10": ["--problems", "toy:8-10:4000:1", "--test_problems", "toy:8-10:200:2", "--max_response", "140"],
+}
+METHODS = ["grpo", "prl", "treerl", "treerl_off", "atb", "atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand", "attnrl"]
+DRAWN = {"grpo": "#E69F00", "prl": "#CC79A7", "treerl": "#009E73", "atb": "#56B4E9", "attnrl": "#0072B2"}  # Okabe and Ito
+KEPT = ["step", "generated_tokens", "test_accuracy", "initial/reward", "initial/solve_all", "initial/solve_none", "initial/valid",
+        "problems", "filtered_ratio", "trees", "sequences", "valid_token_ratio", "response_length", "entropy", "fci", "train/updates",
+        "train/grad_norm", "train/clip_fraction", "seconds/generate", "seconds/step", "seconds/total"]
+T975 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # Student's t, two-sided 95 %, by seeds - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+def read_records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_until(options: list[str], run: Path, tokens: float) -> None:
+    """One run, in this process: stopped after the first evaluation beyond `tokens`; it goes on where it was killed."""
+    from attnrl import parse_config, train
+
+    def enough() -> bool:
+        newest = read_records(run)[-1]
+        return "test_accuracy" in newest and newest["generated_tokens"] >= tokens
+
+    train(parse_config([*options, "--out", str(run), "--resume", "auto"]), stop=enough)
+
+
+def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -> Path:
+    """A run in a process of its own, on one thread; its JSON is written when it is complete, and then it is not run again."""
+    result = folder / "results" / setting / f"{method}-{seed}.json"
+    if result.exists() and json.loads(result.read_text())["tokens"] >= tokens:
+        return result
+    run = HERE.parent / "runs" / "experiments" / folder.name / f"{setting}-{method}-{seed}"
+    options = ["--method", method, "--seed", str(seed), *SHARED, *SETTINGS[setting]]
+    run.parent.mkdir(parents=True, exist_ok=True)
+    with run.with_suffix(".log").open("a") as log:
+        code = subprocess.run([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])], cwd=HERE.parent,
+                              stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}).returncode
+    if code:
+        raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}")
+    records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_records(run)]
+    result.parent.mkdir(parents=True, exist_ok=True)
+    fresh = result.with_suffix(".new")
+    fresh.write_text(json.dumps({"setting": setting, "method": method, "seed": seed, "tokens": tokens, "options": options,
+                                 "records": records}) + "\n")
+    fresh.replace(result)
+    shutil.rmtree(run)  # models: what is needed is in the JSON
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading off
+# ---------------------------------------------------------------------------------------------------------------------
+def training_seconds(records: list[dict]) -> list[float]:
+    """Seconds of training steps up to each record, without evaluations, saving and loading."""
+    return np.cumsum([m.get("seconds/step", 0.0) for m in records]).tolist()
+
+
+def accuracy_at(records: list[dict], at: float, axis: str) -> float:
+    """Test accuracy in % where `axis` ("tokens" or "seconds") is `at`, on the line between the evaluations around it."""
+    where = training_seconds(records) if axis == "seconds" else [m["generated_tokens"] for m in records]
+    points = [(x, 100 * m["test_accuracy"]) for x, m in zip(where, records) if "test_accuracy" in m]
+    return float(np.interp(at, *zip(*points)))
+
+
+def mean_and_interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (NaN for a single value)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return fmean(values), T975[min(len(values) - 1, 10)] * stdev(values) / math.sqrt(len(values))
+
+
+def load(folder: Path, setting: str) -> dict[str, dict[int, dict]]:
+    """{method: {seed: result}}, methods in the table's order."""
+    found: dict[str, dict[int, dict]] = {}
+    for method in METHODS:
+        for path in sorted((folder / "results" / setting).glob(f"{method}-[0-9]*.json")):
+            result = json.loads(path.read_text())
+            found.setdefault(method, {})[result["seed"]] = result
+    return found
+
+
+def table(runs: dict[str, dict[int, dict]]) -> str:
+    """One row per method: accuracy at equal tokens and at equal seconds, and the paired differences to AttnRL."""
+    everything = [r for seeds in runs.values() for r in seeds.values()]
+    tokens = min(r["tokens"] for r in everything)
+    seconds = min(training_seconds(r["records"])[-1] for r in everything)
+    lines = [f"T = {tokens / 1e6:.2f} M generated tokens; equal time: {seconds:.0f} s of training", "",
+             "| method | seeds | at the start | at T | difference to attnrl | at equal time | difference to attnrl | steps to T | "
+             "training seconds to T |", "|---|---|---|---|---|---|---|---|---|"]
+
+    def cell(values):
+        mean, half = mean_and_interval(values)
+        return f"{mean:.1f}" + (f" ± {half:.1f}" if half == half else "")
+
+    for method, seeds in runs.items():
+        columns = []
+        for axis, at in (("tokens", tokens), ("seconds", seconds)):
+            own = {seed: accuracy_at(r["records"], at, axis) for seed, r in seeds.items()}
+            other = {seed: accuracy_at(r["records"], at, axis) for seed, r in runs.get("attnrl", {}).items()}
+            both = sorted(own.keys() & other.keys())
+            paired = "" if method == "attnrl" or not both else cell([own[s] - other[s] for s in both])
+            columns += [cell(list(own.values())), paired]
+        rows = [r["records"] for r in seeds.values()]
+        steps = fmean(np.interp(tokens, [m["generated_tokens"] for m in row], [m["step"] for m in row]) for row in rows)
+        spent = fmean(np.interp(tokens, [m["generated_tokens"] for m in row], training_seconds(row)) for row in rows)
+        start = fmean(100 * row[0]["test_accuracy"] for row in rows)
+        lines.append(f"| {method} | {len(seeds)} | {start:.1f} | {' | '.join(columns)} | {steps:.0f} | {spent:.0f} |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------------------------
+FIGURES = {  # file: [(key, title, scale)], over training steps
+    "fig6_outcomes": [("initial/solve_all", "all initial responses right, %", 100), ("initial/solve_none", "all wrong, %", 100),
+                      ("initial/valid", "mixed: these can teach, %", 100)],
+    "fig7_sampling": [("valid_token_ratio", "trained tokens / tokens of all leaves, %", 100),
+                      ("filtered_ratio", "problems that the filter kept from expansion, %", 100),
+                      ("problems", "prompt batch size", 1)],
+    "fig8_training": [("entropy", "entropy, nats a token", 1), ("initial/reward", "reward of initial responses", 1),
+                      ("test_accuracy", "test accuracy, %", 100), ("response_length", "response length, tokens", 1)],
+}
+
+
+def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> None:
+    """Mean over seeds with a 95 % band, on a common grid of steps, tokens or seconds."""
+    for method, colour in DRAWN.items():
+        lines = []
+        for result in runs.get(method, {}).values():
+            at = {"step": [m["step"] for m in result["records"]], "tokens": [m["generated_tokens"] / 1e6 for m in result["records"]],
+                  "seconds": training_seconds(result["records"])}[over]
+            lines.append([(x, scale * m[key]) for x, m in zip(at, result["records"]) if key in m])
+        if lines := [line for line in lines if line]:
+            grid = np.linspace(max(line[0][0] for line in lines), min(line[-1][0] for line in lines), 60)
+            values = np.array([np.interp(grid, *zip(*line)) for line in lines])
+            spread = [mean_and_interval(list(column)) for column in values.T]
+            axis.plot(grid, [mean for mean, _ in spread], color=colour, label=f"{method} ({len(lines)})")
+            axis.fill_between(grid, [m - h for m, h in spread], [m + h for m, h in spread], color=colour, alpha=0.15, linewidth=0)
+    axis.set(title=title, xlabel={"step": "training step", "tokens": "M generated tokens", "seconds": "seconds of training"}[over])
+    axis.title.set_fontsize(10)
+    axis.grid(alpha=0.3)
+
+
+def draw_figures(runs: dict, setting: str, folder: Path) -> list[Path]:
+    panels = {f"accuracy_{setting}": [("test_accuracy", "test accuracy (avg@4), %", 100, over) for over in ("tokens", "seconds")]}
+    panels |= {f"{name}_{setting}": [(*what, "step") for what in whats] for name, whats in FIGURES.items()}
+    paths = []
+    for name, whats in panels.items():
+        figure, axes = plt.subplots(1, len(whats), figsize=(4.2 * len(whats), 3.8), constrained_layout=True)
+        for axis, what in zip(axes, whats):
+            draw(axis, runs, *what)
+        figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN), frameon=False)
+        figure.suptitle(f"{setting}: mean over seeds (their number in brackets), band: 95 % interval", fontsize=10)
+        paths.append(folder / "figures" / f"{name}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(paths[-1], dpi=110)
+        plt.close(figure)
+    return paths
+
+
+def report(folder: Path) -> str:
+    """tables.md and the figures, of whatever results there are."""
+    parts = []
+    for setting in SETTINGS:
+        if runs := load(folder, setting):
+            parts.append(f"### {setting}\n\n{table(runs)}\n")
+            draw_figures(runs, setting, folder)
+    if not parts:
+        raise UserError(f"{folder / 'results'}: no results in it yet")
+    text = "\n".join(parts)
+    (folder / "tables.md").write_text(text)
+    return text
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="experiments/methods.py", description="methods x seeds at equal generated tokens")
+    parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy9")
+    parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS)
+    parser.add_argument("--seeds", type=int, help="how many: 0, 1, ...")
+    parser.add_argument("--tokens", type=float, help="budget of generated tokens, millions")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    parser.add_argument("--folder", type=Path, help="where results, tables and figures go")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.error = lambda message: parser.exit(2, f"experiments/methods.py: {message} (see --help)\n")
+    args = parser.parse_args(argv)
+    if args.one:
+        options, run, tokens = json.loads(args.one)
+        return train_until(options, Path(run), tokens)
+    settings = args.settings or (["toy9"] if args.quick else list(SETTINGS))
+    methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
+    seeds, tokens = args.seeds or (3 if args.quick else 5), 1e6 * (args.tokens or (0.4 if args.quick else 0.8))
+    folder = args.folder or HERE / ("quick" if args.quick else "full")
+    if min(seeds, tokens, args.jobs) <= 0:
+        raise UserError("--seeds, --tokens and --jobs: must be above 0")
+    if not args.report:  # seeds first: a table that is cut short has all methods
+        wanted = [(s, m, seed) for seed in range(seeds) for s in settings for m in methods]
+        started = time.monotonic()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            jobs = [pool.submit(run_one, *what, tokens, folder) for what in wanted]
+            for i, (what, job) in enumerate(zip(wanted, jobs), 1):
+                job.result()
+                print(f"{i}/{len(wanted)} after {(time.monotonic() - started) / 60:.1f} minutes: {', '.join(map(str, what))}", flush=True)
+    print(report(folder))
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("experiments/methods.py"):
+        main(sys.argv[1:])
