@@ -52,7 +52,8 @@ from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
 from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, say_out_of_memory, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
-from tree import Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences, tree_sequences
+from tree import (Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences,
+                  tree_sequences)
 from vllm_engine import VLLMEngine
 
 
@@ -305,7 +306,8 @@ class Trainer:
                          activation_checkpointing=config.activation_checkpointing)
         self.scorer = TokenLogprobs(self.policy)
         policy, reference = dist.spread(self.scorer, **placement), None
-        if config.kl_coef or config.advantage == "prl":  # read again, now that the policy is on the GPU: one copy in host memory at a time
+        if config.kl_coef or config.advantage == "prl":
+            # read again, now that the policy is on the GPU: one copy in host memory at a time
             self.reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
             reference = dist.spread(self.reference, **placement)
         self.learner = Learner(policy, reference if config.kl_coef else None, lr=config.lr, weight_decay=config.weight_decay,
@@ -444,8 +446,9 @@ class Trainer:
 
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
-        flatten = {"tree": tree_sequences, "grpo": grpo_sequences, "prl": partial(prl_sequences, eta=self.config.prl_eta)}
-        return [s for group in batch.groups for s in drop_zero(flatten[self.config.advantage](group.problem.prompt_ids, group.responses))]
+        flatten = {"tree": tree_sequences, "grpo": grpo_sequences,
+                   "prl": partial(prl_sequences, eta=self.config.prl_eta)}[self.config.advantage]
+        return [s for group in batch.groups for s in drop_zero(flatten(group.problem.prompt_ids, group.responses))]
 
     def update(self, step: int, sequences: list[TrainingSequence]) -> TrainStats:
         """PPO on one batch; then the engine gets the new weights."""
@@ -567,7 +570,7 @@ def main(argv: list[str]) -> None:
         return print(text) if int(os.environ.get("RANK", 0)) == 0 else None
     folder = train(config, stop_on_signals())
     if folder:  # rank 0 has it
-        print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, models last/ and best/)")
+        print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, last/, best/)")
 
 
 if __name__ == "__main__":

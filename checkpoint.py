@@ -118,7 +118,8 @@ def collect(trainer, upcoming, best: tuple[float, int]) -> dict:
             if rank() == 0:
                 moments[f"{name}/{key}"] = value.cpu()
     groups = everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups]) if upcoming else None
-    return {"moments": moments, "groups": groups, "best": list(best), "generated_tokens": sum(everyone([trainer.generated_tokens])),
+    return {"moments": moments, "groups": groups, "best": list(best),
+            "generated_tokens": sum(everyone([trainer.generated_tokens])),
             "easy_filter": asdict(trainer.easy_filter), "batch_size": trainer.batch_size.size,
             "stream": [trainer.stream.epoch, trainer.stream.position]}
 

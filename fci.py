@@ -332,7 +332,7 @@ def check_model(model, path: str) -> None:
     except ValueError as error:
         raise UserError(f"--model {path}: {error}") from error
     if not math.isfinite(sum(found.logprobs)):
-        raise UserError(f"--model {path}: its log-probs are not finite; the weights are damaged (if it is a checkpoint, remove it)")
+        raise UserError(f"--model {path}: its log-probs are not finite, its weights are damaged (a checkpoint: remove it)")
 
 
 def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:

@@ -101,7 +101,7 @@ class RunFolder:
                 raise UserError(f"--out {self.path}: is not empty; give another folder, remove it, or (if it is this run's) "
                                 "--resume auto")
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-            with (self.path / "config.json").open("w" if going_on else "x") as file:  # "x": of two runs that start together only one gets it
+            with (self.path / "config.json").open("w" if going_on else "x") as file:  # "x": the first of two gets it
                 file.write(json.dumps(asdict(config) | {"out": str(self.path), "versions": versions}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be made a folder ({error.strerror})") from error

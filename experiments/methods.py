@@ -48,8 +48,8 @@ SETTINGS = {
 METHODS = ["grpo", "prl", "treerl", "treerl_off", "atb", "atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand", "attnrl"]
 DRAWN = {"grpo": "#E69F00", "prl": "#CC79A7", "treerl": "#009E73", "atb": "#56B4E9", "attnrl": "#0072B2"}  # Okabe and Ito
 KEPT = ["step", "generated_tokens", "test_accuracy", "initial/reward", "initial/solve_all", "initial/solve_none", "initial/valid",
-        "problems", "filtered_ratio", "trees", "sequences", "valid_token_ratio", "response_length", "entropy", "fci", "train/updates",
-        "train/grad_norm", "train/clip_fraction", "seconds/generate", "seconds/step", "seconds/total"]
+        "problems", "filtered_ratio", "trees", "sequences", "valid_token_ratio", "response_length", "entropy", "fci",
+        "train/updates", "train/grad_norm", "train/clip_fraction", "seconds/generate", "seconds/step", "seconds/total"]
 T975 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]  # Student's t, two-sided 95 %, by seeds - 1
 
 
@@ -80,8 +80,9 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
     options = ["--method", method, "--seed", str(seed), *SHARED, *SETTINGS[setting]]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("a") as log:
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         code = subprocess.run([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])], cwd=HERE.parent,
-                              stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}).returncode
+                              stdout=log, stderr=log, env=one_thread).returncode
     if code:
         raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}")
     records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_records(run)]
@@ -131,9 +132,10 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
     everything = [r for seeds in runs.values() for r in seeds.values()]
     tokens = min(r["tokens"] for r in everything)
     seconds = min(training_seconds(r["records"])[-1] for r in everything)
+    columns = ("method", "seeds", "at the start", "at T", "difference to attnrl", "at equal time", "difference to attnrl",
+               "steps to T", "training seconds to T")
     lines = [f"T = {tokens / 1e6:.2f} M generated tokens; equal time: {seconds:.0f} s of training", "",
-             "| method | seeds | at the start | at T | difference to attnrl | at equal time | difference to attnrl | steps to T | "
-             "training seconds to T |", "|---|---|---|---|---|---|---|---|---|"]
+             f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
     def cell(values):
         mean, half = mean_and_interval(values)
@@ -174,16 +176,18 @@ def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> Non
     for method, colour in DRAWN.items():
         lines = []
         for result in runs.get(method, {}).values():
-            at = {"step": [m["step"] for m in result["records"]], "tokens": [m["generated_tokens"] / 1e6 for m in result["records"]],
-                  "seconds": training_seconds(result["records"])}[over]
-            lines.append([(x, scale * m[key]) for x, m in zip(at, result["records"]) if key in m])
+            records = result["records"]
+            at = {"step": [m["step"] for m in records], "tokens": [m["generated_tokens"] / 1e6 for m in records],
+                  "seconds": training_seconds(records)}[over]
+            lines.append([(x, scale * m[key]) for x, m in zip(at, records) if key in m])
         if lines := [line for line in lines if line]:
             grid = np.linspace(max(line[0][0] for line in lines), min(line[-1][0] for line in lines), 60)
             values = np.array([np.interp(grid, *zip(*line)) for line in lines])
             spread = [mean_and_interval(list(column)) for column in values.T]
             axis.plot(grid, [mean for mean, _ in spread], color=colour, label=f"{method} ({len(lines)})")
             axis.fill_between(grid, [m - h for m, h in spread], [m + h for m, h in spread], color=colour, alpha=0.15, linewidth=0)
-    axis.set(title=title, xlabel={"step": "training step", "tokens": "M generated tokens", "seconds": "seconds of training"}[over])
+    names = {"step": "training step", "tokens": "M generated tokens", "seconds": "seconds of training"}
+    axis.set(title=title, xlabel=names[over])
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
 
@@ -248,7 +252,8 @@ def main(argv: list[str]) -> None:
             jobs = [pool.submit(run_one, *what, tokens, folder) for what in wanted]
             for i, (what, job) in enumerate(zip(wanted, jobs), 1):
                 job.result()
-                print(f"{i}/{len(wanted)} after {(time.monotonic() - started) / 60:.1f} minutes: {', '.join(map(str, what))}", flush=True)
+                minutes = (time.monotonic() - started) / 60
+                print(f"{i}/{len(wanted)} after {minutes:.1f} minutes: {', '.join(map(str, what))}", flush=True)
     print(report(folder))
 
 
