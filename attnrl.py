@@ -46,11 +46,10 @@ import eval as evaluation
 import view
 from data import Problem, load_problems
 from errors import UserError, stop_on_user_error
-from fci import (Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, uniform_fci,
-                 without_answer)
+from fci import Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, without_answer
 from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
-from runlog import Display, Gap, RunFolder, batch_metrics, fci_spread, notices, say_out_of_memory, stop_on_signals
+from runlog import FAULTS, Display, Gap, RunFolder, batch_metrics, batch_notices, say_out_of_memory, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import (Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences,
                   tree_sequences)
@@ -252,9 +251,6 @@ class Group:
     cut: int = 0  # initial responses that met the length limit
 
 
-FAULTS = ("timeout", "died", "error")  # of grading: the response counts as wrong
-
-
 @dataclass
 class Batch:
     step: int  # the training step it is for
@@ -435,15 +431,6 @@ class Trainer:
         with self.phase("exchange"):
             batch.groups = dist.everyone(batch.groups)
 
-    def notices(self, batch: Batch, sequences: list[TrainingSequence]) -> list[str]:
-        """What a person should be told about this batch."""
-        scored = [(g.problem, r) for g in batch.groups for r in g.responses if r.fci and self.config.branch == "fci"]
-        spread = fci_spread([r.fci for _, r in scored],
-                            [uniform_fci(len(p.prompt_ids), r.bounds, self.config.delta) for p, r in scored])
-        inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
-        expanded = sum(bool(g.branch_points) for g in batch.groups) if self.config.advantage == "tree" else None
-        return notices(len(batch.groups), expanded, len(sequences), spread, inert)
-
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
         flatten = {"tree": tree_sequences, "grpo": grpo_sequences,
@@ -552,7 +539,7 @@ def train(config: Config, stop=lambda: False) -> Path:
         if "test_accuracy" in record:
             folder.draw_curves(display.say)
         display.step(record)
-        for notice in trainer.notices(batch, sequences):
+        for notice in batch_notices(config, batch, sequences):
             display.say(f"step {step:>4}   {notice}")
         if leaving:
             display.say(f"stopped after step {step}, on request; the same command with --resume auto goes on")

@@ -335,15 +335,6 @@ def check_model(model, path: str) -> None:
         raise UserError(f"--model {path}: its log-probs are not finite, its weights are damaged (a checkpoint: remove it)")
 
 
-def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:
-    """The FCI of attention that has collapsed: every query spread evenly over all tokens up to itself.
-
-    It falls with k (early steps have more later ones), which is why collapse cannot be seen from FCI alone.
-    """
-    rows = [sum(1 / (prompt_length + q + 1) for q in range(a, b)) / (b - a) for a, b in zip(bounds, bounds[1:])]
-    return [0.0 if k == 0 else math.fsum(rows[k + delta:]) for k in range(len(rows))]
-
-
 if __name__ == "__main__":  # the command needs the files that come after this one, so it is in view.py
     import sys
 

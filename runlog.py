@@ -10,6 +10,7 @@ A run's folder:
     python -m pytest tests/test_attnrl.py
 """
 import json
+import math
 import os
 import signal
 import statistics
@@ -26,6 +27,8 @@ import view
 from errors import UserError, first_line
 from dist import rank
 from sampler import is_correct
+
+FAULTS = ("timeout", "died", "error")  # of grading: such a response counts as wrong
 
 
 def mean(values) -> float:
@@ -231,9 +234,18 @@ def say_out_of_memory(phase: str):
                         f"newest checkpoint ({first_line(error)})") from error
 
 
+def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:
+    """The FCI of attention that has collapsed: every query spread evenly over all tokens up to itself.
+
+    It falls with k (early steps have more later ones), which is why collapse cannot be seen from FCI alone.
+    """
+    rows = [sum(1 / (prompt_length + q + 1) for q in range(a, b)) / (b - a) for a, b in zip(bounds, bounds[1:])]
+    return [0.0 if k == 0 else math.fsum(rows[k + delta:]) for k in range(len(rows))]
+
+
 def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
     """How much FCI tells of the steps: the median over responses of the relative spread (std / mean) of their scores, both
-    as they are and in units of `uniform` (fci.uniform_fci), whichever is smaller. None: too few steps to say.
+    as they are and in units of `uniform` (`uniform_fci`), whichever is smaller. None: too few steps to say.
 
     Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
     """
@@ -263,3 +275,13 @@ def notices(problems: int, expanded: int | None, kept: int, spread: float | None
         found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
                      "the batch size is held (problems too easy or too hard for this policy)")
     return found
+
+
+def batch_notices(config, batch, sequences) -> list[str]:
+    """The notices of a finished batch."""
+    scored = [(g.problem, r) for g in batch.groups for r in g.responses if r.fci and config.branch == "fci"]
+    spread = fci_spread([r.fci for _, r in scored],
+                        [uniform_fci(len(p.prompt_ids), r.bounds, config.delta) for p, r in scored])
+    inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
+    expanded = sum(bool(g.branch_points) for g in batch.groups) if config.advantage == "tree" else None
+    return notices(len(batch.groups), expanded, len(sequences), spread, inert)

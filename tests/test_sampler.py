@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fci import fci_scores, uniform_fci
+from fci import fci_scores
 from helpers import tiny_model
-from runlog import fci_spread, notices
+from runlog import fci_spread, notices, uniform_fci
 from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, is_correct, problem_fci, round_half_up,
                      solve_rate, tree_count)
 
