@@ -241,7 +241,8 @@ def main(argv: list[str]) -> None:
         return train_until(options, Path(run), tokens)
     settings = args.settings or (["toy9"] if args.quick else list(SETTINGS))
     methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
-    seeds, tokens = args.seeds or (3 if args.quick else 5), 1e6 * (args.tokens or (0.4 if args.quick else 0.8))
+    seeds = (3 if args.quick else 5) if args.seeds is None else args.seeds
+    tokens = 1e6 * ((0.4 if args.quick else 0.8) if args.tokens is None else args.tokens)
     folder = args.folder or HERE / ("quick" if args.quick else "full")
     if min(seeds, tokens, args.jobs) <= 0:
         raise UserError("--seeds, --tokens and --jobs: must be above 0")

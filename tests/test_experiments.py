@@ -106,8 +106,9 @@ def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_pat
 
 
 @pytest.mark.parametrize("args, words", [(["--seeds", "0"], "--seeds"), (["--report"], "no results"), (["--methods", "ppo"], "--methods"),
-                                         (["--tokens", "-1"], "--tokens")])
-def test_bad_input_is_one_line(args, words, tmp_path, capsys):
+                                         (["--tokens", "0"], "--tokens"), (["--jobs", "0"], "--jobs")])
+def test_bad_input_is_one_line(args, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(methods, "run_one", lambda *_: pytest.fail("started to run"))
     with pytest.raises((UserError, SystemExit)) as stop:
         methods.main([*args, "--folder", str(tmp_path)])
     assert words in (str(stop.value) if isinstance(stop.value, UserError) else capsys.readouterr().err)
