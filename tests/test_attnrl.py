@@ -317,8 +317,6 @@ def test_fci_command_marks_branch_points_and_draws(tmp_path):
         lines = [line for line in text.splitlines() if line.startswith("step")]
         assert len(lines) == 9 and sum("<- branch" in line for line in lines) == 2 and "FCI 0.0000" in lines[0]
         assert plot.read_bytes()[:4] == b"\x89PNG"
-    _, error = run("fci.py", "--model", TOY_MODEL, "--problem", problem, "--response", tmp_path / "no.txt", code=2)
-    assert "no.txt" in error and len(error.strip().splitlines()) == 1
 
 
 # --- real input -------------------------------------------------------------------------------------------------------

@@ -316,7 +316,7 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
     assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000003"] and not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("limit", [1_000_000, 3_000_000], ids=["model", "training.pt"])
+@pytest.mark.parametrize("limit", [pytest.param(1_000_000, id="model", marks=pytest.mark.full), pytest.param(3_000_000, id="training.pt")])
 def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays(limit, whole, tmp_path):
     """A limit on the size of files: writing fails in the middle of one, for real."""
     run = cut(whole, 2, tmp_path / "run")

@@ -69,6 +69,7 @@ TINY = ["--eval_every", "1", "--eval_samples", "1", "--steps", "50", "--keep", "
         "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2"]
 
 
+@pytest.mark.full
 def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_path):
     """Real runs of two methods; the first is killed with SIGKILL in the middle. What is there is then only reported."""
     script = (f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r}); sys.path.insert(0, {str(ROOT)!r}); import methods\n"

@@ -198,6 +198,7 @@ def test_a_run_is_credited_by_leaving_one_out(forked):
     assert abs(rloo - grpo) > 1e-3
 
 
+@pytest.mark.full
 def test_a_run_passes_over_settled_problems(forked):
     """samples.jsonl holds every problem that was asked: the same walk through the shuffled set, rule applied by hand."""
     metrics, samples = run_page(forked("A sampler rule"), "A sampler rule")
@@ -231,6 +232,7 @@ def test_what_the_sampler_rule_remembers_survives_a_resume(forked):
     same_file(folder / "again" / "last" / "model.safetensors", folder / "whole" / "last" / "model.safetensors")
 
 
+@pytest.mark.full
 def test_a_run_on_an_own_task_with_its_own_reward(forked):
     """Rewards in the log are those that a reader gives who follows the texts step by step."""
     metrics, samples = run_page(forked("An own task"), "An own task")
