@@ -195,7 +195,7 @@ def test_out_of_memory_in_a_step(phase, whole, tmp_path):
     options = [*SMALL, "--save_every", 0, "--out", run, "--resume", "auto"]
     done = subprocess.run([sys.executable, "-c", LIMITED, *map(str, [phase, *options])], cwd=ROOT, capture_output=True, text=True,
                           timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive",
-                                                        "MALLOC_MMAP_THRESHOLD_": "65536"})
+                                                        "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"})
     print(phase, done.stdout, done.stderr)
     assert "resumed from" in done.stdout and "step    2" in done.stdout and "step    3" not in done.stdout, done.stdout
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
