@@ -37,6 +37,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from errors import UserError, stop_on_user_error  # noqa: E402
+from view import read_metrics  # noqa: E402
 
 # What all runs of a setting share; the method is the only difference. Toy steps are a line each, hence --prl_steps.
 SHARED = ["--lr", "1e-5", "--eval_every", "4", "--eval_samples", "4", "--prl_steps", "blank", "--steps", "100000", "--keep", "1",
@@ -56,16 +57,12 @@ T975 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 # ---------------------------------------------------------------------------------------------------------------------
 # Running
 # ---------------------------------------------------------------------------------------------------------------------
-def read_records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def train_until(options: list[str], run: Path, tokens: float) -> None:
     """One run, in this process: stopped after the first evaluation beyond `tokens`; it goes on where it was killed."""
     from attnrl import parse_config, train
 
     def enough() -> bool:
-        newest = read_records(run)[-1]
+        newest = read_metrics(run)[-1]
         return "test_accuracy" in newest and newest["generated_tokens"] >= tokens
 
     train(parse_config([*options, "--out", str(run), "--resume", "auto"]), stop=enough)
@@ -85,7 +82,7 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
                               stdout=log, stderr=log, env=one_thread).returncode
     if code:
         raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}")
-    records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_records(run)]
+    records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_metrics(run)]
     result.parent.mkdir(parents=True, exist_ok=True)
     fresh = result.with_suffix(".new")
     fresh.write_text(json.dumps({"setting": setting, "method": method, "seed": seed, "tokens": tokens, "options": options,

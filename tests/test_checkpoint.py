@@ -384,14 +384,6 @@ def check_newest(folder: Path) -> int:
 LONG = [*RUN, *SEED, "--steps", 10000, "--eval_every", 0, "--keep", 2]
 
 
-def whole_to_the_end(folder: Path) -> int:
-    """The newest checkpoint's step; it must load, and be where `last` leads."""
-    newest = checkpoint.checkpoints(folder)[-1]
-    assert (folder / "last").readlink() == Path(newest.name)
-    assert set(state_of(newest)) >= {"moments", "groups"} and AutoModelForCausalLM.from_pretrained(newest).num_parameters() > 0
-    return int(newest.name.removeprefix("step-"))
-
-
 def test_the_first_signal_stops_after_the_step_and_the_second_at_once(tmp_path):
     folder = tmp_path / "run"
     for number in (signal.SIGTERM, signal.SIGINT):
