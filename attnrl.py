@@ -48,12 +48,12 @@ from data import Problem, load_problems
 from errors import UserError, stop_on_user_error
 from fci import Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, without_answer
 from learner import Learner, TrainStats, learning_rate, tis_weights
-from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
+from rollout import Completion, Request, TransformersEngine, request_seed
 from runlog import FAULTS, Display, Gap, RunFolder, batch_metrics, batch_notices, say_out_of_memory, stop_on_signals
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import (Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences,
                   tree_sequences)
-from vllm_engine import VLLMEngine
+from vllm_engine import VLLMEngine, engine_gap, probe_requests
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ What the first takes care of, because sampling is most of the time of a training
 vLLM brings its own ways of doing the same, with per-request seeds and prefix caching.
 
 Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature). An engine with weights
-of its own can silently sample from old ones; `engine_gap` compares a few tokens with the learner after every sync.
+of its own can silently sample from old ones: `engine_gap` (vllm_engine.py) looks after every sync.
 
 Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a running batch.
 
@@ -24,15 +24,12 @@ Left out: top-p and top-k (the paper samples from the full distribution), contin
 """
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import fmean
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
-from errors import UserError
-from dist import everyone
-from fci import Sequence, output_head, score, scoring_mode
+from fci import output_head, scoring_mode
 
 
 @dataclass
@@ -74,6 +71,26 @@ def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
         if prompts[after][:len(prompts[i])] == prompts[i]:
             rides[i] = rides[after]
     return sorted(set(rides)), rides
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values (R, heads, P, D) with room for more: the parent class copies all of them for every token."""
+    room, spare = None, 64  # the tensors of which keys and values are the filled part; tokens that they grow by
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        end = self.keys.shape[2] + 1  # after the prompts tokens come one at a time
+        if self.room is None or end > self.room[0].shape[2]:
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, self.spare)) for x in (self.keys, self.values)]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, end - 1:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.room = None
 
 
 class TransformersEngine:
@@ -143,12 +160,12 @@ class TransformersEngine:
         width = max(len(prompts[i]) for i in longest)
         ids = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device)
         self.prefilled += sum(len(prompts[i]) for i in longest)
-        computed = DynamicCache()  # without a config: keeps all tokens also for sliding-window layers
+        computed = Cache(layer_class_to_replicate=DynamicLayer)  # keeps all tokens also for sliding-window layers
         hidden = self.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True).last_hidden_state
         row = torch.tensor([longest.index(i) for i in rides], device=device)  # (R,)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         slots = torch.arange(width, device=device)[None] - (width - lengths)[:, None]  # (R, P): token index, < 0 = none
-        cache = DynamicCache()
+        cache = Cache(layer_class_to_replicate=RoomyLayer)
         for index, layer in enumerate(computed.layers):
             pick = row[:, None], slice(None), slots.clamp(min=0)  # -> (R, P, heads, D)
             cache.update(layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index)
@@ -201,32 +218,3 @@ def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tens
     tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
-def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
-    """A few tokens more, from the middle of the first completions: prefixes that the engine has in its cache."""
-    return [Request(r.prompt_ids + c.tokens[:len(c.tokens) // 2], min(16, r.max_tokens - len(c.tokens) // 2), r.temperature,
-                    r.seed) for r, c in zip(requests[:4], completions)]
-
-
-def engine_gap(engine, policy, requests: list[Request], tolerance: float) -> float:
-    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a few tokens that it samples
-    now. Raises UserError with both log-probs above the tolerance. Every rank must call it (`policy` may be sharded).
-
-    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix cache shows as well.
-    """
-    completions = engine.generate(requests) if requests else []
-    scores = score(policy, [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
-                   requests[0].temperature if requests else 1.0)
-    sampled, learnt = [lp for c in completions for lp in c.logprobs], [lp for s in scores for lp in s.logprobs]
-    gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
-    means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
-    ranks = everyone([(gap, *means, len(sampled))])  # all stop or none: nobody waits for one that has left
-    if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
-        gap, engine_mean, learner_mean, tokens = bad[0]
-        raise UserError(
-            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's mean log-prob is "
-            f"{engine_mean:.4f}, the learner's {learner_mean:.4f}, mean |difference| {gap:.4g}, above --sync_tolerance "
-            f"{tolerance:g}. Likely causes: weights that did not arrive (a tied output head, a new version of vLLM), KV of the "
-            "old weights in the prefix cache, another dtype or temperature, weights that are not finite")
-    return max(found[0] for found in ranks)

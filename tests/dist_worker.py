@@ -114,7 +114,8 @@ def gap(stale: int) -> str:
     import copy
 
     from errors import UserError
-    from rollout import Request, TransformersEngine, engine_gap
+    from rollout import Request, TransformersEngine
+    from vllm_engine import engine_gap
     policy = model_of("qwen2")
     engine = TransformersEngine(model_of("qwen2", seed=1) if dist.rank() == stale else copy.deepcopy(policy), [5])
     requests = [Request([1, 2, 3], 8, 1.0, 0)] if dist.rank() != 2 else []  # a third rank has nothing to check

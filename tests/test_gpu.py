@@ -24,8 +24,8 @@ from dist import cast, full_weights
 from fci import Sequence, score
 from fixtures import ROOT, TOY_MODEL
 from helpers import KINDS, random_bounds, random_tokens, tiny_model
-from rollout import Request, TransformersEngine, engine_gap, probe_requests, request_seed
-from vllm_engine import VLLMEngine
+from rollout import Request, TransformersEngine, request_seed
+from vllm_engine import VLLMEngine, engine_gap, probe_requests
 
 DEVICE = "cuda"
 GIB = 2 ** 30

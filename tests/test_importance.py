@@ -21,7 +21,8 @@ from errors import UserError, stop_on_user_error
 from fixtures import step_without_sync
 from helpers import random_tokens, tiny_model
 from learner import Learner, TrainStats, tis_weights
-from rollout import Completion, Request, TransformersEngine, engine_gap, probe_requests, request_seed
+from rollout import Completion, Request, TransformersEngine, request_seed
+from vllm_engine import engine_gap, probe_requests
 from runlog import Display
 from test_attnrl import metrics_of
 from tree import TrainingSequence, grpo_sequences, tree_sequences

@@ -15,11 +15,12 @@ import torch
 
 from fci import Sequence, score
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_tokens, tiny_model
-from rollout import Completion, Request, TransformersEngine, request_seed, sample_tokens, share_prefixes
+from rollout import Completion, Request, RoomyLayer, TransformersEngine, request_seed, sample_tokens, share_prefixes
 
 CLOSE = dict(rtol=0, atol=1e-5)
 EOS = [5, 11]
 MODELS = {kind: tiny_model(kind) for kind in KINDS}
+RoomyLayer.spare = 3  # so that the cache of these short completions outgrows its room, again and again
 EAGER = {kind: copy.deepcopy(model) for kind, model in MODELS.items()}
 for twin in EAGER.values():
     twin.set_attn_implementation("eager")

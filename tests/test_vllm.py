@@ -34,11 +34,11 @@ from fci import Sequence, score
 from fixtures import ROOT, TOY_MODEL, same_file, step_without_sync
 from helpers import random_tokens, tiny_model
 from learner import Learner
-from rollout import Request, TransformersEngine, engine_gap, probe_requests, request_seed
+from rollout import Request, TransformersEngine, request_seed
 from runlog import Display
 from test_dist import assert_same
 from tree import TrainingSequence
-from vllm_engine import VLLMEngine
+from vllm_engine import VLLMEngine, engine_gap, probe_requests
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
