@@ -1,7 +1,7 @@
 """methods.py: the paper's table on the toy. Methods x seeds at EQUAL generated tokens, with intervals and figures.
 
     python experiments/methods.py --quick            # 3 methods x 3 seeds on one setting: at most 20 minutes on 2 cores
-    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: hours; what is there is not run again
+    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: about 2 hours; what is there is not run again
     python experiments/methods.py --report           # tables and figures of what is there, without running anything
 
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps" compares nothing. Every run goes
@@ -40,10 +40,10 @@ from errors import UserError, stop_on_user_error  # noqa: E402
 from view import read_metrics  # noqa: E402
 
 # What all runs of a setting share; the method is the only difference. Toy steps are a line each, hence --prl_steps.
-SHARED = ["--lr", "1e-5", "--eval_every", "4", "--eval_samples", "4", "--prl_steps", "blank", "--steps", "100000", "--keep", "1",
+SHARED = ["--lr", "2e-5", "--eval_every", "3", "--eval_samples", "4", "--prl_steps", "blank", "--steps", "100000", "--keep", "1",
           "--log_samples", "0"]
 SETTINGS = {
-    "toy9": ["--problems", "toy:9:4000:1", "--test_problems", "toy:9:200:2", "--max_response", "126"],
+    "toy8": ["--problems", "toy:8:4000:1", "--test_problems", "toy:8:200:2", "--max_response", "110"],
     "toy8-10": ["--problems", "toy:8-10:4000:1", "--test_problems", "toy:8-10:200:2", "--max_response", "140"],
 }
 METHODS = ["grpo", "prl", "treerl", "treerl_off", "atb", "atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand", "attnrl"]
@@ -222,7 +222,7 @@ def report(folder: Path) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="experiments/methods.py", description="methods x seeds at equal generated tokens")
-    parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy9")
+    parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
     parser.add_argument("--methods", nargs="+", choices=METHODS)
@@ -236,10 +236,10 @@ def main(argv: list[str]) -> None:
     if args.one:
         options, run, tokens = json.loads(args.one)
         return train_until(options, Path(run), tokens)
-    settings = args.settings or (["toy9"] if args.quick else list(SETTINGS))
+    settings = args.settings or (["toy8"] if args.quick else list(SETTINGS))
     methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
     seeds = (3 if args.quick else 5) if args.seeds is None else args.seeds
-    tokens = 1e6 * ((0.4 if args.quick else 0.8) if args.tokens is None else args.tokens)
+    tokens = 1e6 * (0.4 if args.tokens is None else args.tokens)
     folder = args.folder or HERE / ("quick" if args.quick else "full")
     if min(seeds, tokens, args.jobs) <= 0:
         raise UserError("--seeds, --tokens and --jobs: must be above 0")
