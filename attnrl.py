@@ -21,8 +21,8 @@ older than their continuations; each token keeps the log-prob of the policy that
 Several GPUs (dist.py): each rank samples, scores and grades every world-th problem; a finished batch is exchanged, and
 from there on all ranks hold the same groups and compute the same trees and metrics; updates are dealt out by token count.
 
-A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), samples.jsonl, curves.png,
-step-N/ (checkpoints, each a model for AutoModelForCausalLM.from_pretrained; last and best are links, see checkpoint.py).
+A run's folder: config.json, metrics.jsonl (a line a step, keys explained in the README), batches.jsonl, samples.jsonl,
+curves.png and explorer.html (view.py), step-N/ (checkpoints that AutoModelForCausalLM.from_pretrained loads; checkpoint.py).
 """
 import copy
 import math
@@ -72,7 +72,7 @@ class Config:
                     "prl"] = option("attnrl", "what is run: AttnRL, a baseline, or AttnRL with one part changed (see METHODS)")
     # what is trained, on what, where it is written
     model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
-    problems: str = option("deepscaler.parquet", "training problems: FILE.jsonl, FILE.parquet or toy:8:2000:1")
+    problems: str = option("deepscaler.json", "training problems: FILE.json, .jsonl, .parquet or toy:8:2000:1")
     test_problems: str = option("aime24.parquet", "held-out problems")
     drop_bad_rows: bool = option(False, "leave out malformed, duplicate, conflicting ... rows instead of stopping")
     prompt_suffix: str = option(" Let's think step by step and output the final answer within \\boxed{}.",
@@ -126,7 +126,7 @@ class Config:
     weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     mini_batch: int = option(192, "training sequences per optimizer step")
-    kl_coef: float = option(0.001, "weight of the KL to the initial policy; 0: no reference model is kept")
+    kl_coef: float = option(0.001, "weight of the KL to the initial policy; 0: none (then only PRL keeps that model)")
     clip_low: float = option(0.2, "PPO clip below 1")
     clip_high: float = option(0.28, "PPO clip above 1")
     dual_clip: float = option(3.0, "bound on the loss of tokens with negative advantage")
@@ -202,7 +202,6 @@ PRESETS: dict[str, dict] = {
                   dtype="bf16", activation_checkpointing=True, token_budget=32768, gpus=8),
 }
 
-
 SYNCHRONOUS = dict(one_step_off_policy=False)
 NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False)
 METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings; a preset's settings are the same for all
@@ -248,6 +247,7 @@ class Group:
     responses: list[Response] = field(default_factory=list)
     branch_points: dict[int, list[int]] = field(default_factory=dict)
     filtered: bool = False  # an easy problem that the filter kept from expansion
+    easy_mean: float = 0.0  # what the filter compared it with
     cut: int = 0  # initial responses that met the length limit
 
 
@@ -264,9 +264,9 @@ def initial_requests(config: Config, batch: Batch) -> list[Request]:
             for group in batch.groups for i in range(config.samples_per_problem())]
 
 
-def continuation_requests(config: Config, batch: Batch) -> list[tuple[Problem, Response, int, Request]]:
-    """(problem, response, branch position, request), T per branch point. Prefix + continuation keep the length limit."""
-    return [(group.problem, response, at, Request(
+def continuation_requests(config: Config, batch: Batch) -> list[tuple[Group, Response, int, Request]]:
+    """(group, response, branch position, request), T per branch point. Prefix + continuation keep the length limit."""
+    return [(group, response, at, Request(
                 group.problem.prompt_ids + response.tokens[:at], config.max_response - at, config.temperature,
                 request_seed(config.seed, batch.step, group.index, i, at, t)))
             for group in batch.groups for i, points in group.branch_points.items()
@@ -378,17 +378,18 @@ class Trainer:
                                             branchable=branchable, ref_logprobs=ref_logprobs, **self.behaviour(c, s)))
             group.cut += not c.finished
 
-    def add_continuations(self, continued: list[tuple[Problem, Response, int, Request]],
+    def add_continuations(self, continued: list[tuple[Group, Response, int, Request]],
                           completions: list[Completion]) -> None:
         """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
         with self.phase("score"):
             scores = score(self.scorer, [Sequence(request.prompt_ids, c.tokens)
                                          for (*_, request), c in zip(continued, completions)],
                            self.config.temperature, token_budget=self.config.token_budget)
-        rewards = self.grade([(response.tokens[:at] + c.tokens, problem)
-                              for (problem, response, at, _), c in zip(continued, completions)])
-        for (_, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
-            response.continuations.append(Continuation(at, c.tokens, reward=reward, **self.behaviour(c, s)))
+        rewards = self.grade([(response.tokens[:at] + c.tokens, group.problem)
+                              for (group, response, at, _), c in zip(continued, completions)])
+        for (group, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
+            entropies = s.entropies if group.index < self.config.log_samples else []
+            response.continuations.append(Continuation(at, c.tokens, reward=reward, entropies=entropies, **self.behaviour(c, s)))
 
     def behaviour(self, c: Completion, s: Scores) -> dict[str, list[float]]:
         """Behaviour log-probs of sampled tokens and, if asked for, their importance weights; logs how far engine and
@@ -415,6 +416,7 @@ class Trainer:
         fcis = [problem_fci([r.fci for r in group.responses]) for group in batch.groups]
         keep = dist.mine(self.easy_filter.keep(dist.everyone(rates), dist.everyone(fcis)))  # its mean is over all ranks
         for j, group in enumerate(batch.groups):
+            group.easy_mean = self.easy_filter.mean
             if {"fci": not keep[j], "easy": rates[j] == 1, "none": False}[config.ads_filter]:
                 group.filtered = True
                 continue
@@ -431,11 +433,14 @@ class Trainer:
         with self.phase("exchange"):
             batch.groups = dist.everyone(batch.groups)
 
+    def leaves(self, group: Group) -> list[TrainingSequence]:
+        """One sequence per leaf of the problem's tree, with its advantages."""
+        flatten = {"tree": tree_sequences, "grpo": grpo_sequences, "prl": partial(prl_sequences, eta=self.config.prl_eta)}
+        return flatten[self.config.advantage](group.problem.prompt_ids, group.responses)
+
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
-        """Trees of the batch, flattened into training sequences; those that teach nothing are dropped."""
-        flatten = {"tree": tree_sequences, "grpo": grpo_sequences,
-                   "prl": partial(prl_sequences, eta=self.config.prl_eta)}[self.config.advantage]
-        return [s for group in batch.groups for s in drop_zero(flatten(group.problem.prompt_ids, group.responses))]
+        """The training sequences of a batch: its leaves without those that teach nothing."""
+        return [s for group in batch.groups for s in drop_zero(self.leaves(group))]
 
     def update(self, step: int, sequences: list[TrainingSequence]) -> TrainStats:
         """PPO on one batch; then the engine gets the new weights."""
@@ -532,18 +537,19 @@ def train(config: Config, stop=lambda: False) -> Path:
             best = max(best, (record["test_accuracy"], step))
         record["seconds/total"] = round(time.perf_counter() - started, 3)
         folder.append("metrics.jsonl", record)
-        folder.write_samples(step, batch.groups[:config.log_samples], trainer.tokenizer)
+        folder.write_batch(step, batch.groups, trainer)
         leaving = any(dist.everyone([stop()]))
         if leaving or "test_accuracy" in record or config.save_every and step % config.save_every == 0:
             checkpoint.save(folder.path, step, trainer, upcoming, best, config.keep)
         if "test_accuracy" in record:
-            folder.draw_curves(display.say)
+            folder.draw(display.say, view.draw_curves)
         display.step(record)
         for notice in batch_notices(config, batch, sequences):
             display.say(f"step {step:>4}   {notice}")
         if leaving:
             display.say(f"stopped after step {step}, on request; the same command with --resume auto goes on")
             break
+    folder.draw(display.say, view.write_explorer)
     display.close()
     dist.stop(trainer.engine.close)
     return folder.path
@@ -557,7 +563,7 @@ def main(argv: list[str]) -> None:
         return print(text) if int(os.environ.get("RANK", 0)) == 0 else None
     folder = train(config, stop_on_signals())
     if folder:  # rank 0 has it
-        print(f"\n{view.table([folder])}\n\nrun folder: {folder} (curves.png, metrics.jsonl, samples.jsonl, last/, best/)")
+        print(f"\n{view.table([folder])}\n\nrun folder: {folder} (explorer.html, curves.png, metrics.jsonl, last/, best/)")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ def restore(path: Path, trainer, batch_of):
     step = int(path.name.removeprefix("step-"))
     trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
     if trainer.config.ads_batch:
-        trainer.batch_size.size = state["batch_size"]
+        adaptive = trainer.batch_size  # another --batch_size has other bounds
+        adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
     trainer.stream.epoch, trainer.stream.position = state["stream"]
     trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0  # they are summed over ranks
     groups = state["groups"]

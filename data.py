@@ -184,9 +184,8 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
     for first, *others in problems.values():
         if any(sorted(other.answers) != sorted(first.answers) for other in others):  # nobody knows which is right
             bad.setdefault("conflicting answers", []).extend(
-                f"{p.source}: answer {str(p.answers)[:200]}, but {first.source} has the same problem with "
-                f"{str(first.answers)[:200]}"
-                for p in (first, *others))
+                f"{p.source}: answer {str(p.answers)[:200]}, but {q.source} has the same problem with {str(q.answers)[:200]}"
+                for p, q in zip((first, *others), (others[-1], *[first] * len(others))))
             continue
         kept.append(first)
         bad.setdefault("duplicate", []).extend(f"{p.source}: the same problem as {first.source}" for p in others)

@@ -43,6 +43,9 @@ def stop_on_user_error(command: str):
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
         leave(2)
+    except BrokenPipeError:  # the reader of the output has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it flushes
+        leave(1)
     except Exception:
         traceback.print_exc()
         leave(1)

@@ -4,7 +4,7 @@ Runs on any CPU in seconds: the model is built from its config on the "meta" dev
 are counted, not guessed. The rest is arithmetic on shapes; the tests compare it with what PyTorch allocates on the CPU.
 
 What a GPU holds, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first line by the ranks:
-    always     4 P weights, 8 P Adam's moments, 4 P reference (if there is a KL term)
+    always     4 P weights, 8 P Adam's moments, 4 P reference (with a KL term, or PRL)
     sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights in b P)
     scoring    the engine's weights; the inside of one layer
     update     4 P gradients; what the backward pass needs of `token_budget` tokens; logits of HEAD_CHUNK positions
@@ -105,6 +105,10 @@ def row_tokens(config) -> tuple[int, int]:
     return config.max_prompt + config.max_response, config.max_prompt + max(config.max_response, config.eval_max_response)
 
 
+def keeps_reference(config) -> bool:
+    return bool(config.kl_coef) or config.advantage == "prl"
+
+
 def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) -> dict[str, float]:
     """GiB on each GPU in one of the PHASES, by part. Their sum is what is needed."""
     b, h, fsdp, vllm = BYTES[config.dtype], shape.hidden, config.parallel == "fsdp", config.engine == "vllm"
@@ -116,7 +120,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
     gqa = config.dtype == "fp32" and shape.kv_heads < shape.heads
     stored = 4 * shape.heads * row if gqa and FP32_GQA_STORES_ATTENTION else 0  # attention, per token, one copy
 
-    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if config.kl_coef else 0}
+    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if keeps_reference(config) else 0}
     if phase in ("update", "optimizer") or (not fsdp and ranks > 1):  # DDP never lets go of its gradient buckets
         parts["gradients"] = 4 * held
     if phase in ("sampling", "scoring"):
@@ -135,7 +139,8 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
         parts["gathered weights"] = b * (shape.root + 2 * shape.layer)
     if phase == "scoring":
         steps = math.ceil(config.max_response / TOKENS_PER_STEP)
-        parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * shape.head_dim)  # (T, K) twice; (T, H, D) of alpha @ E
+        if config.advantage == "tree":
+            parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * shape.head_dim)  # (T, K) twice; (T, H, D) of alpha @ E
         parts["working space"] = max(n * (inside + 3 * stored), n * 2 * b * h + 12 * logits)  # in a layer; in the head
     if phase == "update":
         saved = saved_per_token(shape, b) + stored
@@ -237,7 +242,7 @@ def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] = ()) -> str
     copies = 2 if config.parallel == "fsdp" and not vllm else 1  # policy, and the engine's copy of it
     host = f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads the fp32 weights)"
     if config.cpu_offload:
-        host += f", {(16 + 4 * bool(config.kl_coef)) * shape.parameters / GIB:.1f} GiB then; all ranks together"
+        host += f", {(16 + 4 * keeps_reference(config)) * shape.parameters / GIB:.1f} GiB then; all ranks together"
     lines = {
         "model": [config.model, f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
                                 f"{shape.root:,} in embedding, last norm and head"],

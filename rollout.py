@@ -13,8 +13,6 @@ What the first takes care of, because sampling is most of the time of a training
 - a request's tokens depend on its own seed only. The random number of its t-th token comes from (seed, t), never from a
   global generator, so neither the other requests nor their order matter (up to float rounding in the model).
 
-vLLM brings its own ways of doing the same, with per-request seeds and prefix caching.
-
 Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature). An engine with weights
 of its own can silently sample from old ones: `engine_gap` (vllm_engine.py) looks after every sync.
 

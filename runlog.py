@@ -3,8 +3,9 @@
 A run's folder:
     config.json     the resolved configuration and the versions that ran it
     metrics.jsonl   one line per step; every key is explained in the README
-    samples.jsonl   a few problems of every step: responses, steps with FCI, branch points, continuations, rewards
-    curves.png      drawn by view.py at every evaluation
+    batches.jsonl   one line per step: every problem's difficulty, FCI, whether it was filtered, trees, leaves
+    samples.jsonl   a few problems of every step, whole trees: tokens, log-probs, entropies, FCI, branch points, advantages
+    curves.png      drawn by view.py at every evaluation; explorer.html at the end, or by python view.py runs/NAME
     step-N/         checkpoints, see checkpoint.py; the links last and best lead to the newest and the best
 
     python -m pytest tests/test_attnrl.py
@@ -17,6 +18,7 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from tqdm import tqdm
 import view
 from errors import UserError, first_line
 from dist import rank
-from sampler import is_correct
+from sampler import is_correct, problem_fci, solve_rate
 
 FAULTS = ("timeout", "died", "error")  # of grading: such a response counts as wrong
 
@@ -88,6 +90,22 @@ class Gap:
         self.largest = max(self.largest, *gaps, 0.0)
 
 
+def token_texts(tokenizer, tokens: list[int]) -> list[str]:
+    """The text of every token; joined they are the text of all. A character of several tokens stands at the last of them."""
+    def decode(part):
+        return tokenizer.decode(part, clean_up_tokenization_spaces=False)
+
+    texts, start, done = [], 0, 0  # tokens[start:done] are known: some tokenizers write a token differently at the beginning
+    for end in range(1, len(tokens) + 1):
+        text = decode(tokens[start:end])
+        if text.endswith("\ufffd") and end < min(len(tokens), done + 8):  # half a character
+            texts.append("")
+        else:
+            texts.append(text[len(decode(tokens[start:done])):])
+            start, done = done, end
+    return texts
+
+
 class RunFolder:
     """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made. Only rank 0 writes; of
     the other ranks `path` is None."""
@@ -120,26 +138,39 @@ class RunFolder:
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the same command with "
                             "--resume auto goes on from the newest checkpoint") from error
 
-    def write_samples(self, step: int, groups: list, tokenizer) -> None:
-        """Problems with their whole tree as text, one line each."""
-        def text(tokens):
-            return tokenizer.decode(tokens, skip_special_tokens=True)
+    def write_batch(self, step: int, groups: list, trainer) -> None:
+        """Every problem of a step: its difficulty, whether and how often it was expanded, what came of it; and a few with
+        their whole trees."""
+        self.append("batches.jsonl", {"step": step, "easy_mean": groups[0].easy_mean, "problems": [
+            {"number": g.number, "rate": solve_rate([r.reward for r in g.responses]),
+             "fci": problem_fci([r.fci for r in g.responses]), "filtered": g.filtered, "trees": len(g.branch_points),
+             "leaves": len(rewards), "reward": mean(rewards)}
+            for g in groups for rewards in [[e.reward for r in g.responses for e in (r, *r.continuations)]]]})
+        for group in groups[:trainer.config.log_samples] if rank() == 0 else ():
+            self.write_sample(step, group, trainer.leaves(group), trainer.tokenizer)
 
-        for group in groups:
-            self.append("samples.jsonl", {
-                "step": step, "problem": group.problem.text, "answers": group.problem.answers, "filtered": group.filtered,
-                "responses": [{
-                    "reward": r.reward,
-                    "steps": [{"text": text(r.tokens[a:b]), "fci": y} for a, b, y in zip(r.bounds, r.bounds[1:], r.fci)]
-                    or [{"text": text(r.tokens), "fci": 0.0}],
-                    "branch_steps": [sum(end <= at for end in r.bounds[1:]) for at in group.branch_points.get(i, [])],
-                    "continuations": [{"kept": text(r.tokens[:c.at]), "text": text(c.tokens), "reward": c.reward}
-                                      for c in r.continuations],
-                } for i, r in enumerate(group.responses)]})
+    def write_sample(self, step: int, group, leaves: list, tokenizer) -> None:
+        """A problem with its whole tree. leaves: its training sequences, in tree.py's order."""
+        left = iter(leaves)
+
+        def what(end):  # of a response or a continuation; a run of equal advantages is [tokens, advantage]
+            runs = [(len(list(equal)), value) for value, equal in groupby(next(left).advantages)]
+            return {"tokens": token_texts(tokenizer, end.tokens), "logprobs": [round(x, 4) for x in end.logprobs],
+                    "entropies": [round(x, 4) for x in end.entropies], "reward": end.reward, "advantages": runs}
+
+        responses = []
+        for i, r in enumerate(group.responses):
+            own = what(r)
+            latest_first = sorted(r.continuations, key=lambda c: -c.at)  # the order of the leaves (tree.response_chain)
+            endings = sorted(({"at": c.at, **what(c)} for c in latest_first), key=lambda c: c["at"])
+            responses.append(own | {"bounds": r.bounds, "fci": r.fci, "branch_points": group.branch_points.get(i, []),
+                                    "continuations": endings})
+        self.append("samples.jsonl", {"step": step, "number": group.number, "problem": group.problem.text,
+                                      "answers": group.problem.answers, "filtered": group.filtered, "responses": responses})
 
     def forget_after(self, step: int) -> None:
         """Drop what a run logged after the checkpoint that it goes on from (and half a line, where it was killed)."""
-        for name in ("metrics.jsonl", "samples.jsonl") if rank() == 0 else ():
+        for name in ("metrics.jsonl", "batches.jsonl", "samples.jsonl") if rank() == 0 else ():
             path, kept = self.path / name, []
             try:
                 for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
@@ -154,13 +185,13 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"{path}: cannot be cut back to step {step} ({error.strerror})") from error
 
-    def draw_curves(self, say) -> None:
-        """A drawing that fails, whatever the reason, must not end a run."""
+    def draw(self, say, how) -> None:
+        """how: view.draw_curves or view.write_explorer. A drawing that fails, whatever the reason, must not end a run."""
         if rank() == 0:
             try:
-                view.draw_curves(self.path)
+                how(self.path)
             except Exception as error:
-                say(f"no curves: {first_line(error)}")
+                say(f"no drawing: {first_line(error)}")
 
 
 def stop_on_signals():
@@ -228,8 +259,9 @@ def say_out_of_memory(phase: str):
     except (RuntimeError, MemoryError) as error:  # CUDA's own type is a RuntimeError; the CPU allocator's is nothing else
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
-        lower = {"generate": "--rollout_tokens", "evaluate": "--rollout_tokens", "score": "--token_budget",
-                 "train": "--token_budget, or --activation_checkpointing true"}.get(phase, "--batch_size")
+        engine = "--rollout_tokens (vLLM on a GPU: --engine_memory)"
+        lower = {"generate": engine, "evaluate": engine, "sync": engine, "score": "--token_budget",
+                 "train": "--token_budget, or --activation_checkpointing true, or --cpu_offload true"}.get(phase, "--batch_size")
         raise UserError(f"out of memory in phase '{phase}': lower {lower}; --resume auto --resume_changed true goes on from the "
                         f"newest checkpoint ({first_line(error)})") from error
 

@@ -88,9 +88,12 @@ class EasyFilter:
         easy = [y for z, y in zip(rates, fcis) if z == 1 and math.isfinite(y)]  # one NaN would close the filter for good
         self.count += len(easy)
         self.total += math.fsum(easy)
-        mean = self.total / self.count if self.count else 0.0
         # isclose: n equal values may have a mean one rounding above them
-        return [z < 1 or y >= mean or math.isclose(y, mean) for z, y in zip(rates, fcis)]  # AttnRL Eq. 8
+        return [z < 1 or y >= self.mean or math.isclose(y, self.mean) for z, y in zip(rates, fcis)]  # AttnRL Eq. 8
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
 
 
 def tree_count(rate: float, group_size: int) -> int:

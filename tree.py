@@ -40,6 +40,7 @@ class Continuation:
     logprobs: list[float]  # behaviour log-probs of `tokens` only
     reward: float = 0.0
     weights: list[float] = field(default_factory=list)  # truncated importance weights of `tokens`; empty: all 1
+    entropies: list[float] = field(default_factory=list)  # nats, of `tokens`; only of problems that are logged
 
 
 @dataclass
@@ -80,6 +81,14 @@ class TrainingSequence:
 # ---------------------------------------------------------------------------------------------------------------------
 # Branch points
 # ---------------------------------------------------------------------------------------------------------------------
+def fci_threshold(fci: list[float], rho: float) -> float:
+    """The score that makes a step a candidate: the (1 - rho) quantile of all steps' scores, zeros included."""
+    threshold = float(np.quantile(fci, 1 - rho)) if fci else 0.0
+    if threshold <= 0:  # most steps score 0 (short responses): then any step with a score counts (the authors' code)
+        threshold = min((y for y in fci if y > 0), default=math.inf)
+    return threshold
+
+
 def fci_branch_steps(fci: list[float], starts: list[int], n: int, rho: float = 0.2, min_gap: int = 0) -> list[int]:
     """AttnRL Eq. 7: the earliest n steps of high FCI, as step indices in rising order.
 
@@ -88,11 +97,8 @@ def fci_branch_steps(fci: list[float], starts: list[int], n: int, rho: float = 0
     >>> fci_branch_steps([0, .1, .5, .2, .9, .8, 0, 0, 0, 0], starts=list(range(0, 100, 10)), n=2)
     [4, 5]
     """
-    threshold = float(np.quantile(fci, 1 - rho)) if fci else 0.0
-    if threshold <= 0:  # most steps score 0 (short responses): then any step with a score counts (the authors' code)
-        threshold = min((y for y in fci if y > 0), default=math.inf)
+    threshold, last = fci_threshold(fci, rho), 0
     chosen: list[int] = []
-    last = 0
     for k, y in enumerate(fci):  # "earliest": in order of position, not of score, because early steps decide
         if len(chosen) < n and k > 0 and y >= threshold and starts[k] - last >= min_gap:  # AttnRL Eq. 7
             chosen.append(k)
@@ -105,7 +111,8 @@ def choose_branch_points(response: Response, method: str, n: int, rng: random.Ra
     """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer where there are fewer choices.
 
     fci: Eq. 7, filled up with the earliest other steps. random: n random steps. entropy: the n tokens of highest
-    entropy, without the first (nothing to keep) and the last one (nothing to resample): the authors' TreeRL baseline.
+    entropy, without the first (nothing to keep) and the last one (nothing to resample): the authors' TreeRL baseline. These
+    two know no min_gap, and entropy may branch in the answer after "</think>": the papers ask for neither.
     Raises ValueError for another method.
     """
     if method == "entropy":

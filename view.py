@@ -1,12 +1,19 @@
-"""view.py: look at runs. Draws each run's curves.png from its metrics.jsonl and prints a table of all of them.
+"""view.py: look at runs. The explorer of a run, its curves, and a table of several runs.
 
-    python view.py runs/toy-20260101-120000 runs/toy-20260101-130000
+    python view.py runs/NAME                      # runs/NAME/explorer.html and curves.png, from what the run has logged
+    python view.py runs/NAME --steps 10 20 30     # these training steps in the explorer, instead of as many as fit
+    python view.py runs/A runs/B runs/C           # the same for each, and one table
+
+The explorer is one HTML file without a network: the trees of the logged problems step by step, with FCI, branch points and why
+they were chosen, values, advantages, and every token's log-prob and entropy. The page itself is view.html.
 
 Also here: what `python fci.py` prints and draws, the FCI of one response; and `python eval.py --ask`, an answer as it comes.
 """
 import argparse
 import json
+import math
 import random
+import re
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +25,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from data import Problem, encode_question  # noqa: E402
 from errors import UserError, first_line, plain, stop_on_user_error  # noqa: E402
+from tree import fci_threshold  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -105,6 +113,83 @@ def table(runs: list[Path]) -> str:
     for name, row in zip([*(run.name for run in runs), "mean"], rows):
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row[:5]) + f" | {row[5]:.2f} | {row[6]:.1f} |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The explorer
+# ---------------------------------------------------------------------------------------------------------------------
+PAGE_BYTES = 2_500_000  # of trees in one page, so that it opens at once and can be sent to somebody
+
+
+def find_steps(path: Path) -> dict[int, list[tuple[int, int, int]]]:
+    """{step: (line number, offset, bytes) of its records} of batches.jsonl or samples.jsonl, without parsing them: a long run
+    logs gigabytes. Raises UserError."""
+    found: dict[int, list[tuple[int, int, int]]] = {}
+    offset = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                step = re.match(rb'{"step": (\d{1,9}),', line)
+                if not step:
+                    raise UserError(f"{path}, line {number}: not a step's record; a run that was killed: remove half a last "
+                                    "line")
+                found.setdefault(int(step[1]), []).append((number, offset, len(line)))
+                offset += len(line)
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there; an explorer needs a run of this version of attnrl") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return found
+
+
+def read_steps(path: Path, places: list[tuple[int, int, int]]) -> list[dict]:
+    """The records at these places. Raises UserError."""
+    records = []
+    with path.open("rb") as file:
+        for number, offset, size in places:
+            file.seek(offset)
+            try:
+                records.append(json.loads(file.read(size)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}: not a step's record ({first_line(error)}); a run that was killed: remove "
+                                "half a last line") from error
+    return records
+
+
+def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
+    """runs/NAME/explorer.html. Steps: those that are asked for; else as many as fit into PAGE_BYTES, evenly spread."""
+    metrics = {m["step"]: m for m in read_metrics(run)}
+    try:
+        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        page = (Path(__file__).parent / "view.html").read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{getattr(error, 'filename', None) or run / 'config.json'}: cannot be read ({error})") from error
+    batches = find_steps(run / "batches.jsonl")
+    samples = find_steps(run / "samples.jsonl") if (run / "samples.jsonl").exists() else {}  # --log_samples 0
+    every = sorted(batches.keys() & metrics.keys())
+    if missing := sorted(set(wanted or []) - set(every)):
+        raise UserError(f"--steps {missing[0]}: {run} has no such step")
+    if not every:
+        raise UserError(f"{run / 'batches.jsonl'}: no training step in it yet")
+    steps, sizes = sorted(set(wanted or every)), {step: sum(size for *_, size in samples.get(step, [])) for step in every}
+    if not wanted and sum(sizes.values()) > PAGE_BYTES:
+        count = max(1, len(every) * PAGE_BYTES // sum(sizes.values()))
+        steps = sorted({every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count)})
+        while len(steps) > 1 and sum(sizes[step] for step in steps) > PAGE_BYTES:  # steps differ in size
+            steps.remove(max(steps, key=sizes.get))
+    shown = [read_steps(run / "batches.jsonl", batches[step])[-1]
+             | {"samples": read_steps(run / "samples.jsonl", samples.get(step, [])) if samples else []} for step in steps]
+    for response in (r for step in shown for sample in step["samples"] for r in sample["responses"]):
+        threshold = fci_threshold(response["fci"], config["rho"])  # what Eq. 7 compared its scores with
+        response["threshold"] = threshold if math.isfinite(threshold) else None
+    data = {"name": run.resolve().name, "config": config, "metrics": metrics, "total_steps": len(every), "steps": shown}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no text of a run can end the script element
+    path = run / "explorer.html"
+    try:
+        path.write_text(page.replace("DATA</", text + "</", 1), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,13 +290,15 @@ def ask(model, tokenizer, eos_ids: list[int], args) -> None:
     print()
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments or any(a.startswith("-") for a in arguments):
-        raise UserError("usage: python view.py runs/NAME [runs/NAME ...]")
-    runs = [Path(a) for a in arguments]
-    print(table(runs))
-    for run in runs:
-        print(f"curves: {draw_curves(run)}")
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="view.py", description="The explorer, the curves and a table of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME")
+    parser.add_argument("--steps", nargs="+", type=int, help="training steps in the explorer; default: as many as fit")
+    parser.error = lambda message: parser.exit(2, f"view.py: {message} (see --help)\n")
+    args = parser.parse_args(argv)
+    print(table(args.runs))
+    for run in args.runs:
+        print(f"{draw_curves(run)}\n{write_explorer(run, args.steps)}")
 
 
 if __name__ == "__main__":

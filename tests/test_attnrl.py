@@ -90,8 +90,8 @@ def finished(tmp_path_factory):
 
 
 def test_a_run_writes_its_folder(finished):
-    assert {p.name.split("-0")[0] for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "curves.png",
-                                                                   "last", "best", "step"}
+    assert {p.name.split("-0")[0] for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "batches.jsonl",
+                                                                   "samples.jsonl", "curves.png", "explorer.html", "last", "best", "step"}
     config = json.loads((finished / "config.json").read_text())
     assert config["out"] == str(finished) and config["target_sequences"] == 4 * 30 and config["device"] in ("cpu", "cuda")
     assert config["steps"] == 2 and config["branch"] == "fci" and set(config) == {f.name for f in dataclasses.fields(Config)} | {"versions"}
@@ -103,10 +103,10 @@ def test_a_run_writes_its_folder(finished):
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
     for s in samples:
         for r in s["responses"]:
-            text = "".join(step["text"] for step in r["steps"])
-            assert len(r["continuations"]) == 2 * len(r["branch_steps"])
-            for c in r["continuations"]:
-                assert text.startswith(c["kept"]) and c["reward"] in (0, 1)
+            assert [c["at"] for c in r["continuations"]] == [at for at in r["branch_points"] for _ in range(2)]
+            assert set(r["branch_points"]) < set(r["bounds"]) and len(r["fci"]) == len(r["bounds"]) - 1
+            for end in [r, *r["continuations"]]:
+                assert len(end["tokens"]) == len(end["logprobs"]) == len(end["entropies"]) and end["reward"] in (0, 1)
     assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 

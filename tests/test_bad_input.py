@@ -274,8 +274,8 @@ CASES = [
     ("fci.py", "--plot {w}/folder.jsonl", "--plot {w}/folder.jsonl: cannot be written"),
     ("fci.py", "--plots x", "--plots"),
     # curves and tables
-    ("view.py", "", "usage"),
-    ("view.py", "--help-me", "usage"),
+    ("view.py", "", "the following arguments are required: runs/NAME"),
+    ("view.py", "{w}/curves --help-me", "--help-me"),
     *[("view.py", f"{{w}}/{name}", f"{{w}}/{name}/metrics.jsonl{words}") for name, words in {
         "nothing": ": cannot be read", "file": ": cannot be read", "nometrics": ": cannot be read", "emptymetrics": ": no test_accuracy",
         "halfline": ", line 2: ", "list": ", line 1: ", "nostep": ", line 1: |step", "words": ", line 1: |test_accuracy",

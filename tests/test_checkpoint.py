@@ -62,7 +62,7 @@ def cut(run: Path, step: int, to: Path) -> Path:
     half = to / f".step-{step + 1:06}.new"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "batches.jsonl", "samples.jsonl"):
         with (to / name).open("a") as file:
             file.write((to / name).read_text().splitlines()[-1][:100])
     return to
@@ -76,7 +76,8 @@ def same_checkpoint(got: Path, expected: Path) -> None:
 def identical(got: Path, expected: Path) -> None:
     """Every number and every byte but the times."""
     assert_same(metrics(got), metrics(expected), where="metrics")
-    assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), where="samples")
+    for name in ("batches.jsonl", "samples.jsonl"):
+        assert_same(lines(got / name), lines(expected / name), where=name)
     names = [[folder.name for folder in checkpoint.checkpoints(run)] for run in (got, expected)]
     assert names[0] == names[1], f"checkpoints {names[0]} and {names[1]}"
     for name in names[0]:

@@ -81,8 +81,11 @@ def test_a_bad_row_is_named_and_stops_or_is_dropped_with_a_count(tmp_path, token
 def test_conflicting_answers_drop_every_row_of_that_problem(tmp_path, tokenizer):
     path = write_lines(tmp_path / "p.jsonl", {"problem": "a", "answer": "1"}, {"problem": "b", "answer": "1"},
                        {"problem": "a", "answer": "2"})
+    said = []
     with pytest.raises(UserError, match="2 conflicting answers"):
-        load(path, tokenizer)
+        load_problems(str(path), tokenizer, max_prompt=200, say=said.append)
+    assert "line 1: answer ['1'], but" in said[0] and "line 3 has the same problem with ['2']" in said[0]
+    assert "line 3: answer ['2'], but" in said[1] and "line 1 has the same problem with ['1']" in said[1]
     problems, said = load(path, tokenizer, drop=True)
     assert [p.text for p in problems] == ["b"] and said == [f"{path}: left out 2 conflicting answers"]
 

@@ -291,6 +291,8 @@ def test_each_phase_has_its_parts():
         vllm = plan.memory(settings(), shape, 1, phase).get("engine: vLLM")
         assert vllm == (32.0 if phase in ("sampling", "scoring") else None)
     assert "reference" not in plan.memory(settings(kl_coef=0.0), shape, 1, "update")
+    prl = plan.memory(settings(kl_coef=0.0, advantage="prl"), shape, 1, "scoring")  # its rewards need the initial model
+    assert "reference" in prl and "FCI" not in prl
 
 
 @pytest.mark.parametrize("parallel, dtype", [("ddp", "fp32"), ("fsdp", "fp32"), ("fsdp", "bf16")])
@@ -344,7 +346,7 @@ def test_the_plan_says_what_will_happen(tmp_path):
     argv = ["--preset", "paper", "--model", "my model", "--dry_run", "--gpus", "8", "--seed", "1"]
     text = plan.plan(config, 8, 80.0, argv)
     for said in ("1,777,088,000 parameters", "8 x 80 GiB, fsdp bf16, activation checkpointing on", "vLLM, 40% of a GPU",
-                 "deepscaler.parquet", "64 problems (16 to 256 later) x 6 responses = 384", "up to 1,536 continuations",
+                 "deepscaler.json", "64 problems (16 to 256 later) x 6 responses = 384", "up to 1,536 continuations",
                  "up to 1,920 leaves = training sequences (1,920 wanted) = 10 updates of 192",
                  "up to 15.7 M tokens, 2.0 M a GPU",  # 1,920 x 8,192
                  "500 steps, up to 7,864 M tokens; 501 generation calls and 26 evaluations (32 samples a problem)",

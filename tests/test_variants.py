@@ -159,18 +159,19 @@ def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
     for problem in samples:
         prompt = tokenizer(problem["problem"])["input_ids"]
         for r in problem["responses"]:
-            if not r["branch_steps"]:
+            if not r["branch_points"]:
                 continue
-            tokens = tokenizer("".join(step["text"] for step in r["steps"]))["input_ids"] + eos_ids
+            tokens = tokenizer("".join(r["tokens"]))["input_ids"]
             bounds = split_steps(tokens, separator_tokens(tokenizer))
             scores = score(model, [Sequence(prompt, tokens, bounds)], delta=1)[0]
-            assert scores.fci == pytest.approx([step["fci"] for step in r["steps"]], abs=1e-5)
+            assert scores.fci == pytest.approx(r["fci"], abs=1e-5) and bounds == r["bounds"]
             spans = enumerate(zip(scores.fci, bounds, bounds[1:]))
             product = {k: y * sum(scores.entropies[a:b]) / (b - a) for k, (y, a, b) in spans}
-            chosen = [product.pop(k) for k in r["branch_steps"]]
+            steps = [bounds.index(at) for at in r["branch_points"]]
+            chosen = [product.pop(k) for k in steps]
             assert len(chosen) == 2 and min(chosen) >= max(product.values()) - 1e-6
             checked += 1
-            other_than_eq7 += r["branch_steps"] != fci_branch_steps(scores.fci, bounds[:-1], 2)
+            other_than_eq7 += steps != fci_branch_steps(scores.fci, bounds[:-1], 2)
     assert checked >= 4 and other_than_eq7 >= 1
 
 
@@ -187,7 +188,7 @@ def test_a_run_is_credited_by_leaving_one_out(forked):
             assert len(rewards) == 8
             for i, r in enumerate(problem["responses"]):
                 if 0 < sum(rewards) < 8:  # else all agree, and are dropped
-                    length = len(tokenizer("".join(step["text"] for step in r["steps"]))["input_ids"]) + 1  # end of sequence
+                    length = len(r["tokens"])
                     total, tokens = total - length * advantage(rewards, i), tokens + length
         assert tokens == metrics[1]["train/tokens"]
         return total / tokens
@@ -245,7 +246,7 @@ def test_a_run_on_an_own_task_with_its_own_reward(forked):
         value = next(step[-1] for step in steps if step[0] == s["problem"][-1])  # of the variable that is asked for
         assert steps[-1] == f"\\boxed{{{value}}}"
         for r in s["responses"]:
-            texts = ["".join(step["text"] for step in r["steps"])] + [c["kept"] + c["text"] for c in r["continuations"]]
+            texts = ["".join([*r["tokens"][:c.get("at", 0)], *c["tokens"]]).removesuffix("<eos>") for c in [r, *r["continuations"]]]
             for text, reward in zip(texts, [r["reward"]] + [c["reward"] for c in r["continuations"]]):
                 good = 0
                 while good < 8 and text.split("\n\n")[:-1][good:good + 1] == steps[good:good + 1]:

@@ -1,0 +1,470 @@
+"""The explorer: what view.py writes, and the page in a real headless Chromium (Debian: apt install chromium chromium-driver).
+
+Numbers on the page are compared with the run's own files and with tree.py, not with what the page computed.
+
+    python -m pytest tests/test_view.py
+"""
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import view
+from attnrl import Config, parse_config, train
+from errors import UserError
+from fixtures import bpe_tokenizer, toy_tokenizer
+from runlog import token_texts
+from tree import fci_threshold, step_advantages
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+HOSTILE = [
+    "</script><script>document.title='owned'</script>",
+    "<img src=x onerror=\"document.title='owned'\">",
+    "\u202eevil\u202c", "\x00\x1b[31m", "مرحبا بالعالم", "中文字符", "👩‍👩‍👧 é", "&lt;b&gt; ${7*7} {{7*7}}", "DATA</",
+    "\u2028\u2029",
+]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real run of AttnRL whose batches shrink and grow, with three problems a step in its log."""
+    folder = tmp_path_factory.mktemp("view") / "run <b>"
+    return train(
+        parse_config(["--steps", "4", "--batch_size", "6", "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2",
+                "--eval_samples", "2", "--eval_every", "2", "--log_samples", "3", "--out", str(folder)])
+    )
+
+
+def made_up(folder, responses: list[dict], problem: str = "why?", answers=("42",), steps: int = 1, samples: int = 1, **settings):
+    """A run's folder written by hand."""
+    folder.mkdir()
+    config = vars(Config()) | {"method": "attnrl", "problems": "made up"} | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    rewards = [e["reward"] for r in responses for e in (r, *r["continuations"])]
+    for name, records in {
+        "metrics": [
+            {"step": s, "generated_tokens": s, "problems": 1, "sequences": 9, "seconds/total": 1.0, "test_accuracy": 0.5}
+            for s in range(steps + 1)
+        ],
+        "batches": [
+            {
+                "step": s,
+                "easy_mean": 0.1,
+                "problems": [
+                    {
+                        "number": 7,
+                        "rate": 0.5,
+                        "fci": 0.2,
+                        "filtered": False,
+                        "trees": 1,
+                        "leaves": len(rewards),
+                        "reward": sum(rewards) / len(rewards),
+                    }
+                ],
+            }
+            for s in range(1, steps + 1)
+        ],
+        "samples": [
+            {"step": s, "number": 7, "problem": problem, "answers": list(answers), "filtered": False, "responses": responses}
+            for s in range(1, steps + 1)
+            for _ in range(samples)
+        ],
+    }.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+def ending(tokens: list[str], reward: float, **more) -> dict:
+    n = len(tokens) + more.get("at", 0)
+    return {
+        "tokens": tokens,
+        "logprobs": [-0.1234] * len(tokens),
+        "entropies": [0.25] * len(tokens),
+        "reward": reward,
+        "advantages": [[n, 0.5 if reward else -0.5]],
+        **more,
+    }
+
+
+def response(tokens: list[str], reward: float, bounds: list[int], at: int, ends: list[dict]) -> dict:
+    return ending(tokens, reward) | {
+        "bounds": bounds,
+        "fci": [0.0, *(0.1 * k for k in range(1, len(bounds) - 1))],
+        "branch_points": [at],
+        "continuations": ends,
+    }
+
+
+# --- what is logged, and what is written ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("tokenizer", [toy_tokenizer(), bpe_tokenizer()], ids=["toy", "bpe"])
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_the_texts_of_tokens_join_to_the_whole(tokenizer, text):
+    ids = tokenizer(text)["input_ids"]
+    assert len(texts := token_texts(tokenizer, ids)) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def test_a_character_of_several_tokens_stands_at_the_last_and_broken_ones_are_shown():
+    tokenizer = bpe_tokenizer()
+    ids = tokenizer("a中b")["input_ids"]
+    assert token_texts(tokenizer, ids) == ["a", "", "", "中", "b"]
+    assert token_texts(tokenizer, ids[:3]) == ["a", "", "\ufffd"] and token_texts(tokenizer, ids[2:3] * 20)[-1].endswith("\ufffd")
+    assert token_texts(tokenizer, []) == []
+
+
+def test_logged_advantages_are_those_of_the_tree(run):
+    """Eq. 2-3 from the logged rewards and positions alone, by tree.step_advantages: the same advantages for every token."""
+    checked = 0
+    for sample in lines(run / "samples.jsonl"):
+        wanted = iter(
+            step_advantages([{
+                        "tokens": r["tokens"],
+                        "reward": r["reward"],
+                        "continuations": sorted(r["continuations"], key=lambda c: c["at"]),
+                    }
+                    for r in sample["responses"]
+                ]
+            )
+        )
+        for r in sample["responses"]:
+            for end in [r, *sorted(r["continuations"], key=lambda c: -c["at"])]:
+                tokens, advantages = next(wanted)
+                assert tokens == [*r["tokens"][: end.get("at", 0)], *end["tokens"]]
+                assert [a for count, a in end["advantages"] for _ in range(count)] == pytest.approx(advantages, abs=1e-12)
+                checked += 1
+        assert next(wanted, None) is None
+    assert checked > 100
+
+
+def test_the_page_holds_the_run_and_nothing_from_elsewhere(run):
+    text = view.write_explorer(run).read_text(encoding="utf-8")
+    assert "http://www.w3.org/2000/svg" in text and text.count("://") == 1  # an SVG namespace, no network
+    data = json.loads(text.split('id="data">')[1].split("</script>")[0])
+    assert [s["step"] for s in data["steps"]] == [1, 2, 3, 4] and data["total_steps"] == 4
+    for record in lines(run / "batches.jsonl"):
+        page = data["steps"][record["step"] - 1]
+        assert {key: page[key] for key in record} == record and len(page["samples"]) == 3
+    r = data["steps"][0]["samples"][0]["responses"][0]
+    assert r["threshold"] == fci_threshold(r["fci"], 0.2)
+
+
+def test_steps_can_be_chosen_and_a_large_run_keeps_the_page_small(tmp_path):
+    long = [response([f"word{i}\n\n" for i in range(1000)], 1.0, list(range(1001)), 5, [ending(["x"] * 995, 0.0, at=5)])]
+    folder = made_up(tmp_path / "run", long, steps=60)
+    page = view.write_explorer(folder)
+    data = json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
+    kept = [s["step"] for s in data["steps"]]
+    assert (
+        page.stat().st_size < 3_000_000 and 10 < len(kept) < 60 and kept[0] == 1 and kept[-1] == 60 and data["total_steps"] == 60
+    )
+    assert max(b - a for a, b in zip(kept, kept[1:])) <= 2 * math.ceil(60 / len(kept))  # spread over the run
+    view.write_explorer(folder, [3, 7])
+    data = json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
+    assert [s["step"] for s in data["steps"]] == [3, 7] and data["total_steps"] == 60
+    with pytest.raises(UserError, match="--steps 61"):
+        view.write_explorer(folder, [3, 61])
+
+
+def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
+    with pytest.raises(UserError, match="metrics.jsonl"):
+        view.write_explorer(tmp_path)
+    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("step-*", "last", "best"), symlinks=True)
+    for name, words in (
+        ("samples", "samples.jsonl, line 13: not a step's record"),
+        ("batches", "batches.jsonl, line 5: not a step's"),
+    ):
+        whole = (copy / f"{name}.jsonl").read_text()
+        (copy / f"{name}.jsonl").write_text(whole + ('{"step": 4, "pro' if name == "samples" else '{"st'))
+        with pytest.raises(UserError, match=words):
+            view.write_explorer(copy)
+        (copy / f"{name}.jsonl").write_text(whole)
+    (copy / "batches.jsonl").unlink()
+    with pytest.raises(UserError, match="batches.jsonl: not there"):
+        view.write_explorer(copy)
+
+
+# --- in a browser ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def chromium():
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no Chromium here (Debian: apt install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def open_page(chromium):
+    """open_page(run, place) shows it; after the test the console must be empty."""
+
+    def show(run, place: str = ""):
+        chromium.get("about:blank")
+        chromium.get(f"{view.write_explorer(run).resolve().as_uri()}{place}")
+        return Page(chromium)
+
+    yield show
+    assert chromium.get_log("browser") == []
+
+
+class Page:
+    def __init__(self, driver):
+        self.driver = driver
+
+    def script(self, code: str):
+        return self.driver.execute_script(f"return {code}")
+
+    def text(self, selector: str) -> list[str]:
+        return self.script(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
+
+    def click(self, selector: str) -> None:
+        self.driver.find_element("css selector", selector).click()
+
+    def press(self, *keys: str) -> None:
+        self.driver.find_element("tag name", "body").send_keys(*keys)
+
+
+def number(text: str) -> float:
+    return float(text.replace("−", "-"))
+
+
+def test_numbers_on_the_page_are_the_files(run, open_page):
+    """For every logged problem: grade and advantage of every leaf, V and A of every node, FCI of every step."""
+    samples, nodes = lines(run / "samples.jsonl"), 0
+    for n, sample in enumerate(samples):
+        page = open_page(run, f"#step={sample['step']}&problem={n % 3}&leaf=0")
+        ends = [e for r in sample["responses"] for e in (r, *r["continuations"])]
+        outcomes = page.text(".leaf .outcome")
+        assert len(outcomes) == len(ends) and page.text("#question") == [sample["problem"]]
+        for shown, end in zip(outcomes, ends):
+            assert shown.split()[1] == ("right" if end["reward"] else "wrong")
+            assert number(shown.split()[3]) == pytest.approx(end["advantages"][-1][1], abs=0.00501)
+        labels = iter(page.text(".node"))
+        root = sum(e["reward"] for e in ends) / len(ends)
+        for r in sample["responses"]:
+            cuts = [0, *sorted({c["at"] for c in r["continuations"]})]
+            for cut in cuts if len(cuts) > 1 else []:
+                below = [r["reward"], *(c["reward"] for c in r["continuations"] if c["at"] > cut)]
+                _, value, _, _, advantage = next(labels).split()
+                assert number(value) == pytest.approx(sum(below) / len(below), abs=0.00501)
+                assert number(advantage) == pytest.approx(dict_at(r["advantages"], cut), abs=0.00501)
+                nodes += 1
+        assert next(labels, None) is None and f"= {root:.2f}" in page.text("#problem")[0]
+        titles = page.script("[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)")
+        assert titles == [f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])]
+        marks = page.script("[...document.querySelectorAll('.mark')].map(e => e.title)")
+        assert len(marks) == sum(len(r["branch_points"]) for r in sample["responses"]) and all(
+            m.startswith("FCI 0.") for m in marks
+        )
+    assert nodes > 50
+
+
+def dict_at(runs: list[list], token: int) -> float:
+    return [a for count, a in runs for _ in range(count)][token]
+
+
+def test_the_batch_its_filter_and_the_formulas(run, open_page):
+    metrics, sized = lines(run / "metrics.jsonl"), 0
+    for record in lines(run / "batches.jsonl"):
+        page = open_page(run, f"#step={record['step']}")
+        rows = page.text("#batch tbody td")
+        assert len(rows) == 7 * len(record["problems"])
+        for i, p in enumerate(record["problems"]):
+            name, z, fci, expanded, trees, leaves, right = rows[7 * i : 7 * i + 7]
+            assert (int(name), int(trees), int(leaves)) == (p["number"], p["trees"], p["leaves"])
+            assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(fci) == pytest.approx(p["fci"], abs=0.0000501)
+            assert expanded.startswith("filtered") == p["filtered"] and float(right) == pytest.approx(
+                100 * p["reward"], abs=0.501
+            )
+        shown = page.text("#sizes")[0]
+        if record["step"] + 2 < len(metrics):  # the formula's result is the size that the run really took
+            assert f") = {metrics[record['step'] + 2]['problems']}" in shown
+            sized += 1
+    assert sized == 2
+    row = {"number": 7, "rate": 1.0, "fci": 0.05, "filtered": True, "trees": 0, "leaves": 6, "reward": 1.0}
+    words = page.script(f"whyExpanded({json.dumps(row)})")
+    assert len(words) == 1 and "filtered, not expanded (Eq. 8)" in words[0] and "mean FCI 0.0500 is below" in words[0]
+    assert (
+        "Round(e^−0.50 × 6) = Round(3.64) = 4 (Eq. 9), the rarer outcome first."
+        in page.script(f"whyExpanded({json.dumps(row | dict(rate=0.5, filtered=False))})")[1]
+    )
+
+
+def test_clicking_a_branch_shows_its_continuation(run, open_page):
+    sample = lines(run / "samples.jsonl")[0]
+    page = open_page(run)
+    n = 0
+    for r in sample["responses"]:
+        for end in [r, *r["continuations"]]:
+            page.click(f"#leaf-{n} .outcome")
+            tokens = [*r["tokens"][: end.get("at", 0)], *end["tokens"]]
+            assert "".join(page.text("#leaf .tokens")).replace("⏎", "\n").replace("\n\n\n", "\n\n") == "".join(tokens)
+            assert len(page.text("#leaf .part.kept [data-t]")) == end.get("at", 0) and page.text("[aria-selected=true].leaf")
+            assert f"{len(tokens)} tokens" in page.text("#leaf .row")[0]
+            n += 1
+    last = page.script(
+        "(() => { const e = document.querySelector('#leaf [data-t=\"2\"]'); tip({target: e});"
+        " return document.getElementById('tip').textContent; })()"
+    )
+    assert (
+        f"log-prob {r['logprobs'][2]:.4f}".replace("-", "−").replace("log−", "log-") in last
+        and f"entropy {r['entropies'][2]:.4f}" in last
+    )
+
+
+def test_keys_slider_and_address(run, open_page):
+    from selenium.webdriver.common.keys import Keys
+
+    page = open_page(run, "#step=2&problem=1&leaf=3")
+    assert page.script("[step().step, state.problem, state.leaf]") == [2, 1, 3]
+    page.press(Keys.ARROW_DOWN)
+    page.press("]")
+    assert page.script("[step().step, state.problem, state.leaf]") == [2, 2, 0]
+    page.press(Keys.ARROW_RIGHT)
+    assert page.script("location.hash") == "#step=3&problem=0&leaf=0" and page.text("#now")[0].startswith("step 3")
+    page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert page.script("step().step") == 4  # the end
+    page.driver.find_element("id", "slider").send_keys(Keys.HOME)
+    assert page.script("step().step") == 1
+    page.press("c")
+    assert page.text("#leaf button[aria-pressed=true]") == ["log-prob"]
+    page.click("#batch tr.open:nth-child(2)")
+    assert page.script("state.problem") == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "grpo", "--grpo_samples", "4"],
+        ["--method", "prl", "--grpo_samples", "4"],
+        ["--method", "treerl"],
+        ["--branch", "random", "--log_samples", "0"],
+    ],
+    ids=lambda o: "-".join(o),
+)
+def test_every_method_can_be_seen(options, open_page, tmp_path):
+    run = train(
+        parse_config(["--steps", "1", "--batch_size", "2", "--problems", "toy:6:50:1", "--test_problems", "toy:6:2:2",
+                "--eval_samples", "1", "--out",
+                str(tmp_path / "run"),
+                *options])
+    )
+    page = open_page(run)
+    leaves = (
+        [e for s in lines(run / "samples.jsonl")[:1] for r in s["responses"] for e in (r, *r["continuations"])]
+        if "0" not in options
+        else []
+    )
+    assert len(page.text(".leaf")) == len(leaves) and len(page.text("#batch tbody tr")) == 2
+    if options[-1] == "treerl":
+        assert "entropy" in page.script("document.querySelector('.mark').title")
+
+
+def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
+    tokens = [piece + "\n\n" for piece in HOSTILE]
+    folder = made_up(
+        tmp_path / "run",
+        [response(tokens, 1.0, list(range(len(tokens) + 1)), 2, [ending(tokens[2:], 0.0, at=2)])],
+        problem="\n".join(HOSTILE),
+        answers=HOSTILE,
+    )
+    for place in ("", "#step=1&problem=0&leaf=1"):
+        page = open_page(folder, place)
+        assert (
+            page.script("document.title") == "attnrl: run"
+            and page.script("document.querySelectorAll('img, #leaf script, #problem script').length") == 0
+        )
+        seen = page.text("#leaf .tokens")
+        assert len(seen) == len(HOSTILE) and seen[0].startswith(HOSTILE[0]) and seen[1].startswith(HOSTILE[1])
+        assert (
+            seen[2].startswith("‹202e›evil‹202c›")
+            and seen[3].startswith("‹0000›‹001b›[31m")
+            and seen[9].startswith("‹2028›‹2029›")
+        )
+        assert seen[4].startswith(HOSTILE[4]) and seen[5].startswith(HOSTILE[5]) and seen[7].startswith(HOSTILE[7])
+        assert page.script("getComputedStyle(document.querySelectorAll('#leaf .tokens')[4]).direction") == "rtl"
+
+
+def big(leaves: int = 30, length: int = 2000) -> list[dict]:
+    """Six responses of `length` tokens in steps of 40, each with four continuations from two branch points."""
+    rng = random.Random(0)
+
+    def words(n):
+        return [
+            rng.choice(["the ", "sum ", "is ", "x^2 ", "therefore ", "\\frac{1}{2} "]) if (i + 1) % 40 else "so.\n\n"
+            for i in range(n)
+        ]
+
+    def end(n, **more):
+        return {
+            "tokens": words(n),
+            "logprobs": [round(-rng.random(), 4) for _ in range(n)],
+            "entropies": [round(rng.random(), 4) for _ in range(n)],
+            "reward": float(rng.random() < 0.5),
+            "advantages": [[more.get("at", 0), 0.25], [n, -0.1234567]],
+            **more,
+        }
+
+    bounds = list(range(0, length + 1, 40))
+    return [
+        end(length)
+        | {
+            "bounds": bounds,
+            "fci": [0.0] + [rng.random() for _ in bounds[2:]],
+            "branch_points": [80, 240],
+            "continuations": [end(length - at, at=at) for at in (80, 80, 240, 240)],
+        }
+        for _ in range(leaves // 5)
+    ]
+
+
+def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_page, tmp_path):
+    folder = made_up(tmp_path / "run", big())
+    page = open_page(folder)
+    assert (folder / "explorer.html").stat().st_size < 3_000_000
+    assert page.script("performance.getEntriesByType('navigation')[0].domInteractive") < 1000
+    assert len(page.text(".leaf")) == 30
+    folded = len(page.text("#leaf [data-t]"))
+    assert folded < 400 and "2000 tokens" in page.text("#leaf .row")[0]  # the branch points' steps are open, the rest is folded
+    times = []
+    for n in (7, 13, 22):
+        times.append(
+            page.script(f"(() => {{ const t = performance.now(); go({{leaf: {n}}}); return performance.now() - t; }})()")
+        )
+    assert sorted(times)[1] < 500
+    page.click("#unfold")
+    assert len(page.text("#leaf [data-t]")) == 2000
+    page.click("#unfold")
+    page.click("#leaf .part:nth-child(5) button")
+    assert folded - 40 <= len(page.text("#leaf [data-t]")) <= folded + 80
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_it_fits_a_phone(run, open_page, width):
+    open_page(run).driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 780, "deviceScaleFactor": 2, "mobile": True}
+    )
+    page = open_page(run, "#step=2&problem=1&leaf=2")
+    try:
+        assert page.script("document.documentElement.scrollWidth") <= width
+        assert (
+            page.script("Math.min(...[...document.querySelectorAll('.lane')].map(e => e.getBoundingClientRect().width))")
+            > width / 3
+        )
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
