@@ -38,14 +38,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
-
 import checkpoint
 import dist
 import eval as evaluation
 import view
 from data import Problem, load_problems
-from errors import UserError, stop_on_user_error
+from errors import Parser, UserError, stop_on_user_error
 from fci import Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, without_answer
 from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, request_seed
@@ -59,39 +57,42 @@ from vllm_engine import VLLMEngine, engine_gap, probe_requests
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration = command line
 # ---------------------------------------------------------------------------------------------------------------------
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
+def option(default, text: str, group: str = ""):
+    """A setting; `group` begins a group of settings in --help."""
+    return field(default=default, metadata={"help": text, "group": group})
 
 
 @dataclass
 class Config:
     """Every setting of a run. Training defaults are the paper's; a preset changes some, the command line has the last word.
     """
-    preset: Literal["toy", "paper"] = option("toy", "settings to start from")
+    preset: Literal["toy", "paper"] = option("toy", "settings to start from", "what is run")
     method: Literal["attnrl", "atb_ads_nofilter", "atb_ads_noexpand", "atb_drop_easy", "atb", "treerl_off", "treerl", "grpo",
                     "prl"] = option("attnrl", "what is run: AttnRL, a baseline, or AttnRL with one part changed (see METHODS)")
-    # what is trained, on what, where it is written
-    model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy")
+    model: str = option("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "directory (or hub name) of the initial policy",
+                        "what is trained, on what")
     problems: str = option("deepscaler.json", "training problems: FILE.json, .jsonl, .parquet or toy:8:2000:1")
     test_problems: str = option("aime24.parquet", "held-out problems")
     drop_bad_rows: bool = option(False, "leave out malformed, duplicate, conflicting ... rows instead of stopping")
     prompt_suffix: str = option(" Let's think step by step and output the final answer within \\boxed{}.",
                                 "added to every problem of a file that does not end in it")
     reward: str = option("eval:grade", "module:function(response, answers) -> number")
-    out: str = option("", "folder of the run; default runs/PRESET-SEED-DATE-TIME")
     seed: int = option(0, "fixes the order of problems, rollouts and mini-batches")
     steps: int = option(500, "training steps")
-    eval_every: int = option(10, "steps between evaluations; 0: only at the start and the end")
+    eval_every: int = option(10, "steps between evaluations; 0: only at the start and the end", "evaluation")
     eval_samples: int = option(8, "k of avg@k")
     eval_temperature: float = option(0.6, "sampling temperature of evaluations")
     eval_max_response: int = option(0, "tokens per response of evaluations; 0: max_response")
+    out: str = option("", "folder of the run; default runs/PRESET-SEED-DATE-TIME", "what is written and shown")
     save_every: int = option(0, "steps between checkpoints; 0: at evaluations")
     keep: int = option(2, "checkpoints that are kept")
     resume: Literal["never", "auto"] = option("never", "auto: go on from the newest checkpoint in --out, if there is one")
     resume_changed: bool = option(False, "resume although settings have changed")
-    log_samples: int = option(2, "problems per step written to samples.jsonl")
-    # sampling
-    engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine")
+    log_samples: int = option(2, "problems per step written to samples.jsonl, for the explorer")
+    track: Literal["none", "tensorboard", "wandb"] = option("none", "metrics also go there")
+    log_level: Literal["debug", "info", "warning"] = option("info", "debug: phases with their seconds; warning: notices only")
+    quiet: bool = option(False, "no progress bar, and --log_level warning")
+    engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine", "sampling")
     batch_size: int = option(64, "problems per step (the first step's, if --ads_batch)")
     group_size: int = option(6, "G: initial responses per problem")
     branch_points: int = option(2, "N: branch points per expanded response")
@@ -101,20 +102,19 @@ class Config:
     max_response: int = option(8192, "tokens, a continuation's shared prefix included")
     temperature: float = option(1.0, "sampling temperature of training")
     one_step_off_policy: bool = option(True, "sample batch m+1 and the continuations of batch m in one call")
-    # branching
-    branch: Literal["fci", "entropy", "random"] = option("fci", "how branch points are chosen")
+    branch: Literal["fci", "entropy", "random"] = option("fci", "how branch points are chosen", "branching")
     delta: int = option(4, "FCI counts attention from steps at least this many steps later")
     rho: float = option(0.2, "branch points are among the top rho of FCI")
     min_branch_gap: int = option(0, "tokens between branch points")
-    # adaptive sampling
-    ads_filter: Literal["fci", "easy", "none"] = option("fci", "not expanded: easy problems of low FCI (Eq. 8), all easy ones")
+    ads_filter: Literal["fci", "easy", "none"] = option("fci", "not expanded: easy problems of low FCI (Eq. 8), all easy ones",
+                                                        "adaptive sampling")
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
     target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
     batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
     batch_range: float = option(4.0, "the adaptive batch stays between batch_size / this and batch_size * this")
-    # update
-    behaviour: Literal["learner", "engine"] = option("learner", "whose log-probs of the sampled tokens are PPO's old ones")
+    behaviour: Literal["learner", "engine"] = option("learner", "whose log-probs of the sampled tokens are PPO's old ones",
+                                                     "update")
     tis_cap: float = option(0.0, "truncated importance sampling for the engine's mismatch: cap of the weights; 0: off")
     advantage: Literal["tree", "grpo", "prl"] = option("tree", "tree: Eq. 2-3; grpo: Eq. 1, prl: process rewards; no branching")
     prl_eta: float = option(200.0, "PRL: process rewards are log-ratios to the initial policy, divided by this")
@@ -131,8 +131,7 @@ class Config:
     clip_high: float = option(0.28, "PPO clip above 1")
     dual_clip: float = option(3.0, "bound on the loss of tokens with negative advantage")
     token_budget: int = option(16384, "padded tokens per forward and backward pass")
-    # machine
-    rollout_tokens: int = option(65536, "tokens in the KV cache at once")
+    rollout_tokens: int = option(65536, "tokens in the KV cache at once", "machine")
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "cuda: LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES")
     dtype: Literal["fp32", "bf16"] = option("fp32", "of forward passes; bf16 keeps fp32 master weights (FSDP2)")
@@ -219,12 +218,10 @@ METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings; a preset'
 
 def parse_config(argv: list[str]) -> Config:
     """Preset and method first, then the options that were given. Raises UserError for a wrong one."""
-    parser = HfArgumentParser(Config, description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                              usage="python attnrl.py [--preset toy|paper] [--method NAME] [--OPTION VALUE ...]")
-
-    def one_line(message):
-        raise UserError(f"{message} (see --help)")
-    parser.error = one_line
+    parser = Parser("attnrl.py", "Train a reasoning model with AttnRL or a baseline.",
+                    "python attnrl.py --method treerl --steps 10 --out runs/mine",
+                    "[--preset toy|paper] [--method NAME] [--OPTION VALUE ...]")
+    parser.add_settings(Config)
     for name, table, chosen in (("--preset", PRESETS, "toy"), ("--method", METHODS, "attnrl")):
         for flag, value in zip(argv, argv[1:] + [""]):
             chosen = value if flag == name else flag.removeprefix(f"{name}=") if flag.startswith(f"{name}=") else chosen
@@ -493,7 +490,7 @@ class Trainer:
 def train(config: Config, stop=lambda: False) -> Path:
     """A whole run, or the rest of it; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log,
     evaluate, save. stop() is asked after every step; True on any rank: save, and leave."""
-    display = Display(config.steps)
+    display = Display(config.steps, config.log_level, config.quiet)
     trainer = Trainer(config, display)
     resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
         step, [Group(**group | {"problem": trainer.problems[group["number"]]}) for group in groups]))
@@ -545,7 +542,7 @@ def train(config: Config, stop=lambda: False) -> Path:
             folder.draw(display.say, view.draw_curves)
         display.step(record)
         for notice in batch_notices(config, batch, sequences):
-            display.say(f"step {step:>4}   {notice}")
+            display.say(f"step {step:>4}   {notice}", "warning")
         if leaving:
             display.say(f"stopped after step {step}, on request; the same command with --resume auto goes on")
             break

@@ -39,7 +39,7 @@ from tree import Response
 
 # Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not what it computes.
 FREE = {"out", "resume", "resume_changed", "dry_run", "gpus", "gpu_gib", "device", "grading_workers", "save_every", "keep",
-        "log_samples", "engine_memory", "sync_tolerance"}
+        "log_samples", "engine_memory", "sync_tolerance", "track", "log_level", "quiet"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

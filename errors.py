@@ -1,10 +1,13 @@
-"""errors.py: what a person is told when something is wrong, and how a command leaves: one clear line and exit code 2."""
+"""errors.py: command lines, what a person is told when something is wrong, and how a command leaves: one line, exit code 2."""
+import argparse
 import os
 import re
 import sys
 import time
 import traceback
 from contextlib import contextmanager
+from dataclasses import fields
+from typing import get_args
 
 
 class UserError(Exception):
@@ -19,6 +22,37 @@ def first_line(error: Exception) -> str:
 def plain(text: str) -> str:
     """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or worse, are replaced."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line: its --help shows defaults and ends with an example; what is wrong with it is a UserError."""
+
+    def __init__(self, prog: str, description: str, example: str, usage: str = ""):
+        super().__init__(prog, f"python {prog} {usage}" if usage else None, description, f"example: {example}",
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+    def add_settings(self, kind: type) -> None:
+        """An option for every field of a dataclass, in the groups that its metadata names (attnrl.Config)."""
+        group = self
+        for one in fields(kind):
+            if one.metadata["group"]:
+                group = self.add_argument_group(one.metadata["group"])
+            if one.type is bool:
+                how = dict(type=yes_or_no, metavar="true|false", nargs="?", const=True)
+            elif choices := get_args(one.type):
+                how = dict(choices=choices)
+            else:
+                how = dict(type=one.type, metavar=one.type.__name__.upper())
+            group.add_argument(f"--{one.name}", help=one.metadata["help"], default=one.default, **how)
+
+
+def yes_or_no(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text!r}")
+    return text.lower() == "true"
 
 
 def leave(code: int):

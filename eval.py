@@ -9,7 +9,6 @@ the statistics and the tables are report.py; grading, with its worker processes,
 
     python -m pytest tests/test_eval.py
 """
-import argparse
 import atexit
 import importlib
 import json
@@ -31,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import model_hash
 from data import Problem, load_problems
-from errors import UserError, first_line, plain, stop_on_user_error
+from errors import Parser, UserError, first_line, plain, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
 from report import Sample, append, avg_at_k, make_folder, resume, table  # noqa: F401  (attnrl.py calls avg_at_k)
@@ -178,10 +177,10 @@ SUITES = {"paper": dict(temperature=0.6, max_response=32768,
 CHUNK = 256  # responses that are sampled, graded and written together: what a killed evaluation loses
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]):
     """The settings: options given by hand, then the suite's, then the defaults. Raises UserError."""
-    parser = argparse.ArgumentParser(prog="eval.py", description="Evaluate a model on problem sets, or ask it one question.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("eval.py", "Evaluate a model on problem sets, or ask it one question.",
+                    "python eval.py --model toy/model --problems toy:8:100:2 --k 8 --temperature 1")
     parser.add_argument("--model", required=True, help="model directory")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help="FILE.jsonl, .json, .parquet or toy:8:100:2")
@@ -200,7 +199,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
-    parser.error = lambda message: parser.exit(2, f"eval.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     if args.suite:
         parser.set_defaults(**SUITES[args.suite])

@@ -16,7 +16,6 @@ choice of 30 is about 5 points even at k = 32: do not read a difference of 2 poi
 
     python -m pytest tests/test_report.py
 """
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from statistics import fmean
 
 import numpy as np
 
-from errors import UserError, first_line, plain, stop_on_user_error
+from errors import Parser, UserError, first_line, plain, stop_on_user_error
 from sampler import is_correct
 
 
@@ -270,10 +269,10 @@ def compare(a: Results, b: Results) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="report.py", description="The table of result files of eval.py, or their comparison.")
+    parser = Parser("report.py", "The table of result files of eval.py, or their comparison.",
+                    "python report.py --compare runs/A/aime24.jsonl runs/B/aime24.jsonl")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
     parser.add_argument("--compare", action="store_true", help="two files of the same questions: the second minus the first")
-    parser.error = lambda message: parser.exit(2, f"report.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     if args.compare and len(args.files) != 2:
         raise UserError(f"--compare: takes two result files, got {len(args.files)}")

@@ -25,7 +25,6 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import view
 from errors import UserError, first_line
 from dist import rank
 from sampler import is_correct, problem_fci, solve_rate
@@ -90,6 +89,36 @@ class Gap:
         self.largest = max(self.largest, *gaps, 0.0)
 
 
+def open_tensorboard(folder: Path | None, config, first_step: int | None):
+    """A function that writes a step's metrics as TensorBoard events; what was logged from `first_step` on is void. folder None:
+    only look whether it can be done. Raises UserError."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--track tensorboard: pip install tensorboard ({first_line(error)})") from error
+    if folder is None:
+        return None
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def track(record: dict) -> None:
+        for key, value in record.items():
+            writer.add_scalar(key, value, record["step"])
+        writer.flush()
+    return track
+
+
+def open_wandb(folder: Path | None, config, first_step: int | None):
+    """The same for Weights & Biases, in project "attnrl"; where it sends what is up to its own settings (WANDB_MODE=offline)."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(f"--track wandb: pip install wandb ({first_line(error)})") from error
+    if folder is None:
+        return None
+    run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
+    return lambda record: run.log(record, step=record["step"])
+
+
 def token_texts(tokenizer, tokens: list[int]) -> list[str]:
     """The text of every token; joined they are the text of all. A character of several tokens stands at the last of them."""
     def decode(part):
@@ -114,6 +143,10 @@ class RunFolder:
         self.path = None
         if rank():
             return
+        self.track, self.config = {"none": None, "tensorboard": open_tensorboard, "wandb": open_wandb}[config.track], config
+        self.tracker = None
+        if self.track:
+            self.track(None, config, None)  # is it installed? Asked before anything is written
         self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,6 +164,9 @@ class RunFolder:
         """One JSON line, on the disk before the next step begins."""
         if rank():
             return
+        if self.track and name == "metrics.jsonl":
+            self.tracker = self.tracker or self.track(self.path, self.config, record["step"])
+            self.tracker(record)
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -191,7 +227,7 @@ class RunFolder:
             try:
                 how(self.path)
             except Exception as error:
-                say(f"no drawing: {first_line(error)}")
+                say(f"no drawing: {first_line(error)}", "warning")
 
 
 def stop_on_signals():
@@ -210,12 +246,16 @@ def stop_on_signals():
     return lambda: bool(asked)
 
 
+LEVELS = ("debug", "info", "warning")
+
+
 class Display:
     """The terminal: a bar with the current phase and the time left, one line per step; plain lines when piped. Only rank 0
-    has one."""
+    has one. Lines below `level` are not shown; quiet: no bar, and warnings only."""
 
-    def __init__(self, steps: int):
-        self.steps = steps
+    def __init__(self, steps: int, level: str = "info", quiet: bool = False):
+        self.steps, self.quiet = steps, quiet
+        self.level = "warning" if quiet else level
         self.tested = ""  # the newest test accuracy stays in sight
         self.bar: tqdm | None = None  # made at the first phase: until then errors have the terminal to themselves
 
@@ -223,11 +263,11 @@ class Display:
         if rank():
             return
         if self.bar is None:
-            self.bar = tqdm(total=self.steps, unit="step", disable=None, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=self.steps, unit="step", disable=self.quiet or None, dynamic_ncols=True, leave=False)
         self.bar.set_description_str(name)
 
-    def say(self, text: str) -> None:
-        if rank() == 0:
+    def say(self, text: str, level: str = "info") -> None:
+        if rank() == 0 and LEVELS.index(level) >= LEVELS.index(self.level):
             tqdm.write(text)
 
     def step(self, m: dict) -> None:
@@ -238,6 +278,8 @@ class Display:
         self.say(f"step {m['step']:>4}   reward {m['initial/reward']:.3f}   {m['problems']:>3} problems, "
                  f"{m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens   "
                  f"{m['seconds/step']:5.1f} s{test}")
+        split = [f"{key.removeprefix('seconds/')} {m[key]:.2f} s" for key in m if key.startswith("seconds/")]
+        self.say(f"            {', '.join(split)}", "debug")
         if rank():
             return
         self.bar.update()

@@ -9,7 +9,6 @@ they were chosen, values, advantages, and every token's log-prob and entropy. Th
 
 Also here: what `python fci.py` prints and draws, the FCI of one response; and `python eval.py --ask`, an answer as it comes.
 """
-import argparse
 import json
 import math
 import random
@@ -24,7 +23,7 @@ matplotlib.use("Agg")  # a file, no window: also on a machine without a screen
 import matplotlib.pyplot as plt  # noqa: E402
 
 from data import Problem, encode_question  # noqa: E402
-from errors import UserError, first_line, plain, stop_on_user_error  # noqa: E402
+from errors import Parser, UserError, first_line, plain, stop_on_user_error  # noqa: E402
 from tree import fci_threshold  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -151,8 +150,8 @@ def read_steps(path: Path, places: list[tuple[int, int, int]]) -> list[dict]:
             try:
                 records.append(json.loads(file.read(size)))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, line {number}: not a step's record ({first_line(error)}); a run that was killed: remove "
-                                "half a last line") from error
+                raise UserError(f"{path}, line {number}: not a step's record ({first_line(error)}); a run that was killed: "
+                                "remove half a last line") from error
     return records
 
 
@@ -219,8 +218,8 @@ def show_fci(argv: list[str]) -> None:
     from rollout import Request, TransformersEngine
     from tree import Response, choose_branch_points
 
-    parser = argparse.ArgumentParser(prog="fci.py", description=show_fci.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser("fci.py", show_fci.__doc__,
+                    "python fci.py --model toy/model --problem 'a=4;b=a-2;?b' --delta 1 --plot fci.png")
     parser.add_argument("--model", default="toy/model", help="model directory")
     parser.add_argument("--problem", required=True, help="the problem's text")
     parser.add_argument("--response", help="file with the response; without it one is sampled")
@@ -229,7 +228,6 @@ def show_fci(argv: list[str]) -> None:
     parser.add_argument("--rho", type=float, default=0.2, help="branch points are among the top rho of FCI")
     parser.add_argument("--max_response", type=int, default=1024, help="tokens, when sampling")
     parser.add_argument("--seed", type=int, default=0)
-    parser.error = lambda message: parser.exit(2, f"fci.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
         raise UserError("--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not negative")
@@ -291,10 +289,9 @@ def ask(model, tokenizer, eos_ids: list[int], args) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="view.py", description="The explorer, the curves and a table of runs.")
+    parser = Parser("view.py", "The explorer, the curves and a table of runs.", "python view.py runs/A runs/B")
     parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME")
     parser.add_argument("--steps", nargs="+", type=int, help="training steps in the explorer; default: as many as fit")
-    parser.error = lambda message: parser.exit(2, f"view.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     print(table(args.runs))
     for run in args.runs:

@@ -36,7 +36,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from errors import UserError, stop_on_user_error  # noqa: E402
+from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 from view import read_metrics  # noqa: E402
 
 # What all runs of a setting share; the method is the only difference. Toy steps are a line each, hence --prl_steps.
@@ -221,7 +221,7 @@ def report(folder: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="experiments/methods.py", description="methods x seeds at equal generated tokens")
+    parser = Parser("experiments/methods.py", "methods x seeds at equal generated tokens", "python experiments/methods.py --quick")
     parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)
@@ -231,7 +231,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
     parser.add_argument("--folder", type=Path, help="where results, tables and figures go")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.error = lambda message: parser.exit(2, f"experiments/methods.py: {message} (see --help)\n")
     args = parser.parse_args(argv)
     if args.one:
         options, run, tokens = json.loads(args.one)

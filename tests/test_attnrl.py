@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 from attnrl import METHODS, Config, Trainer, parse_config, train
-from errors import stop_on_user_error
+from errors import UserError, stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
 from rollout import Request, TransformersEngine, request_seed
@@ -332,3 +332,48 @@ def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_lear
     assert text.count("empty batch: all leaves of all") == 2
     first, last = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model, tmp_path / "run" / "last"))
     assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+# --- what is shown, and where metrics go --------------------------------------------------------------------------------
+def test_levels_of_the_display(tmp_path, capsys):
+    """Each shows what the one before shows, and more."""
+    shown = {}
+    levels = {"quiet": ["--quiet"], "warning": ["--log_level", "warning"], "info": [], "debug": ["--log_level", "debug"]}
+    for name, options in levels.items():
+        train(tiny(tmp_path, "--steps", "1", "--batch_size", "1", "--eval_every", "0", *options, name=name))
+        shown[name] = capsys.readouterr().out.splitlines()
+    assert shown["quiet"] == shown["warning"] and not any(line.startswith(("before", "step    1   reward")) for line in shown["quiet"])
+    assert sum("reward" in line for line in shown["info"]) == 1 and shown["info"][0].startswith("before training")
+    assert set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
+    assert any(line.strip().startswith("generate ") and "train " in line for line in shown["debug"])
+
+
+def test_tensorboard_gets_every_metric(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train(tiny(tmp_path, "--track", "tensorboard"))
+    train(tiny(tmp_path, "--track", "tensorboard", "--steps", "3", "--resume", "auto", "--resume_changed", "true"))
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    records = metrics_of(run)
+    assert len(records) == 4 and set(events.Tags()["scalars"]) == {key for m in records for key in m}
+    for key in ("initial/reward", "train/grad_norm", "test_accuracy"):
+        wanted = [(m["step"], pytest.approx(m[key], rel=1e-6)) for m in records if key in m]
+        assert [(e.step, e.value) for e in events.Scalars(key)] == wanted
+
+
+def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
+    with pytest.raises(UserError, match="--track wandb: pip install wandb"):
+        train(tiny(tmp_path, "--track", "wandb"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_grouped_with_defaults_and_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "example: python attnrl.py" in text
+    assert all(f"\n{group}:\n" in text for group in ("sampling", "branching", "adaptive sampling", "update", "machine"))
+    assert all(f"--{f.name}" in text for f in dataclasses.fields(Config)) and "top rho of FCI (default: 0.2)" in " ".join(text.split())
+    assert parse_config(["--ads_batch", "False"]).ads_batch is False and parse_config(["--dry_run"]).dry_run is True
