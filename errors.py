@@ -1,5 +1,6 @@
 """errors.py: command lines, what a person is told when something is wrong, and how a command leaves: one line, exit code 2."""
 import argparse
+import io
 import os
 import re
 import sys
@@ -7,14 +8,14 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import get_args
+from typing import Any, get_args
 
 
 class UserError(Exception):
     """Bad input: the message is one line that says what is wrong, where, and what to do."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, fit for a UserError."""
     return plain((str(error).strip() or type(error).__name__).splitlines()[0])[:500]
 
@@ -36,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_settings(self, kind: type) -> None:
         """An option for every field of a dataclass, in the groups that its metadata names (attnrl.Config)."""
-        group = self
+        group: Any = self
+        how: dict[str, Any]
         for one in fields(kind):
             if one.metadata["group"]:
                 group = self.add_argument_group(one.metadata["group"])
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             elif choices := get_args(one.type):
                 how = dict(choices=choices)
             else:
-                how = dict(type=one.type, metavar=one.type.__name__.upper())
+                how = dict(type=one.type, metavar=getattr(one.type, "__name__", "").upper())
             group.add_argument(f"--{one.name}", help=one.metadata["help"], default=one.default, **how)
 
 
@@ -69,7 +71,8 @@ def leave(code: int):
 def stop_on_user_error(command: str):
     """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
     for stream in (sys.stdout, sys.stderr):  # a file name or an answer that the terminal's encoding lacks is no reason to end
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -22,6 +22,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -47,7 +48,8 @@ class Reward:
     def __init__(self, spec: str = "eval:grade", workers: int = 2):
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []  # of the latest call: per item "", or why it could not be graded
-        self.grader = self.function = None
+        self.grader: Grader | None = None
+        self.function: Any = None
         if spec == "eval:grade":  # the default goes to the pool as a whole: many answers at a time
             self.grader = Grader(workers)
             atexit.register(self.grader.close)
@@ -133,9 +135,9 @@ def load_model(path: str, device: str):
     try:
         # False, said aloud: without it transformers asks on the terminal whether to run code that lies beside the weights
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
-                                                            output_loading_info=True)
-        model = model.to(device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False,
+                                                           output_loading_info=True)
+        model, found = loaded[0].to(device), loaded[1]
     except Exception as error:  # a dozen types for "no such model", "no such tokenizer", "broken weights"
         raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
     if lacking := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
@@ -171,7 +173,7 @@ def check_context(model, problems: list[Problem], max_response: int | None, at_m
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings of the paper; `samples` is the k of each benchmark. Its top-p is 1.0: engines sample from the full distribution.
-SUITES = {"paper": dict(temperature=0.6, max_response=32768,
+SUITES: dict[str, dict[str, Any]] = {"paper": dict(temperature=0.6, max_response=32768,
                         prompt_suffix=" Let's think step by step and output the final answer within \\boxed{}.",
                         samples=dict(aime24=32, aime25=32, amc23=32, math500=4, minerva=4, olympiad=4))}
 CHUNK = 256  # responses that are sampled, graded and written together: what a killed evaluation loses
@@ -249,7 +251,8 @@ def main(argv: list[str]) -> None:
                     "max_response": check_context(model, problems, args.max_response)}
         settings |= {name: getattr(args, name) for name in ("temperature", "prompt_suffix", "seed", "reward", "engine", "dtype")}
         work.append((out / f"{name}.jsonl", settings, [(p, i) for p in problems for i in range(k)]))
-    weights, reward, engine = model_hash(args.model)[:16], Reward(args.reward), TransformersEngine(model, eos_ids)
+    engine: Any = TransformersEngine(model, eos_ids)
+    weights, reward = model_hash(args.model)[:16], Reward(args.reward)
     make_folder(out, [path for path, _, _ in work])
     found = [resume(path, settings | {"weights": weights}, [(p.text, i) for p, i in asked]) for path, settings, asked in work]
     for results in found:

@@ -202,7 +202,7 @@ class Scores:
     fci: list[float] = field(default_factory=list)
 
 
-def pad_right(sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_right(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the sequence's tokens.
 
     Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no token id is special.
@@ -262,8 +262,7 @@ class TokenLogprobs(torch.nn.Module):
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]) if with_entropy else None
 
 
-def token_logprobs(model, sequences: list[Sequence], temperature: float, with_entropy: bool = True,
-                   ) -> tuple[torch.Tensor, torch.Tensor | None]:
+def token_logprobs(model, sequences: list, temperature: float, with_entropy: bool = True) -> tuple:
     """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the order of the sequences
     (None for the entropies without `with_entropy`). model: a causal model, or its TokenLogprobs as dist.py wrapped it.
 
@@ -273,7 +272,7 @@ def token_logprobs(model, sequences: list[Sequence], temperature: float, with_en
     return forward(*pad_right(sequences or [Sequence([0], [0])]), temperature, with_entropy)
 
 
-def token_batches(sequences: list[Sequence], token_budget: int) -> list[list[int]]:
+def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
     """Indices grouped by similar length so that rows x longest stays within the budget (one row always fits)."""
     lengths = [len(s.prompt_ids) + len(s.tokens) for s in sequences]
     batches: list[list[int]] = []
@@ -310,8 +309,8 @@ def score(model, sequences: list[Sequence], temperature: float = 1.0, delta: int
         lengths = [len(s.tokens) for s in rows] or [1]
         for row, (i, lp, entropy) in enumerate(zip(batch, logprobs.split(lengths), entropies.split(lengths))):
             results[i] = Scores(lp.tolist(), entropy.tolist())
-            if sequences[i].bounds and collector is not None:
-                results[i].fci = collector.fci[row, :len(sequences[i].bounds) - 1].tolist()
+            if (bounds := sequences[i].bounds) and collector is not None:
+                results[i].fci = collector.fci[row, :len(bounds) - 1].tolist()
                 results[i].fci[:1] = [0.0][:len(results[i].fci)]  # the first step scores 0 and is never a branch point
     return results
 

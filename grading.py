@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import wait  # just a select() that also works above descriptor 1024
 from queue import LifoQueue
+from typing import Any
 
 MAX_ANSWER = 300  # characters, or twice the gold's; a longer box is wrong, for cutting it would grade another answer
 MAX_GOLD = 1000  # characters; a longer gold (real ones have up to 200) takes only itself, for rules 3 to 5 are quadratic
@@ -71,8 +72,8 @@ def last_box(response: str) -> str | None:
 
 
 # What models type instead of LaTeX. Zero-width characters and NUL are invisible, so they cannot be meant.
-_UNICODE = {"−": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "…": r"\ldots "}
-_UNICODE = str.maketrans(_UNICODE | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\0"))
+_TYPED = {"−": "-", "×": r"\times ", "·": r"\cdot ", "°": r"^\circ ", "π": r"\pi ", "…": r"\ldots "}
+_UNICODE = str.maketrans({**_TYPED, **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\0", "")})
 _TEXT = r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it)|mbox)\s*"
 # What may follow a number: \text{ square feet}, \mathrm{m}/\mathrm{s}^2, ^\circ C, %, and a few bare
 # words (not any word: "3 pi" is not 3, nor is 3\mathrm{i}). Digits or "and" inside make it more than a unit.
@@ -245,7 +246,7 @@ class Grader:
         os.register_at_fork(after_in_child=self._reset)  # parent and child must not write to the same workers
 
     def _reset(self) -> None:
-        self._idle: LifoQueue[subprocess.Popen | None] = LifoQueue()  # last in, first out: prefer workers that run
+        self._idle: LifoQueue[Any] = LifoQueue()  # last in, first out: prefer workers that run
         for _ in range(self.size):
             self._idle.put(None)  # None: a worker that is yet to be started
 
@@ -284,10 +285,11 @@ class Grader:
         return verdicts
 
     def _ask(self, question: bytes) -> dict:
-        worker = self._idle.get()
+        worker: Any = self._idle.get()
         try:
             if worker and worker.poll() is not None:  # it died while idle, which says nothing about this question
-                worker = _end(worker)
+                _end(worker)
+                worker = None
             worker = worker or self._start()
             with suppress(BrokenPipeError):  # it died just now: the read below finds the end of the file
                 worker.stdin.write(question)
@@ -295,8 +297,8 @@ class Grader:
             # A reply is one small write, which a pipe never splits, and there is never a second one.
             if reply := os.read(worker.stdout.fileno(), 4096) if in_time else b"":
                 return json.loads(reply)
-            dead, worker = worker, _end(worker)
-            timeout = not in_time or dead.returncode == -signal.SIGALRM
+            _end(worker)
+            timeout, worker = not in_time or worker.returncode == -signal.SIGALRM, None
             return {"correct": False, "error": "timeout" if timeout else "died"}
         finally:
             self._idle.put(worker)
@@ -306,9 +308,9 @@ class Grader:
         # its own: Ctrl-C in the terminal is for the training loop, not for its workers.
         env = os.environ | {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", os.path.abspath(__file__), "--grading-worker", str(self.timeout)]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
         for _ in range(3):
-            worker = subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+            worker: Any = subprocess.Popen(command, env=env, start_new_session=True, bufsize=0, stdin=subprocess.PIPE,
+                                           stdout=subprocess.PIPE)
             if wait([worker.stdout], START_LIMIT) and os.read(worker.stdout.fileno(), 4096):  # it says "ready"
                 return worker
             _end(worker)

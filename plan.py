@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
@@ -215,7 +216,7 @@ def memory_lines(config, shape: Shape, ranks: int, gpu_gib: float) -> list[str]:
                     f"would fit with: {options}" if options else "no option makes it fit: more GPUs, or a shorter response"]
 
 
-def launch(argv: list[str], ranks: int) -> str:
+def launch(argv: list[str] | tuple, ranks: int) -> str:
     """The command of the run itself: that of the plan without the plan's own options."""
     words, skipping = [], False
     for word in argv:
@@ -225,7 +226,7 @@ def launch(argv: list[str], ranks: int) -> str:
     return shlex.join((["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]) + ["attnrl.py", *words])
 
 
-def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] = ()) -> str:
+def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
     """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no such model."""
     shape, tree, vllm = parameter_counts(config.model), config.advantage == "tree", config.engine == "vllm"
     samples = config.group_size if tree else config.grpo_samples
@@ -270,11 +271,10 @@ def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] = ()) -> str
 # ---------------------------------------------------------------------------------------------------------------------
 # The README's table
 # ---------------------------------------------------------------------------------------------------------------------
-QWEN2 = {"1.5B": dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960,
-                      vocab_size=151936),
-         "7B": dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944,
-                    vocab_size=152064)}
-MACHINES = {"ddp fp32, 1 GPU": (1, {}), "ddp fp32, 8 GPUs": (8, {}),
+QWEN2: dict[str, dict[str, Any]] = {
+    "1.5B": dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936),
+    "7B": dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064)}
+MACHINES: dict[str, tuple[int, dict]] = {"ddp fp32, 1 GPU": (1, {}), "ddp fp32, 8 GPUs": (8, {}),
             "fsdp bf16, 1 GPU": (1, dict(parallel="fsdp", dtype="bf16")),
             "the same, cpu_offload": (1, dict(parallel="fsdp", dtype="bf16", cpu_offload=True)),
             "fsdp bf16, 8 GPUs": (8, dict(parallel="fsdp", dtype="bf16"))}

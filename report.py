@@ -25,6 +25,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,8 @@ def parse_sample(row: dict, place: int, results: Results) -> Sample:
     """The sample that stands at this place of the file. Raises ValueError."""
     for f in fields(Sample):
         if type(row.get(f.name)) is not f.type or f.type is float and not math.isfinite(row[f.name]):
-            raise ValueError(f"the field {f.name!r} is no {'finite number' if f.type is float else f.type.__name__}")
+            kind = "finite number" if f.type is float else getattr(f.type, "__name__", "")
+            raise ValueError(f"the field {f.name!r} is no {kind}")
     one, k = Sample(**{f.name: row[f.name] for f in fields(Sample)}), results.settings["k"]
     if one.sample != place % k:
         raise ValueError(f"sample {one.sample}, where sample {place % k} must stand (k = {k})")
@@ -230,7 +232,8 @@ def table(files: list[Results]) -> str:
     """One row per file and the mean over files: accuracy, lengths and shares; then pass@k. In %, with intervals."""
     stems = Counter(f.path.stem for f in files)
     names = [plain(f.path.stem if stems[f.path.stem] == 1 else str(f.path.with_suffix(""))) for f in files]
-    rows, sizes, notes = [measure(f) for f in files], [[len(f.questions()), f.settings["k"]] for f in files], []
+    rows: list[dict[str, Any]] = [measure(f) for f in files]
+    sizes, notes = [[len(f.questions()), f.settings["k"]] for f in files], []
     for name, f, (count, _) in zip(names, files, sizes):
         if count < f.settings["questions"]:
             notes.append(f"{name}: only {count} of {f.settings['questions']} questions so far")

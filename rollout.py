@@ -22,6 +22,7 @@ Left out: top-p and top-k (the paper samples from the full distribution), contin
 """
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ class TransformersEngine:
         width = max(len(prompts[i]) for i in longest)
         ids = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device)
         self.prefilled += sum(len(prompts[i]) for i in longest)
-        computed = Cache(layer_class_to_replicate=DynamicLayer)  # keeps all tokens also for sliding-window layers
+        computed: Any = Cache(layer_class_to_replicate=DynamicLayer)  # keeps all tokens also for sliding-window layers
         hidden = self.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True).last_hidden_state
         row = torch.tensor([longest.index(i) for i in rides], device=device)  # (R,)
         lengths = torch.tensor([len(p) for p in prompts], device=device)

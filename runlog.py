@@ -280,7 +280,7 @@ class Display:
                  f"{m['seconds/step']:5.1f} s{test}")
         split = [f"{key.removeprefix('seconds/')} {m[key]:.2f} s" for key in m if key.startswith("seconds/")]
         self.say(f"            {', '.join(split)}", "debug")
-        if rank():
+        if self.bar is None:
             return
         self.bar.update()
         self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{self.tested}")

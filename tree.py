@@ -180,7 +180,7 @@ def set_values(node: Node) -> None:
         for child in node.children:
             set_values(child)
         node.leaves = sum(child.leaves for child in node.children)
-        node.value = sum(child.value * child.leaves for child in node.children) / node.leaves  # AttnRL Eq. 2
+        node.value = sum((child.value * child.leaves for child in node.children), Fraction(0)) / node.leaves  # AttnRL Eq. 2
 
 
 def set_advantages(node: Node, parent: Node, root: Node) -> None:

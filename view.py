@@ -3,6 +3,7 @@
     python view.py runs/NAME                      # runs/NAME/explorer.html and curves.png, from what the run has logged
     python view.py runs/NAME --steps 10 20 30     # these training steps in the explorer, instead of as many as fit
     python view.py runs/A runs/B runs/C           # the same for each, and one table
+    python view.py --plots runs/A runs/B          # the runs side by side: runs/compare.png and .svg
 
 The explorer is one HTML file without a network: the trees of the logged problems step by step, with FCI, branch points and why
 they were chosen, values, advantages, and every token's log-prob and entropy. The page itself is view.html.
@@ -28,6 +29,8 @@ from tree import fci_threshold  # noqa: E402
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#E69F00", "#000000", GREY)
+PHASES = {"generate": BLUE, "score": ORANGE, "grade": PINK, "exchange": GREY, "train": GREEN, "sync": "#56B4E9"}
 
 
 def read_metrics(run: Path) -> list[dict]:
@@ -79,7 +82,7 @@ def draw_curves(run: Path) -> Path:
     update.set(title="Update", ylim=(0, None))
     names = ("generate", "score", "grade", "train")
     seconds.stackplot([m["step"] for m in steps], [[m[f"seconds/{name}"] for m in steps] for name in names],
-                      labels=names, colors=(BLUE, ORANGE, PINK, GREEN), alpha=0.8)
+                      labels=names, colors=[PHASES[name] for name in names], alpha=0.8)
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
         axis.set_xlabel("training step")
@@ -94,6 +97,50 @@ def draw_curves(run: Path) -> Path:
     finally:
         plt.close(figure)
     return run / "curves.png"
+
+
+def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
+    """Runs side by side, as PNG and SVG: accuracy against tokens and against time, what sampling yields, where the time goes.
+    Lines differ in colour and dashes, so that they can also be told apart in print. Time is that of training, without
+    evaluations. Raises UserError."""
+    figure, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
+    panels = [("test_accuracy", "test accuracy, %", "tokens"), ("test_accuracy", "test accuracy, %", "minutes"),
+              ("initial/valid", "problems with mixed initial responses, %", "step"),
+              ("filtered_ratio", "problems that the filter kept from expansion, %", "step"),
+              ("valid_token_ratio", "trained tokens / tokens of all leaves, %", "step")]
+    labels = {"tokens": "generated tokens, millions", "minutes": "minutes of training", "step": "training step"}
+    split = axes.flat[5]
+    for n, run in enumerate(runs):
+        records, spent = read_metrics(run), 0.0
+        for m in records:
+            spent += m.get("seconds/step", 0.0) / 60
+            m |= {"tokens": m["generated_tokens"] / 1e6, "minutes": spent}
+        for axis, (key, title, over) in zip(axes.flat, panels):
+            rows = [m for m in records if key in m]
+            axis.plot([m[over] for m in rows], [100 * m[key] for m in rows], color=PALETTE[n % len(PALETTE)],
+                      label=run.resolve().name, linestyle=("-", "--", "-.", ":")[n % 4], ms=4,
+                      marker="o" if key == "test_accuracy" else None)
+            axis.set(title=title, xlabel=labels[over])
+        low, steps = 0.0, [m for m in records if "seconds/step" in m]
+        for phase, colour in PHASES.items():
+            seconds = fmean(m.get(f"seconds/{phase}", 0.0) for m in steps) if steps else 0.0
+            split.bar(n, seconds, bottom=low, color=colour, label=phase if n == 0 else None, width=0.6)
+            low += seconds
+    split.set(title="seconds a training step, by phase (mean)", ylabel="seconds")
+    split.set_xticks(range(len(runs)), [run.resolve().name for run in runs], rotation=30 if len(runs) > 3 else 0)
+    split.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    for axis in axes.flat[:5]:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs)), frameon=False)
+    paths = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    try:
+        for one in paths:
+            figure.savefig(one, dpi=120)
+    except OSError as error:
+        raise UserError(f"{one}: cannot be written ({error.strerror})") from error
+    finally:
+        plt.close(figure)
+    return paths
 
 
 def table(runs: list[Path]) -> str:
@@ -175,7 +222,7 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
         count = max(1, len(every) * PAGE_BYTES // sum(sizes.values()))
         steps = sorted({every[round(i * (len(every) - 1) / max(1, count - 1))] for i in range(count)})
         while len(steps) > 1 and sum(sizes[step] for step in steps) > PAGE_BYTES:  # steps differ in size
-            steps.remove(max(steps, key=sizes.get))
+            steps.remove(max(steps, key=sizes.__getitem__))
     shown = [read_steps(run / "batches.jsonl", batches[step])[-1]
              | {"samples": read_steps(run / "samples.jsonl", samples.get(step, [])) if samples else []} for step in steps]
     for response in (r for step in shown for sample in step["samples"] for r in sample["responses"]):
@@ -218,7 +265,7 @@ def show_fci(argv: list[str]) -> None:
     from rollout import Request, TransformersEngine
     from tree import Response, choose_branch_points
 
-    parser = Parser("fci.py", show_fci.__doc__,
+    parser = Parser("fci.py", show_fci.__doc__ or "",
                     "python fci.py --model toy/model --problem 'a=4;b=a-2;?b' --delta 1 --plot fci.png")
     parser.add_argument("--model", default="toy/model", help="model directory")
     parser.add_argument("--problem", required=True, help="the problem's text")
@@ -292,8 +339,11 @@ def main(argv: list[str]) -> None:
     parser = Parser("view.py", "The explorer, the curves and a table of runs.", "python view.py runs/A runs/B")
     parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME")
     parser.add_argument("--steps", nargs="+", type=int, help="training steps in the explorer; default: as many as fit")
+    parser.add_argument("--plots", action="store_true", help="compare the runs in one figure (PNG and SVG), beside the first one")
     args = parser.parse_args(argv)
     print(table(args.runs))
+    if args.plots:
+        return print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")
     for run in args.runs:
         print(f"{draw_curves(run)}\n{write_explorer(run, args.steps)}")
 

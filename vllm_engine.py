@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from statistics import fmean
+from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -49,6 +50,7 @@ class VLLMEngine:
             raise UserError(f"--engine vllm: vLLM is not installed here ({error}); GPU: pip install -r requirements-gpu.txt, "
                             "CPU: make .venv-vllm/ready, then .venv-vllm/bin/python") from error
         self.eos_ids, self.params, self.gpu, self.asleep = eos_ids, SamplingParams, device.startswith("cuda"), False
+        settings: dict[str, Any]
         if self.gpu:
             settings = dict(gpu_memory_utilization=memory, enable_sleep_mode=True)
         else:

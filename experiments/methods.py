@@ -1,7 +1,7 @@
 """methods.py: the paper's table on the toy. Methods x seeds at EQUAL generated tokens, with intervals and figures.
 
     python experiments/methods.py --quick            # 3 methods x 3 seeds on one setting: at most 20 minutes on 2 cores
-    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: about 2 hours; what is there is not run again
+    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: about 2 hours; goes on where it was
     python experiments/methods.py --report           # tables and figures of what is there, without running anything
 
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps" compares nothing. Every run goes
@@ -221,7 +221,8 @@ def report(folder: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("experiments/methods.py", "methods x seeds at equal generated tokens", "python experiments/methods.py --quick")
+    parser = Parser("experiments/methods.py", "methods x seeds at equal generated tokens",
+                    "python experiments/methods.py --quick")
     parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS)

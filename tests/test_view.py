@@ -193,6 +193,17 @@ def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
         view.write_explorer(copy)
 
 
+def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
+    folder = made_up(tmp_path / "other", big(leaves=5, length=40), steps=3)
+    view.main(["--plots", str(folder), str(run)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [str(tmp_path / "compare.png"), str(tmp_path / "compare.svg")]
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "compare.svg").read_text()
+    assert not (folder / "explorer.html").exists()
+    with pytest.raises(UserError, match="cannot be written"):
+        view.draw_comparison([folder], tmp_path / "nowhere" / "compare")
+
+
 # --- in a browser ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def chromium():
