@@ -7,7 +7,9 @@
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps" compares nothing. Every run goes
 on until an evaluation lies beyond the budget of generated tokens T; its accuracy AT T is read off the straight line between
 the evaluations before and after T. The same is done for wall-clock (training without evaluations), at the time in which the
-fastest run of the setting got to its end. Evaluations ask every run the same questions with the same seeds.
+fastest run of the setting got to its end, and for optimizer steps: methods differ in how many training sequences a generated
+token yields, and at a constant learning rate more optimizer steps get farther. Evaluations ask every run the same questions
+with the same seeds.
 
 Intervals: 95 %, Student's t over seeds. Differences are paired by seed (the seed fixes the order of the problems), so what the
 problems have in common cancels out: mean and interval of d_s = accuracy of the method - accuracy of AttnRL at seed s.
@@ -47,6 +49,7 @@ SETTINGS = {
     "toy8-10": ["--problems", "toy:8-10:4000:1", "--test_problems", "toy:8-10:200:2", "--max_response", "140"],
 }
 METHODS = ["grpo", "prl", "treerl", "treerl_off", "atb", "atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand", "attnrl"]
+ORDER = ("grpo", "treerl", "atb", "attnrl")  # as the paper finds them, worst first
 DRAWN = {"grpo": "#E69F00", "prl": "#CC79A7", "treerl": "#009E73", "atb": "#56B4E9", "attnrl": "#0072B2"}  # Okabe and Ito
 KEPT = ["step", "generated_tokens", "test_accuracy", "initial/reward", "initial/solve_all", "initial/solve_none", "initial/valid",
         "problems", "filtered_ratio", "trees", "sequences", "valid_token_ratio", "response_length", "entropy", "fci",
@@ -100,9 +103,16 @@ def training_seconds(records: list[dict]) -> list[float]:
     return np.cumsum([m.get("seconds/step", 0.0) for m in records]).tolist()
 
 
+def along(records: list[dict], axis: str) -> list[float]:
+    """Of each record: the tokens, seconds or optimizer steps ("updates") so far."""
+    if axis == "tokens":
+        return [m["generated_tokens"] for m in records]
+    return training_seconds(records) if axis == "seconds" else np.cumsum([m.get("train/updates", 0) for m in records]).tolist()
+
+
 def accuracy_at(records: list[dict], at: float, axis: str) -> float:
-    """Test accuracy in % where `axis` ("tokens" or "seconds") is `at`, on the line between the evaluations around it."""
-    where = training_seconds(records) if axis == "seconds" else [m["generated_tokens"] for m in records]
+    """Test accuracy in % where `axis` (see `along`) is `at`, on the line between the evaluations around it."""
+    where = along(records, axis)
     points = [(x, 100 * m["test_accuracy"]) for x, m in zip(where, records) if "test_accuracy" in m]
     return float(np.interp(at, *zip(*points)))
 
@@ -125,32 +135,45 @@ def load(folder: Path, setting: str) -> dict[str, dict[int, dict]]:
 
 
 def table(runs: dict[str, dict[int, dict]]) -> str:
-    """One row per method: accuracy at equal tokens and at equal seconds, and the paired differences to AttnRL."""
+    """One row per method: accuracy at equal tokens, seconds and optimizer steps, and the paired differences to AttnRL."""
     everything = [r for seeds in runs.values() for r in seeds.values()]
     tokens = min(r["tokens"] for r in everything)
-    seconds = min(training_seconds(r["records"])[-1] for r in everything)
-    columns = ("method", "seeds", "at the start", "at T", "difference to attnrl", "at equal time", "difference to attnrl",
-               "steps to T", "training seconds to T")
-    lines = [f"T = {tokens / 1e6:.2f} M generated tokens; equal time: {seconds:.0f} s of training", "",
+    seconds, updates = (min(along(r["records"], axis)[-1] for r in everything) for axis in ("seconds", "updates"))
+    columns = ("method", "seeds", "at the start", "at T", "- attnrl", "at equal time", "- attnrl", "at equal optimizer steps",
+               "- attnrl", "training steps to T", "optimizer steps to T", "seconds to T")
+    lines = [f"T = {tokens / 1e6:.2f} M generated tokens; equal time: {seconds:.0f} s of training; equal optimizer steps: "
+             f"{updates:.0f}.", "Test accuracy in %, mean and 95 % interval over seeds; \"- attnrl\": the difference, paired by "
+             "seed.", "",
              f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
     def cell(values):
         mean, half = mean_and_interval(values)
         return f"{mean:.1f}" + (f" ± {half:.1f}" if half == half else "")
 
+    places = (("tokens", tokens), ("seconds", seconds), ("updates", updates))
+    found = {method: [{seed: accuracy_at(r["records"], at, axis) for seed, r in seeds.items()} for axis, at in places]
+             for method, seeds in runs.items()}  # method -> at equal tokens, seconds, updates -> {seed: accuracy}
+
+    def difference(one: str, other: str, place: int) -> str:
+        pairs = [(found[one][place][s], found[other][place][s]) for s in found[one][place] if s in found[other][place]]
+        return cell([x - y for x, y in pairs]) if pairs else ""
+
     for method, seeds in runs.items():
         columns = []
-        for axis, at in (("tokens", tokens), ("seconds", seconds)):
-            own = {seed: accuracy_at(r["records"], at, axis) for seed, r in seeds.items()}
-            other = {seed: accuracy_at(r["records"], at, axis) for seed, r in runs.get("attnrl", {}).items()}
-            both = sorted(own.keys() & other.keys())
-            paired = "" if method == "attnrl" or not both else cell([own[s] - other[s] for s in both])
-            columns += [cell(list(own.values())), paired]
+        for place, own in enumerate(found[method]):
+            compared = method != "attnrl" and "attnrl" in runs
+            columns += [cell(list(own.values())), difference(method, "attnrl", place) if compared else ""]
         rows = [r["records"] for r in seeds.values()]
-        steps = fmean(np.interp(tokens, [m["generated_tokens"] for m in row], [m["step"] for m in row]) for row in rows)
-        spent = fmean(np.interp(tokens, [m["generated_tokens"] for m in row], training_seconds(row)) for row in rows)
+        until = [fmean(np.interp(tokens, along(row, "tokens"), what(row)) for row in rows) for what in (
+            lambda row: [m["step"] for m in row], lambda row: along(row, "updates"), training_seconds)]
         start = fmean(100 * row[0]["test_accuracy"] for row in rows)
-        lines.append(f"| {method} | {len(seeds)} | {start:.1f} | {' | '.join(columns)} | {steps:.0f} | {spent:.0f} |")
+        lines.append(f"| {method} | {len(seeds)} | {start:.1f} | {' | '.join(columns)} | "
+                     + " | ".join(f"{x:.0f}" for x in until) + " |")
+    lines += ["", "The paper's order, step by step (differences paired by seed):", "",
+              "| | at T | at equal time | at equal optimizer steps |", "|---|---|---|---|"]
+    for worse, better in zip(ORDER, ORDER[1:]):
+        if worse in runs and better in runs:
+            lines.append(f"| {better} - {worse} | {' | '.join(difference(better, worse, place) for place in range(3))} |")
     return "\n".join(lines)
 
 
@@ -174,8 +197,7 @@ def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> Non
         lines = []
         for result in runs.get(method, {}).values():
             records = result["records"]
-            at = {"step": [m["step"] for m in records], "tokens": [m["generated_tokens"] / 1e6 for m in records],
-                  "seconds": training_seconds(records)}[over]
+            at = [m["step"] for m in records] if over == "step" else along(records, over)
             lines.append([(x, scale * m[key]) for x, m in zip(at, records) if key in m])
         if lines := [line for line in lines if line]:
             grid = np.linspace(max(line[0][0] for line in lines), min(line[-1][0] for line in lines), 60)
@@ -183,14 +205,16 @@ def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> Non
             spread = [mean_and_interval(list(column)) for column in values.T]
             axis.plot(grid, [mean for mean, _ in spread], color=colour, label=f"{method} ({len(lines)})")
             axis.fill_between(grid, [m - h for m, h in spread], [m + h for m, h in spread], color=colour, alpha=0.15, linewidth=0)
-    names = {"step": "training step", "tokens": "M generated tokens", "seconds": "seconds of training"}
+    names = {"step": "training step", "tokens": "generated tokens", "seconds": "seconds of training",
+             "updates": "optimizer steps"}
     axis.set(title=title, xlabel=names[over])
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
 
 
 def draw_figures(runs: dict, setting: str, folder: Path) -> list[Path]:
-    panels = {f"accuracy_{setting}": [("test_accuracy", "test accuracy (avg@4), %", 100, over) for over in ("tokens", "seconds")]}
+    panels = {f"accuracy_{setting}": [("test_accuracy", "test accuracy (avg@4), %", 100, over) for over in
+                                      ("tokens", "seconds", "updates")]}
     panels |= {f"{name}_{setting}": [(*what, "step") for what in whats] for name, whats in FIGURES.items()}
     paths = []
     for name, whats in panels.items():

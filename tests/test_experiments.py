@@ -18,16 +18,16 @@ spec.loader.exec_module(methods)
 
 
 def result(seed: int, accuracies: list[float], tokens: float = 100, seconds: float = 10.0) -> dict:
-    """A run whose steps generate 100 tokens in `seconds`; evaluated before it and after each."""
-    records = [{"step": i, "generated_tokens": tokens * i, "test_accuracy": a} | ({"seconds/step": seconds} if i else {})
-               for i, a in enumerate(accuracies)]
+    """A run whose steps generate 100 tokens in `seconds` and make 4 optimizer steps; evaluated before it and after each."""
+    records = [{"step": i, "generated_tokens": tokens * i, "test_accuracy": a}
+               | ({"seconds/step": seconds, "train/updates": 4} if i else {}) for i, a in enumerate(accuracies)]
     return {"seed": seed, "tokens": 150.0, "records": records}
 
 
 def test_accuracy_is_read_off_between_two_evaluations():
     records = result(0, [0.5, 0.6, 0.9])["records"]
     assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(75)  # halfway between 60 and 90
-    assert methods.accuracy_at(records, 15, "seconds") == pytest.approx(75)
+    assert methods.accuracy_at(records, 15, "seconds") == methods.accuracy_at(records, 6, "updates") == pytest.approx(75)
     assert methods.accuracy_at(records, 0, "tokens") == 50 and methods.accuracy_at(records, 200, "tokens") == pytest.approx(90)
     del records[1]["test_accuracy"]  # not evaluated there: the line goes from 50 to 90
     assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(80)
@@ -55,14 +55,18 @@ def test_table_by_hand():
     runs = {"grpo": {0: result(0, [0.5, 0.6, 0.7]), 1: result(1, [0.5, 0.66, 0.8])},
             "attnrl": {0: result(0, [0.5, 0.6, 0.8]), 1: result(1, [0.5, 0.7, 0.9], seconds=20.0)}}
     text = methods.table(runs)
-    assert text.splitlines()[0] == "T = 0.00 M generated tokens; equal time: 20 s of training"  # the fastest run's end
+    # the fastest run's end, and the end of the one with the fewest
+    assert text.splitlines()[0] == "T = 0.00 M generated tokens; equal time: 20 s of training; equal optimizer steps: 8."
     grpo, attnrl = (next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
                     for name in ("grpo", "attnrl"))
     half = 12.706 * stdev([-5, -7]) / math.sqrt(2)
     assert grpo[1:5] == ["2", "50.0", f"69.0 ± {12.706 * stdev([65, 73]) / math.sqrt(2):.1f}", f"-6.0 ± {half:.1f}"]
     assert attnrl[3].startswith("75.0 ±") and attnrl[4] == ""
     assert float(attnrl[5].split()[0]) == 75.0  # at 20 s: 80 after two steps, and 70 after one of 20 s
-    assert grpo[-2:] == ["2", "15 |"], grpo  # steps and seconds to 150 tokens: 1.5 and 15
+    assert grpo[7].startswith("75.0 ±") and grpo[8].startswith("-10.0 ±")  # after 8 optimizer steps: 70, 80 against 80, 90
+    runs["treerl"] = {1: result(1, [0.5, 0.7, 0.8])}  # one seed in common with grpo: 75 - 73, no interval
+    assert "| treerl - grpo | 2.0 | 0.0 | 0.0 |" in methods.table(runs).splitlines()
+    assert grpo[-3:] == ["2", "6", "15 |"], grpo  # training steps, optimizer steps and seconds to 150 tokens: 1.5, 6, 15
 
 
 TINY = ["--eval_every", "1", "--eval_samples", "1", "--steps", "50", "--keep", "1", "--log_samples", "0", "--batch_size", "2",
