@@ -19,6 +19,7 @@ from attnrl import Config, parse_config, train
 from errors import UserError
 from fixtures import bpe_tokenizer, toy_tokenizer
 from runlog import token_texts
+from test_dist import lines
 from tree import fci_threshold, step_advantages
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -28,10 +29,6 @@ HOSTILE = [
     "\u202eevil\u202c", "\x00\x1b[31m", "مرحبا بالعالم", "中文字符", "👩‍👩‍👧 é", "&lt;b&gt; ${7*7} {{7*7}}", "DATA</",
     "\u2028\u2029",
 ]
-
-
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +270,7 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
                 below = [r["reward"], *(c["reward"] for c in r["continuations"] if c["at"] > cut)]
                 _, value, _, _, advantage = next(labels).split()
                 assert number(value) == pytest.approx(sum(below) / len(below), abs=0.00501)
-                assert number(advantage) == pytest.approx(dict_at(r["advantages"], cut), abs=0.00501)
+                assert number(advantage) == pytest.approx(advantage_at(r["advantages"], cut), abs=0.00501)
                 nodes += 1
         assert next(labels, None) is None and f"= {root:.2f}" in page.text("#problem")[0]
         titles = page.script("[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)")
@@ -285,7 +282,7 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
     assert nodes > 50
 
 
-def dict_at(runs: list[list], token: int) -> float:
+def advantage_at(runs: list[list], token: int) -> float:
     return [a for count, a in runs for _ in range(count)][token]
 
 
