@@ -39,7 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from errors import Parser, UserError, stop_on_user_error  # noqa: E402
-from view import read_metrics  # noqa: E402
+from view import BLUE, GREEN, PINK, read_metrics  # noqa: E402
 
 # What all runs of a setting share; the method is the only difference. Toy steps are a line each, hence --prl_steps.
 SHARED = ["--lr", "2e-5", "--eval_every", "3", "--eval_samples", "4", "--prl_steps", "blank", "--steps", "100000", "--keep", "1",
@@ -50,7 +50,7 @@ SETTINGS = {
 }
 METHODS = ["grpo", "prl", "treerl", "treerl_off", "atb", "atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand", "attnrl"]
 ORDER = ("grpo", "treerl", "atb", "attnrl")  # as the paper finds them, worst first
-DRAWN = {"grpo": "#E69F00", "prl": "#CC79A7", "treerl": "#009E73", "atb": "#56B4E9", "attnrl": "#0072B2"}  # Okabe and Ito
+DRAWN = {"grpo": "#E69F00", "prl": PINK, "treerl": GREEN, "atb": "#56B4E9", "attnrl": BLUE}  # Okabe and Ito
 KEPT = ["step", "generated_tokens", "test_accuracy", "initial/reward", "initial/solve_all", "initial/solve_none", "initial/valid",
         "problems", "filtered_ratio", "trees", "sequences", "valid_token_ratio", "response_length", "entropy", "fci",
         "train/updates", "train/grad_norm", "train/clip_fraction", "seconds/generate", "seconds/step", "seconds/total"]
