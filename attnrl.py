@@ -361,14 +361,13 @@ class Trainer:
         owners = [group for group in batch.groups for _ in range(config.samples_per_problem())]
         bounds = [prl_steps(c.tokens, self.separators, config.prl_steps, config.prl_length) if config.advantage == "prl"
                   else split_steps(c.tokens, self.separators) for c in completions]
-        with self.phase("score"):
-            wants_fci = config.advantage == "tree"
-            sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
-                         for group, c, row in zip(owners, completions, bounds)]
-            scores = score(self.scorer, sequences, config.temperature, config.delta, config.token_budget)
-            initial: list[list[float]] = [[]] * len(scores)
-            if config.advantage == "prl":
-                initial = [s.logprobs for s in score(self.reference, sequences, config.temperature, 1, config.token_budget)]
+        wants_fci = config.advantage == "tree"
+        sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
+                     for group, c, row in zip(owners, completions, bounds)]
+        scores = self.score(self.scorer, sequences, only_logprobs=not wants_fci)
+        initial: list[list[float]] = [[]] * len(scores)
+        if config.advantage == "prl":
+            initial = [s.logprobs for s in self.score(self.reference, sequences)]
         rewards = self.grade([(c.tokens, group.problem) for group, c in zip(owners, completions)])
         for group, c, row, s, ref_logprobs, reward in zip(owners, completions, bounds, scores, initial, rewards):
             fci, branchable = without_answer(s.fci, c.tokens, row, self.separators)
@@ -379,21 +378,27 @@ class Trainer:
     def add_continuations(self, continued: list[tuple[Group, Response, int, Request]],
                           completions: list[Completion]) -> None:
         """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
-        with self.phase("score"):
-            scores = score(self.scorer, [Sequence(request.prompt_ids, c.tokens)
-                                         for (*_, request), c in zip(continued, completions)],
-                           self.config.temperature, token_budget=self.config.token_budget)
+        scores = self.score(self.scorer, [Sequence(request.prompt_ids, c.tokens)
+                                          for (*_, request), c in zip(continued, completions)], only_logprobs=True)
         rewards = self.grade([(response.tokens[:at] + c.tokens, group.problem)
                               for (group, response, at, _), c in zip(continued, completions)])
         for (group, response, at, _), c, s, reward in zip(continued, completions, scores, rewards):
             entropies = s.entropies if group.index < self.config.log_samples else []
             response.continuations.append(Continuation(at, c.tokens, reward=reward, entropies=entropies, **self.behaviour(c, s)))
 
+    def score(self, model: TokenLogprobs, sequences: list[Sequence], only_logprobs: bool = False) -> list[Scores]:
+        """A scoring pass; none (and empty Scores) where it would only give the policy's log-probs, and PPO takes the engine's."""
+        config = self.config
+        if only_logprobs and config.behaviour == "engine":
+            return [Scores([], []) for _ in sequences]
+        with self.phase("score"):
+            return score(model, sequences, config.temperature, config.delta, config.token_budget)
+
     def behaviour(self, c: Completion, s: Scores) -> dict[str, Any]:
         """Behaviour log-probs of sampled tokens and, if asked for, their importance weights; logs how far engine and
         learner are apart."""
         self.gap.add(c.logprobs, s.logprobs)
-        if not math.isfinite(sum(s.logprobs)):
+        if not math.isfinite(sum(c.logprobs) + sum(s.logprobs)):
             raise UserError("the log-probs of sampled tokens are not finite: the policy's weights are damaged; remove "
                             "the newest checkpoint, and --resume auto --resume_changed true with a lower --lr")
         return dict(logprobs=c.logprobs if self.config.behaviour == "engine" else s.logprobs,

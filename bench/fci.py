@@ -1,34 +1,32 @@
-"""bench/fci.py: what FCI costs, next to a plain forward pass and to the naive way of reading attention.
+"""bench/fci.py: what FCI costs, next to a plain forward pass and to the other ways of reading attention.
 
-    plain   forward pass with SDPA: what a scoring pass costs without FCI
+    plain   forward pass with SDPA: the floor, what a scoring pass costs without FCI
     fci     the same pass with StepAttention (fci.py): alpha @ E instead of alpha
-    naive   eager attention with output_attentions=True, then AttnRL Eq. 4-6 on the stored H x T x T matrices
+    rows    the same, but alpha of 32 queries at a time is computed and reduced (AttnRL Eq. 4 as matrix products)
+    layer   the same with all queries at once: heads x T x T exist for one layer
+    naive   eager attention with output_attentions=True, then Eq. 4-6 on the stored matrices of all layers
 
 Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension 128, MLP 8960),
 random weights, batch 1, no output head. Seconds are medians of interleaved repeats in one process. Peak extra memory is
 measured in a fresh process for every number: the peak during one pass, less what was there before it (model included).
-Left out: the output head, which is the same for all three; on a long batch over 150k words it hides FCI's share.
+Left out: the output head, which is the same for all; on a long batch over 150k words it hides FCI's share.
+
+Why fci.py does not do what `rows` does, which costs less on a CPU: it reads the masks of sliding windows itself, and on a
+GPU it would write every attention weight to memory, which the fused kernel never does. The goals are met without it.
 
     python bench/fci.py                                   # CPU, or the GPU if there is one (bf16 there)
-    python bench/fci.py --lengths 512 4096 --repeats 5 --json bench.json
+    python bench/fci.py --lengths 512 4096 --repeats 5
 """
 import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2Model
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fci import StepAttention, scoring_mode  # noqa: E402
+from measure import cost, extra_bytes, gain, in_new_process, interleave, record
 
-CASES = ("plain", "fci", "naive")
+from fci import StepAttention, scoring_mode
+
+CASES = ("plain", "fci", "rows", "layer", "naive")
 DELTA = 4
 
 
@@ -52,12 +50,38 @@ def naive_fci(attentions, bounds: list[int]) -> torch.Tensor:
     return torch.stack([((step.T @ alpha[0].float() @ step) * later).sum(1).amax(0) for alpha in attentions]).amax(0)
 
 
+class Materialised(StepAttention):
+    """Reads alpha itself, of a few queries at a time. For models without sliding windows."""
+
+    def __init__(self, *args, queries: int):
+        super().__init__(*args)
+        self.queries = queries
+
+    def add(self, module, query, key, attention_mask, **_):
+        self.layers += 1
+        batch, heads, width, depth = query.shape
+        grouped = (query * depth ** -0.5).view(batch, key.shape[1], -1, width, depth)  # heads of one key-value head together
+        step_attention = 0
+        for a in range(0, width, self.queries):
+            b = min(width, a + self.queries)  # nobody looks ahead: keys end with the last query of the block
+            logits = grouped[..., a:b, :].flatten(2, 3) @ key[:, :, :b].transpose(-1, -2)
+            logits = logits.view(batch, heads, b - a, b).float()
+            future = torch.ones(b - a, b - a, dtype=torch.bool, device=key.device).triu(1)
+            logits[..., a:].masked_fill_(future, -torch.inf)
+            alpha = logits.softmax(-1)  # (B, H, queries, b)
+            queries_of = self.query_mean[:, None, :, a:b]
+            step_attention = step_attention + queries_of @ alpha @ (self.keys[:, :b] * self.key_mean[:, None])[:, None]
+        self.fci = torch.maximum(self.fci, (step_attention * self.later).sum(2).amax(1))
+
+
 def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
     """One pass over one prompt token and `length` - 1 response tokens in `steps` equal steps; FCI (K,) or None."""
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length)).to(model.device)
     bounds = [(length - 1) * k // steps for k in range(steps + 1)]
-    if case == "fci":
-        collector = StepAttention([1], [bounds], length, DELTA, model.device)
+    setup = [1], [bounds], length, DELTA, model.device
+    collector = StepAttention(*setup) if case == "fci" else Materialised(*setup, queries=32) if case == "rows" else Materialised(
+        *setup, queries=length) if case == "layer" else None
+    if collector is not None:
         with scoring_mode(model, collector):
             model(input_ids=ids, use_cache=False)
         return collector.fci[0]
@@ -67,129 +91,51 @@ def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
     return naive_fci(output.attentions, bounds) if case == "naive" else None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory: one fresh process for each number
-# ---------------------------------------------------------------------------------------------------------------------
-def status_bytes(key: str) -> int | None:
-    """VmRSS (now) or VmHWM (peak) of this process; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+def memory(case: str, length: int, steps: int, threads: int) -> float | None:
+    """Extra bytes of one pass, in a fresh process."""
+    return in_new_process(__file__, "--child", case, "--lengths", length, "--steps", steps, "--threads", threads)
 
 
-def peak_resident(run) -> tuple[int, int]:
-    """(before, peak) resident bytes around run(). A thread looks every 2 ms; the kernel's own peak is taken where it
-    can be reset first (and is not that of building the model)."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    except OSError:
-        pass
-    before = status_bytes("VmRSS")
-    if before is None:  # not Linux: the peak of the whole process, so building the model must not have been larger
-        unit = 1 if sys.platform == "darwin" else 1024
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        run()
-        return before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    kernel_tells = (status_bytes("VmHWM") or 1 << 62) <= before + (1 << 20)
-    peak, done = before, threading.Event()
-
-    def look():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, status_bytes("VmRSS"))
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    run()
-    done.set()
-    watcher.join()
-    return before, max(peak, status_bytes("VmHWM") if kernel_tells else 0)
-
-
-def child(device: str, case: str, length: int, steps: int) -> int:
-    """Extra bytes of one pass. A tiny pass comes first: libraries and thread pools are not what is measured."""
-    model = build_model(device)
-    run_case(model, case, 64, 8)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run_case(model, case, length, steps)
-        return torch.cuda.max_memory_allocated() - before
-    before, peak = peak_resident(lambda: run_case(model, case, length, steps))
-    return peak - before
-
-
-def measure_memory(args, case: str, length: int) -> int | None:
-    """`child` in a new process; None if it died (out of memory)."""
-    command = [sys.executable, __file__, "--child", case, "--lengths", str(length), "--steps", str(args.steps),
-               "--threads", str(args.threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return int(done.stdout.split()[-1]) if done.returncode == 0 else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-# ---------------------------------------------------------------------------------------------------------------------
-def measure_times(model, device: str, args, length: int) -> tuple[dict[str, float | None], float | None]:
-    """(median seconds a case, largest difference between the two FCIs). Interleaved: other load hits all alike."""
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
-    scores = {}
-    for repeat in range(args.repeats + 1):  # the first round warms up and is not counted
-        for case in CASES:
-            if seconds[case] is None:
-                continue
-            try:
-                started = time.perf_counter()
-                scores[case] = run_case(model, case, length, args.steps)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-            except torch.cuda.OutOfMemoryError:
-                seconds[case] = None
-                continue
-            if repeat:
-                seconds[case].append(time.perf_counter() - started)
-    difference = (scores["fci"] - scores["naive"]).abs().max().item() if "naive" in scores else None
-    return {case: statistics.median(times) if times else None for case, times in seconds.items()}, difference
+def compare(model, cases, length: int, steps: int, args) -> dict:
+    """A row of a table: seconds and extra MiB of every case, and the largest difference between the FCIs."""
+    scores: dict[str, torch.Tensor | None] = {}
+    seconds = interleave({case: lambda case=case: scores.update({case: run_case(model, case, length, steps)})
+                          for case in cases}, args.repeats)
+    mib = {case: memory(case, length, steps, args.threads) for case in cases}
+    row = {"T": length, "steps": steps} | {f"{case}, s": seconds[case] for case in cases}
+    row |= {f"{case}, MiB": mib[case] and mib[case] / 2**20 for case in cases}
+    return row | {"largest difference": max((s - scores["fci"]).abs().max().item() for s in scores.values() if s is not None)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
-    parser.add_argument("--steps", type=int, default=64, help="steps of the response")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--steps", type=int, nargs="+", default=[200, 16, 64, 400],
+                        help="steps of the response; all ways are compared with the first number, at the greatest length "
+                             "plain, fci and rows with the others")
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.repeats < 1 or args.steps < DELTA + 2 or min(args.lengths) <= args.steps:
+    if args.repeats < 1 or min(args.steps) < DELTA + 2 or min(args.lengths) <= max(args.steps):
         parser.error(f"--repeats must be at least 1, --steps at least {DELTA + 2} and --lengths above --steps")
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_model("cuda" if torch.cuda.is_available() else "cpu")
     if args.child:
-        print(child(device, args.child, args.lengths[0], args.steps))
-        return
-    name = torch.cuda.get_device_name() + ", bf16" if device == "cuda" else f"CPU, {args.threads} threads, fp32"
-    print(f"{name}; torch {torch.__version__}; 2 layers of Qwen2-1.5B, {args.steps} steps, median of {args.repeats}\n")
-    print(f"{'':>6} | {'seconds':^23} | {'times plain':^15} | {'peak extra MiB':^23} | {'times plain':^15} | largest")
-    print(f"{'T':>6} | " + f"{'plain':>7} {'fci':>7} {'naive':>7} | {'fci':>7} {'naive':>7} | " * 2 + "difference")
-    rows = []
-    model = build_model(device)
-    for length in args.lengths:
-        seconds, difference = measure_times(model, device, args, length)
-        memory = {case: measure_memory(args, case, length) for case in CASES}
-        line = f"{length:>6} | "
-        for numbers, unit, form in ((seconds, 1, "7.3f"), (memory, 2 ** 20, "7.0f")):
-            ratio = {case: numbers[case] / numbers["plain"] if numbers[case] else None for case in CASES}
-            line += " ".join(format(numbers[c] / unit, form) if numbers[c] else "   none" for c in CASES) + " | "
-            line += " ".join(format(ratio[c], form[0] + ".2f") if ratio[c] else "none" for c in CASES[1:]) + " | "
-        print(line + (f"{difference:.1e}" if difference is not None else "none"), flush=True)
-        rows.append({"length": length, "seconds": seconds, "extra_bytes": memory, "largest_difference": difference})
-    if args.json:
-        Path(args.json).write_text(json.dumps({"device": name, "torch": torch.__version__, "steps": args.steps,
-                                               "repeats": args.repeats, "rows": rows}, indent=1) + "\n")
+        run_case(model, args.child, 64, 8)  # libraries and thread pools are not what is measured
+        return print(extra_bytes(lambda: run_case(model, args.child, args.lengths[0], args.steps[0])))
+    rows, ratios = [compare(model, CASES, length, args.steps[0], args) for length in args.lengths], []
+    for row in rows:
+        at, goal = f"FCI, T = {row['T']}, {row['steps']} steps", (row["T"], row["steps"]) == (8192, 200)
+        ratios.append(cost(f"{at}: plain pass, time", row["fci, s"], row["plain, s"], "s", 1.5 if goal else None))
+        ratios.append(cost(f"{at}: plain pass, memory", row["fci, MiB"], row["plain, MiB"], "MiB", 1.2 if goal else None))
+        ratios.append(gain(f"{at}: naive, time", row["fci, s"], row["naive, s"], "s", 5 if row["T"] == 4096 else None))
+        if row["naive, MiB"]:
+            ratios.append(gain(f"{at}: naive, memory", row["fci, MiB"], row["naive, MiB"], "MiB"))
+    record("fci/lengths", rows, ratios)
+    rows = [compare(model, CASES[:3], args.lengths[-1], steps, args) for steps in args.steps[1:]]
+    record("fci/steps", rows, [cost(f"FCI, T = {row['T']}, {row['steps']} steps: plain pass, time",
+                                    row["fci, s"], row["plain, s"], "s") for row in rows])
 
 
 if __name__ == "__main__":

@@ -280,6 +280,24 @@ def test_a_rollout_depends_on_its_place_in_the_run_only(tmp_path):
     assert tokens[0] == tokens[1]
 
 
+def test_one_generation_call_samples_what_two_calls_sample(tmp_path):
+    """With weights that stay the same, batch m's leaves do not depend on what else is in its call."""
+    def whole(sequence):
+        return sequence.prompt_ids, sequence.tokens, sequence.advantages
+
+    leaves = []
+    for one_call in (True, False):
+        trainer = Trainer(tiny(tmp_path, "--lr", "0"), Display(1))
+        first, second = trainer.new_batch(1), trainer.new_batch(2)
+        trainer.sample(None, first)
+        for call in [(first, second), (second, None)] if one_call else [(first, None), (None, second), (second, None)]:
+            trainer.sample(*call)
+        leaves.append([s for batch in (first, second) for group in batch.groups for s in trainer.leaves(group)])
+    assert list(map(whole, leaves[0])) == list(map(whole, leaves[1])) and len(leaves[0]) > 50
+    for one, two in zip(*leaves):
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(two.logprobs), atol=1e-5)
+
+
 # --- the toy checkpoint: FCI must matter -------------------------------------------------------------------------------
 def test_toy_branch_points_chosen_by_fci_differ_from_the_earliest_two():
     config = parse_config([])

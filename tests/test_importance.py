@@ -193,6 +193,25 @@ def test_with_an_exact_engine_the_switches_change_next_to_nothing(tmp_path):
         assert {key: other[key] for key in same} == pytest.approx({key: runs[0][key] for key in same}, rel=1e-3, abs=1e-5)
 
 
+def test_a_scoring_pass_that_gives_nothing_but_log_probs_is_left_out_with_the_engines(tmp_path):
+    """GRPO wants neither FCI nor entropies: the same update without a pass. AttnRL keeps that over the initial responses."""
+    def run(*options):
+        return metrics_of(train(parse_config([*SMALL, "--out", str(tmp_path / "-".join(options)), *options])))[-1]
+
+    scored, unscored = (run("--method", "grpo", "--behaviour", side) for side in ("learner", "engine"))
+    assert scored["seconds/score"] > 0 == unscored["seconds/score"] and scored["train/updates"] == unscored["train/updates"] > 0
+    for key in ("train/loss", "train/policy_loss", "train/ratio", "train/grad_norm", "train/tokens", "initial/reward"):
+        assert unscored[key] == pytest.approx(scored[key], rel=1e-3, abs=1e-5)
+    trainer = Trainer(parse_config([*SMALL, "--behaviour", "engine", "--out", str(tmp_path / "tree")]), Display(1))
+    batch = trainer.new_batch(1)
+    trainer.sample(None, batch)
+    assert all(len(r.entropies) == len(r.tokens) and r.fci for g in batch.groups for r in g.responses)
+    gaps = trainer.gap.tokens
+    trainer.sample(batch, None)
+    ends = [c for g in batch.groups for r in g.responses for c in r.continuations]
+    assert trainer.gap.tokens == gaps > 0 and ends and all(len(c.logprobs) == len(c.tokens) for c in ends)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,132 @@
+"""bench/measure.py: what all timings here share, and the table of all ratios.
+
+    make bench                      # every script of this folder that one CPU can run, then the table; about half an hour
+    python bench/measure.py         # only the table, from results.json
+
+Both sides of a ratio come from one run and are interleaved, so that other load on the machine hits both alike; the median
+counts. Peak memory is measured in a fresh process for every number. results.json holds the machine, the versions, both
+sides of every ratio and the tables they come from, one entry per script and part.
+"""
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the scripts import this file first, and then the project's
+RESULTS = Path(__file__).resolve().parent / "results.json"
+
+
+def interleave(cases: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, float]:
+    """Median seconds of each case; of a case that returns a number (tokens, say) seconds per unit. The first round warms
+    up and is not counted; the order turns from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(repeats + 1):
+        for name in list(cases)[::1 if repeat % 2 else -1]:
+            synchronise()
+            started = time.perf_counter()
+            units = cases[name]()
+            synchronise()
+            if repeat:
+                seconds[name].append((time.perf_counter() - started) / (units or 1))
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def extra_bytes(run: Callable[[], object]) -> int:
+    """Peak memory during run(), less what was there before: of the GPU if there is one, else resident bytes."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak (VmHWM) starts anew
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+def peak_mib() -> float:
+    """Of this process so far, libraries included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def in_new_process(script: str, *options) -> float | None:
+    """The number that the script prints last; None where it died (out of memory)."""
+    done = subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def machine() -> dict:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+                 platform.machine())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {torch.get_num_threads()} threads of " \
+        f"{os.cpu_count()} cores"
+    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
+            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+
+
+def gain(what: str, ours: float, other: float, unit: str, goal: float | None = None, more: bool = False) -> dict:
+    """A line of the table: how many times less of the unit (seconds, MiB) we need than the other side; with `more`
+    (tokens per second) how many times more we get. The goal is the least that will do."""
+    times = ours / other if more else other / ours
+    return {"what": what, "ours": ours, "other": other, "unit": unit, "ratio": times, "is": "gain",
+            "goal": goal and f">= {goal}", "reached": goal and ("yes" if times >= goal else "no")}
+
+
+def cost(what: str, ours: float, other: float, unit: str, goal: float | None = None) -> dict:
+    """The same for something that has its price: how many times what the other side needs. The goal is the most."""
+    return {"what": what, "ours": ours, "other": other, "unit": unit, "ratio": ours / other, "is": "cost",
+            "goal": goal and f"<= {goal}", "reached": goal and ("yes" if ours / other <= goal else "no")}
+
+
+def record(name: str, rows: list[dict], ratios: list[dict]) -> None:
+    """Print the rows, and put them and the ratios into results.json under the name; other entries stay."""
+    print(f"{name}: {machine()['device']}, torch {torch.__version__}")
+    show(rows)
+    print(flush=True)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known[name] = {"machine": machine(), "rows": rows, "ratios": ratios}
+    fresh = RESULTS.with_suffix(".new")
+    fresh.write_text(json.dumps(known, indent=1) + "\n")
+    fresh.replace(RESULTS)
+
+
+def show(rows: list[dict]) -> None:
+    """A table; numbers with three significant digits."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+
+    def text(value) -> str:
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" \
+            if isinstance(value, (int, float)) else str(value)
+    lines = [names] + [[text(row.get(n)) for n in names] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    for line in lines:
+        words = [word.rjust(width) if i else word.ljust(width) for i, (word, width) in enumerate(zip(line, widths))]
+        print("  ".join(words).rstrip())
+
+
+if __name__ == "__main__":
+    found = json.loads(RESULTS.read_text())
+    show([line for part in found.values() for line in part["ratios"]])
+    for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
+        print("\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items()))

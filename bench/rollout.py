@@ -1,0 +1,115 @@
+"""bench/rollout.py: tokens per second of the engines, against what one would call without them.
+
+    python bench/rollout.py                        # the transformers engine against model.generate; prefixes shared or not
+    .venv-vllm/bin/python bench/rollout.py --vllm  # VLLMEngine against llm.generate on the same prompts
+
+1. The toy's mix: 24 problems x 6 responses of 50 to 90 tokens. `generate` gets the same requests in one left-padded batch, as
+   one would call it; it goes on until the last row is finished. Tokens up to the end token count, for both.
+2. Unequal lengths: programs of 4 to 9 variables, so some responses are twice as long as others.
+3. Continuations: 8 responses with 3 branch points each and 2 continuations a point, on a model of two wide layers, where the
+   prompt costs something; "without" computes the prefix of each request anew. Tokens of prefixes computed stand beside.
+4. vLLM on the toy's mix. What the engine adds to raw `llm.generate` is one SamplingParams a request and the copying of results.
+"""
+import argparse
+import random
+
+import torch
+
+from measure import gain, interleave, record
+
+import rollout
+from data import load_problems
+from eval import load_model
+from rollout import Request, TransformersEngine, request_seed
+
+
+def toy_requests(sets: list[str], tokenizer, samples: int) -> list[Request]:
+    problems = [p for source in sets for p in load_problems(source, tokenizer, max_prompt=1024)]
+    return [Request(p.prompt_ids, 110, 1.0, request_seed(0, i, j)) for i, p in enumerate(problems) for j in range(samples)]
+
+
+def plain_generate(model, requests: list[Request], eos_id: int) -> int:
+    """The same requests with transformers' own loop; how many tokens it sampled, end tokens included."""
+    width = max(len(r.prompt_ids) for r in requests)
+    ids = torch.tensor([[eos_id] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=model.device)
+    mask = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests], device=model.device)
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=eos_id,
+                             max_new_tokens=max(r.max_tokens for r in requests), pad_token_id=eos_id)[:, width:].tolist()
+    return sum(row.index(eos_id) + 1 if eos_id in row else len(row) for row in out)
+
+
+def against_generate(repeats: int) -> None:
+    model, tokenizer, (eos_id,) = load_model("toy/model", "auto")
+    engine, rows, ratios = TransformersEngine(model, [eos_id]), [], []
+    mixes = {"the toy's mix": ["toy:8:24:1"], "4 to 9 variables": [f"toy:{n}:4:1" for n in range(4, 10)]}
+    for name, sets in mixes.items():
+        requests = toy_requests(sets, tokenizer, 6)
+        seconds = interleave({"engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)),
+                              "generate": lambda: plain_generate(model, requests, eos_id)}, repeats)
+        ours, other = 1 / seconds["engine"], 1 / seconds["generate"]
+        rows.append({"requests": name, "engine, tokens/s": ours, "model.generate, tokens/s": other})
+        goal = 2 if name == "the toy's mix" else None
+        ratios.append(gain(f"rollout, {name}: model.generate", ours, other, "tokens/s", goal, more=True))
+    record("rollout/generate", rows, ratios)
+
+
+def shared_prefixes(repeats: int) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=512, hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=None)).eval()
+    rng, requests = random.Random(0), []
+    for i in range(8):
+        prompt = [rng.randrange(512) for _ in range(200)]
+        response = [rng.randrange(512) for _ in range(400)]
+        requests += [Request(prompt + response[:at], 16, 1.0, request_seed(i, at, t)) for at in (100, 200, 300) for t in range(2)]
+    engine, share = TransformersEngine(model, []), rollout.share_prefixes
+    nobody = lambda prompts: (list(range(len(prompts))), list(range(len(prompts))))  # noqa: E731
+    computed = {}
+
+    def run(name: str, how):
+        rollout.share_prefixes, engine.prefilled = how, 0
+        engine.generate(requests)
+        rollout.share_prefixes, computed[name] = share, engine.prefilled
+
+    seconds = interleave({"shared": lambda: run("shared", share), "without": lambda: run("without", nobody)}, repeats)
+    once = 8 * (200 + 300)  # each response's prompt, and the response up to its last branch point
+    assert computed["shared"] == once, computed
+    rows = [{"prefixes": name, "s": seconds[name], "prefix tokens computed": computed[name]} for name in seconds]
+    what = "48 continuations of 8 responses, without sharing prefixes"
+    record("rollout/prefixes", rows, [gain(f"rollout, {what}: time", seconds["shared"], seconds["without"], "s"), gain(
+        f"rollout, {what}: prefix tokens", computed["shared"], computed["without"], "tokens", computed["without"] / once)])
+
+
+def against_vllm(repeats: int) -> None:
+    from vllm import SamplingParams
+
+    from vllm_engine import VLLMEngine
+    model, tokenizer, eos_ids = load_model("toy/model", "cpu")
+    requests = toy_requests(["toy:8:24:1"], tokenizer, 6)
+    engine = VLLMEngine("toy/model", eos_ids, 256)
+    engine.sync_weights(model.state_dict().items())
+    params = [SamplingParams(temperature=1.0, max_tokens=r.max_tokens, seed=r.seed, logprobs=0, detokenize=False,
+                             stop_token_ids=eos_ids) for r in requests]
+    prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests]
+
+    def raw() -> int:
+        return sum(len(o.outputs[0].token_ids) for o in engine.llm.generate(prompts, params, use_tqdm=False))
+
+    seconds = interleave({"engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)), "raw": raw}, repeats)
+    ours, other = 1 / seconds["engine"], 1 / seconds["raw"]
+    record("rollout/vllm", [{"requests": "the toy's mix", "VLLMEngine, tokens/s": ours, "llm.generate, tokens/s": other}],
+           [gain("rollout, the toy's mix, vLLM: llm.generate", ours, other, "tokens/s", 0.95, more=True)])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vllm", action="store_true", help="the vLLM engine (in .venv-vllm)")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds; the median counts")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    for part in [against_vllm] if args.vllm else [against_generate, shared_prefixes]:
+        part(args.repeats)
