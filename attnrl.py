@@ -147,6 +147,9 @@ class Config:
     def samples_per_problem(self) -> int:
         return self.group_size if self.advantage == "tree" else self.grpo_samples
 
+    def keeps_reference(self) -> bool:
+        return bool(self.kl_coef) or self.advantage == "prl"
+
     def resolve(self) -> None:
         """Replace "0: derived from others" by the numbers, so that config.json holds what really ran."""
         leaves = self.group_size * (1 + self.branch_points * self.continuations)
@@ -300,7 +303,7 @@ class Trainer:
                                      activation_checkpointing=config.activation_checkpointing)
         self.scorer = TokenLogprobs(self.policy)
         policy, reference = dist.spread(self.scorer, **place), None
-        if config.kl_coef or config.advantage == "prl":
+        if config.keeps_reference():
             # read again, now that the policy is on the GPU: one copy in host memory at a time
             self.reference = TokenLogprobs(evaluation.load_model(config.model, "cpu")[0].requires_grad_(False).eval())
             reference = dist.spread(self.reference, **place)
@@ -361,10 +364,9 @@ class Trainer:
         owners = [group for group in batch.groups for _ in range(config.samples_per_problem())]
         bounds = [prl_steps(c.tokens, self.separators, config.prl_steps, config.prl_length) if config.advantage == "prl"
                   else split_steps(c.tokens, self.separators) for c in completions]
-        wants_fci = config.advantage == "tree"
-        sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if wants_fci else None)
+        sequences = [Sequence(group.problem.prompt_ids, c.tokens, row if config.advantage == "tree" else None)
                      for group, c, row in zip(owners, completions, bounds)]
-        scores = self.score(self.scorer, sequences, only_logprobs=not wants_fci)
+        scores = self.score(self.scorer, sequences, only_logprobs=config.advantage != "tree")
         initial: list[list[float]] = [[]] * len(scores)
         if config.advantage == "prl":
             initial = [s.logprobs for s in self.score(self.reference, sequences)]
@@ -467,12 +469,11 @@ class Trainer:
         config, counts = self.config, self.reward.counts
         with self.phase("evaluate"):
             self.reward.counts = Counter()
-            results = evaluation.evaluate(self.engine, self.tokenizer, dist.mine(self.test_problems), self.reward,
-                                          config.eval_samples, config.eval_max_response, config.eval_temperature, config.seed)
+            solved = evaluation.evaluate(self.engine, self.tokenizer, dist.mine(self.test_problems), self.reward,
+                                         config.eval_samples, config.eval_max_response, config.eval_temperature, config.seed)
             faults = sum(dist.everyone([sum(self.reward.counts[name] for name in FAULTS)]))
             self.reward.counts = counts
-            return {"test_accuracy": statistics.fmean(dist.everyone([evaluation.avg_at_k(r.rewards) for r in results])),
-                    "test_faults": faults}
+            return {"test_accuracy": statistics.fmean(dist.everyone(solved)), "test_faults": faults}
 
     def metrics(self, batch: Batch, sequences: list[TrainingSequence], stats: TrainStats) -> dict:
         """One line of metrics.jsonl, over all ranks: sums and means; of seconds those of the slowest."""

@@ -164,7 +164,7 @@ def link_and_drop(run: Path, step: int, best: int, keep: int) -> None:
 def find(config) -> Path | None:
     """The checkpoint to go on from, the same one on every rank; None: a fresh start."""
     try:
-        found = checkpoints(Path(config.out)) if config.resume == "auto" and config.out else []
+        found = checkpoints(Path(config.out)) if config.resume == "auto" else []
     except OSError as error:
         raise UserError(f"--out {config.out}: cannot be read ({error.strerror})") from error
     return everyone([found[-1] if found else None])[0]

@@ -189,7 +189,8 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
             continue
         kept.append(first)
         bad.setdefault("duplicate", []).extend(f"{p.source}: the same problem as {first.source}" for p in others)
-    report_bad_rows(source, {kind: lines for kind, lines in bad.items() if lines}, drop, say)
+    if bad := {kind: lines for kind, lines in bad.items() if lines}:
+        report_bad_rows(source, bad, drop, say)
     if not kept:
         raise UserError(f"{source}: no usable problem in it")
     return kept
@@ -197,14 +198,12 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
 
 def report_bad_rows(source: str, bad: dict[str, list[str]], drop: bool, say) -> None:
     """One line per bad row (a few per kind); then an error, or with `drop` the counts."""
-    if bad and not drop:
-        for kind, lines in bad.items():
-            for line in lines[:SHOWN_PER_KIND]:
-                say(f"{kind}: {line}")
-            if len(lines) > SHOWN_PER_KIND:
-                say(f"{kind}: ... and {len(lines) - SHOWN_PER_KIND} more in {source}")
     counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in bad.items())
-    if bad and not drop:
-        raise UserError(f"{source}: bad rows ({counts}); mend them, or leave them out with --drop_bad_rows")
-    if bad:
-        say(f"{source}: left out {counts}")
+    if drop:
+        return say(f"{source}: left out {counts}")
+    for kind, lines in bad.items():
+        for line in lines[:SHOWN_PER_KIND]:
+            say(f"{kind}: {line}")
+        if len(lines) > SHOWN_PER_KIND:
+            say(f"{kind}: ... and {len(lines) - SHOWN_PER_KIND} more in {source}")
+    raise UserError(f"{source}: bad rows ({counts}); mend them, or leave them out with --drop_bad_rows")

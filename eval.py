@@ -20,7 +20,6 @@ import time
 import traceback
 import zlib
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from data import Problem, load_problems
 from errors import Parser, UserError, first_line, plain, stop_on_user_error
 from dist import DTYPES, cast
 from grading import Grader, grade, last_box  # noqa: F401  (eval.grade is what notebooks and --reward call)
-from report import Sample, append, avg_at_k, make_folder, resume, table  # noqa: F401  (attnrl.py calls avg_at_k)
+from report import Sample, append, avg_at_k, make_folder, resume, table
 from rollout import Request, TransformersEngine, request_seed
 from vllm_engine import VLLMEngine
 
@@ -49,7 +48,6 @@ class Reward:
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []  # of the latest call: per item "", or why it could not be graded
         self.grader: Grader | None = None
-        self.function: Any = None
         if spec == "eval:grade":  # the default goes to the pool as a whole: many answers at a time
             self.grader = Grader(workers)
             atexit.register(self.grader.close)
@@ -90,20 +88,11 @@ class Reward:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Result:
-    """One problem with its k graded samples."""
-    problem: Problem
-    rewards: list[float]
-    samples: list[Sample]
-
-
 def evaluate(engine, tokenizer, problems: list[Problem], reward: Reward, k: int, max_tokens: int, temperature: float,
-             seed: int = 0) -> list[Result]:
-    """k samples for every problem, graded."""
+             seed: int) -> list[float]:
+    """avg@k of every problem."""
     samples = sample(engine, tokenizer, [(p, i) for p in problems for i in range(k)], reward, max_tokens, temperature, seed)
-    groups = [samples[a:a + k] for a in range(0, len(samples), k)]
-    return [Result(p, [s.reward for s in group], group) for p, group in zip(problems, groups)]
+    return [avg_at_k([s.reward for s in samples[a:a + k]]) for a in range(0, len(samples), k)]
 
 
 def sample(engine, tokenizer, asked: list[tuple[Problem, int]], reward: Reward, max_tokens: int, temperature: float,

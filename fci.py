@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist import in_step
-from errors import UserError
+from errors import UserError, stop_on_user_error
 
 ATTENTION_NAME = "attnrl_fci"
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
@@ -309,9 +309,9 @@ def score(model, sequences: list[Sequence], temperature: float = 1.0, delta: int
         lengths = [len(s.tokens) for s in rows] or [1]
         for row, (i, lp, entropy) in enumerate(zip(batch, logprobs.split(lengths), entropies.split(lengths))):
             results[i] = Scores(lp.tolist(), entropy.tolist())
-            if (bounds := sequences[i].bounds) and collector is not None:
-                results[i].fci = collector.fci[row, :len(bounds) - 1].tolist()
-                results[i].fci[:1] = [0.0][:len(results[i].fci)]  # the first step scores 0 and is never a branch point
+            steps = len(sequences[i].bounds or [0]) - 1
+            if collector is not None and steps:  # the first step scores 0 and is never a branch point
+                results[i].fci = [0.0, *collector.fci[row, 1:steps].tolist()]
     return results
 
 
@@ -338,5 +338,5 @@ if __name__ == "__main__":  # the command needs the files that come after this o
     import sys
 
     import view
-    with view.stop_on_user_error("fci.py"):
+    with stop_on_user_error("fci.py"):
         view.show_fci(sys.argv[1:])

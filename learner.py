@@ -29,7 +29,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from dist import deal, everyone, in_step, rank, whole, world
-from fci import TokenLogprobs, token_batches, token_logprobs
+from fci import token_batches, token_logprobs
 from tree import TrainingSequence
 
 
@@ -106,7 +106,7 @@ class Learner:
     def __init__(self, policy, reference=None, *, lr: float = 1e-6, weight_decay: float = 0.01, max_grad_norm: float = 1.0,
                  temperature: float = 1.0, kl_coef: float = 0.001, clip_low: float = 0.2, clip_high: float = 0.28,
                  dual_clip: float = 3.0, token_budget: int = 16384):
-        self.policy = (TokenLogprobs(policy) if hasattr(policy, "base_model") else policy).eval()
+        self.policy = policy.eval()
         self.reference = reference
         self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
         self.clips = clip_low, clip_high, dual_clip

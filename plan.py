@@ -20,21 +20,19 @@ import itertools
 import math
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from dist import decoder_layers
+from dist import DTYPES, decoder_layers
 from errors import UserError, first_line, stop_on_user_error
 from fci import HEAD_CHUNK
 
 GIB = 2**30
 PHASES = ("sampling", "scoring", "update", "optimizer")
-BYTES = {"fp32": 4, "bf16": 2}
 TOKENS_PER_STEP = 32  # of reasoning, a low guess: only FCI's indicator matrix depends on it
 # PyTorch's CUDA kernels that never store attention want bf16, or as many KV heads as heads (up to torch 2.13). With fp32 and
 # grouped-query attention SDPA falls back to one that stores H x T x T numbers.
@@ -106,13 +104,9 @@ def row_tokens(config) -> tuple[int, int]:
     return config.max_prompt + config.max_response, config.max_prompt + max(config.max_response, config.eval_max_response)
 
 
-def keeps_reference(config) -> bool:
-    return bool(config.kl_coef) or config.advantage == "prl"
-
-
 def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) -> dict[str, float]:
     """GiB on each GPU in one of the PHASES, by part. Their sum is what is needed."""
-    b, h, fsdp, vllm = BYTES[config.dtype], shape.hidden, config.parallel == "fsdp", config.engine == "vllm"
+    b, h, fsdp, vllm = DTYPES[config.dtype].itemsize, shape.hidden, config.parallel == "fsdp", config.engine == "vllm"
     row, sampled_row = row_tokens(config)
     n = max(config.token_budget, row)  # padded tokens of a pass: one row always fits
     held = 0 if config.cpu_offload else shape.parameters / (ranks if fsdp else 1)  # parameters with their fp32 state
@@ -121,7 +115,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
     gqa = config.dtype == "fp32" and shape.kv_heads < shape.heads
     stored = 4 * shape.heads * row if gqa and FP32_GQA_STORES_ATTENTION else 0  # attention, per token, one copy
 
-    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if keeps_reference(config) else 0}
+    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if config.keeps_reference() else 0}
     if phase in ("update", "optimizer") or (not fsdp and ranks > 1):  # DDP never lets go of its gradient buckets
         parts["gradients"] = 4 * held
     if phase in ("sampling", "scoring"):
@@ -169,7 +163,7 @@ def peak(config, shape: Shape, ranks: int, gpu_gib: float) -> tuple[float, str]:
 
 def vllm_tokens(config, shape: Shape, gpu_gib: float) -> int:
     """Tokens that fit into vLLM's share of a GPU beside its weights."""
-    b = BYTES[config.dtype]
+    b = DTYPES[config.dtype].itemsize
     return max(0, int((config.engine_memory * gpu_gib * GIB - b * shape.parameters) / kv_per_token(shape, b)))
 
 
@@ -188,7 +182,7 @@ def remedy(config, shape: Shape, ranks: int, gpu_gib: float) -> str:
     for size in range(1, 5):
         for chosen in itertools.combinations(filter(None, changes), size):
             change = {name: value for one in chosen for name, value in one.items()}
-            if fits(SimpleNamespace(**(vars(config) | change)), shape, ranks, gpu_gib):
+            if fits(replace(config, **change), shape, ranks, gpu_gib):
                 return " ".join(f"--{name} {str(value).lower()}" for name, value in change.items())
     return ""
 
@@ -229,7 +223,7 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
 def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
     """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no such model."""
     shape, tree, vllm = parameter_counts(config.model), config.advantage == "tree", config.engine == "vllm"
-    samples = config.group_size if tree else config.grpo_samples
+    samples = config.samples_per_problem()
     initial = config.batch_size * samples
     continued = initial * config.branch_points * config.continuations if tree else 0
     leaves = initial + continued
@@ -243,7 +237,7 @@ def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()
     copies = 2 if config.parallel == "fsdp" and not vllm else 1  # policy, and the engine's copy of it
     host = f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads the fp32 weights)"
     if config.cpu_offload:
-        host += f", {(16 + 4 * keeps_reference(config)) * shape.parameters / GIB:.1f} GiB then; all ranks together"
+        host += f", {(16 + 4 * config.keeps_reference()) * shape.parameters / GIB:.1f} GiB then; all ranks together"
     lines = {
         "model": [config.model, f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
                                 f"{shape.root:,} in embedding, last norm and head"],
@@ -284,14 +278,14 @@ def table() -> str:
     """Peak GiB per GPU without / with activation checkpointing, transformers engine, as Markdown; bold: more than 80."""
     from attnrl import Config
 
-    base = vars(Config()) | dict(parallel="ddp", dtype="fp32", cpu_offload=False, engine="transformers")
+    base = Config(parallel="ddp", dtype="fp32", engine="transformers")
     lines = [f"| model | response | {' | '.join(MACHINES)} |", "|---|---|" + "---|" * len(MACHINES)]
     for (name, sizes), response in itertools.product(QWEN2.items(), (2048, 8192, 32768)):
         shape = count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=False, **sizes))
         cells = []
         for ranks, settings in MACHINES.values():
-            needs = [peak(SimpleNamespace(**(base | settings | dict(max_response=response, activation_checkpointing=on))),
-                          shape, ranks, 80)[0] for on in (False, True)]
+            needs = [peak(replace(base, max_response=response, activation_checkpointing=on, **settings), shape, ranks, 80)[0]
+                     for on in (False, True)]
             cells.append(" / ".join(f"**{gib:.0f}**" if gib > 80 else f"{gib:.0f}" for gib in needs))
         lines.append(f"| {name} | {response // 1024}k | {' | '.join(cells)} |")
     return "\n".join(lines)

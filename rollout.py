@@ -99,7 +99,7 @@ class TransformersEngine:
 
     def __init__(self, model, eos_ids: list[int], token_budget: int = 65536):
         self.model, self.eos_ids, self.token_budget = model, eos_ids, token_budget
-        self.prefilled = 0  # prompt tokens computed so far, for tests and metrics: shared prefixes count once
+        self.prefilled = 0  # prompt tokens computed so far, for tests and bench: shared prefixes count once
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """After an update. Weights that are the policy's own are new already; a copy takes them over."""
@@ -125,11 +125,7 @@ class TransformersEngine:
         completions = [Completion([], [], False) for _ in requests]
         with scoring_mode(self.model):
             for batch in self._batches(requests):
-                def emit(row, token, batch=batch):
-                    if on_token:
-                        on_token(batch[row], token)
-                for i, completion in zip(batch, self._sample([requests[i] for i in batch], emit)):
-                    completions[i] = completion
+                self._sample(batch, requests, completions, on_token)
         return completions
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
@@ -170,15 +166,13 @@ class TransformersEngine:
             cache.update(layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index)
         return cache, slots >= 0, hidden[row, lengths - 1]
 
-    def _sample(self, requests: list[Request], emit: Callable[[int, int], None]) -> list[Completion]:
-        """Sample one batch. `rows` lists the requests that are still in the batch, in the order of the cache."""
+    def _sample(self, rows: list[int], requests: list[Request], completions: list[Completion], on_token) -> None:
+        """Fill the completions of one batch. `rows` lists the requests that are still in it, in the order of the cache."""
         device, head = self.model.device, output_head(self.model)
-        cache, mask, hidden = self._prefill(requests)
-        uniform = [np.random.default_rng(r.seed).random(r.max_tokens) for r in requests]  # [request][t]
-        temperature = torch.tensor([r.temperature for r in requests], device=device)
-        completions = [Completion([], [], False) for _ in requests]
-        rows = list(range(len(requests)))
-        for t in range(max(r.max_tokens for r in requests)):
+        cache, mask, hidden = self._prefill([requests[i] for i in rows])
+        uniform = {i: np.random.default_rng(requests[i].seed).random(requests[i].max_tokens) for i in rows}  # [request][t]
+        temperature = torch.tensor([requests[i].temperature for i in rows], device=device)
+        for t in range(max(requests[i].max_tokens for i in rows)):
             u = torch.tensor([uniform[i][min(t, len(uniform[i]) - 1)] for i in rows], device=device)
             tokens, logprobs = sample_tokens(head(hidden), temperature, u)
             done = []
@@ -188,7 +182,8 @@ class TransformersEngine:
                     one.tokens.append(token)
                     one.logprobs.append(logprob)
                     one.finished = token in self.eos_ids
-                    emit(i, token)
+                    if on_token:
+                        on_token(i, token)
                 if one.finished or len(one.tokens) == requests[i].max_tokens:
                     done.append(position)
             if len(done) == len(rows):
@@ -202,7 +197,6 @@ class TransformersEngine:
             hidden = self.model.base_model(input_ids=tokens[:, None], attention_mask=mask.long(), use_cache=True,
                                            position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache,
                                            ).last_hidden_state[:, -1]
-        return completions
 
 
 def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

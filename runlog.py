@@ -10,6 +10,7 @@ A run's folder:
 
     python -m pytest tests/test_attnrl.py
 """
+import importlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -89,15 +91,9 @@ class Gap:
         self.largest = max(self.largest, *gaps, 0.0)
 
 
-def open_tensorboard(folder: Path | None, config, first_step: int | None):
-    """A function that writes a step's metrics as TensorBoard events; what was logged from `first_step` on is void. folder None:
-    only look whether it can be done. Raises UserError."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--track tensorboard: pip install tensorboard ({first_line(error)})") from error
-    if folder is None:
-        return None
+def open_tensorboard(folder: Path, config, first_step: int):
+    """A function that writes a step's metrics as TensorBoard events; what was logged from `first_step` on is void."""
+    from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def track(record: dict) -> None:
@@ -107,23 +103,20 @@ def open_tensorboard(folder: Path | None, config, first_step: int | None):
     return track
 
 
-def open_wandb(folder: Path | None, config, first_step: int | None):
-    """The same for Weights & Biases, in project "attnrl"; where it sends what is up to its own settings (WANDB_MODE=offline)."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError(f"--track wandb: pip install wandb ({first_line(error)})") from error
-    if folder is None:
-        return None
+def open_wandb(folder: Path, config, first_step: int):
+    """The same for Weights & Biases, in project "attnrl", a run of its own each time it starts; where it sends what is up to its
+    own settings (WANDB_MODE=offline)."""
+    import wandb
     run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
     return lambda record: run.log(record, step=record["step"])
 
 
+TRACKERS = {"tensorboard": ("torch.utils.tensorboard", open_tensorboard), "wandb": ("wandb", open_wandb)}  # module, its use
+
+
 def token_texts(tokenizer, tokens: list[int]) -> list[str]:
     """The text of every token; joined they are the text of all. A character of several tokens stands at the last of them."""
-    def decode(part):
-        return tokenizer.decode(part, clean_up_tokenization_spaces=False)
-
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     texts, start, done = [], 0, 0  # tokens[start:done] are known: some tokenizers write a token differently at the beginning
     for end in range(1, len(tokens) + 1):
         text = decode(tokens[start:end])
@@ -140,13 +133,14 @@ class RunFolder:
     the other ranks `path` is None."""
 
     def __init__(self, config):
-        self.path = None
+        self.path, self.config, self.tracker = None, config, None
         if rank():
             return
-        self.track, self.config = {"none": None, "tensorboard": open_tensorboard, "wandb": open_wandb}[config.track], config
-        self.tracker = None
-        if self.track:
-            self.track(None, config, None)  # is it installed? Asked before anything is written
+        if config.track in TRACKERS:
+            try:
+                importlib.import_module(TRACKERS[config.track][0])  # is it installed? Asked before anything is written
+            except ImportError as error:
+                raise UserError(f"--track {config.track}: pip install {config.track} ({first_line(error)})") from error
         self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -164,8 +158,8 @@ class RunFolder:
         """One JSON line, on the disk before the next step begins."""
         if rank():
             return
-        if self.track and name == "metrics.jsonl":
-            self.tracker = self.tracker or self.track(self.path, self.config, record["step"])
+        if name == "metrics.jsonl" and self.config.track in TRACKERS:
+            self.tracker = self.tracker or TRACKERS[self.config.track][1](self.path, self.config, record["step"])
             self.tracker(record)
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
@@ -280,10 +274,9 @@ class Display:
                  f"{m['seconds/step']:5.1f} s{test}")
         split = [f"{key.removeprefix('seconds/')} {m[key]:.2f} s" for key in m if key.startswith("seconds/")]
         self.say(f"            {', '.join(split)}", "debug")
-        if self.bar is None:
-            return
-        self.bar.update()
-        self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{self.tested}")
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix_str(f"reward {m['initial/reward']:.2f}{self.tested}")
 
     def close(self) -> None:
         if self.bar is not None:

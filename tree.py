@@ -72,11 +72,6 @@ class TrainingSequence:
         if not len(self.tokens) == len(self.advantages) == len(self.logprobs) == len(self.weights):
             raise ValueError("tokens, advantages, logprobs and weights must have one entry per response token")
 
-    @property
-    def mask(self) -> list[int]:
-        """1 for the tokens of prompt + response that are trained: every response token, end-of-sequence included."""
-        return [0] * len(self.prompt_ids) + [1] * len(self.tokens)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Branch points

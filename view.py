@@ -18,14 +18,11 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
+from matplotlib.figure import Figure  # not pyplot: files, no windows, also on a machine without a screen
 
-matplotlib.use("Agg")  # a file, no window: also on a machine without a screen
-import matplotlib.pyplot as plt  # noqa: E402
-
-from data import Problem, encode_question  # noqa: E402
-from errors import Parser, UserError, first_line, plain, stop_on_user_error  # noqa: E402
-from tree import fci_threshold  # noqa: E402
+from data import Problem, encode_question
+from errors import Parser, UserError, first_line, plain, stop_on_user_error
+from tree import fci_threshold
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
@@ -57,14 +54,15 @@ def draw_curves(run: Path) -> Path:
     """Four panels over training steps: accuracy, what sampling yields, the update, where the time goes."""
     records = read_metrics(run)
     steps = [m for m in records if m["step"] > 0]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
 
-    def plot(axis, key, label, colour, style="-", scale=1.0, rows=None):
-        rows = [m for m in (steps if rows is None else rows) if key in m]
+    def plot(axis, key, label, colour, style="-", scale=1.0):
+        rows = [m for m in records if key in m]
         axis.plot([m["step"] for m in rows], [scale * m[key] for m in rows], style, color=colour, label=label)
 
     accuracy, sampling, update, seconds = axes.flat
-    plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, "o-", 100, records)
+    plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, "o-", 100)
     plot(accuracy, "initial/reward", "reward of initial responses", ORANGE, "--", 100)
     plot(accuracy, "mc/reward", "reward of continuations", GREEN, ":", 100)
     accuracy.set(title="Accuracy", ylabel="%")
@@ -94,8 +92,6 @@ def draw_curves(run: Path) -> Path:
         figure.savefig(run / "curves.png", dpi=110)
     except OSError as error:
         raise UserError(f"{run / 'curves.png'}: cannot be written ({error.strerror})") from error
-    finally:
-        plt.close(figure)
     return run / "curves.png"
 
 
@@ -103,7 +99,8 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
     """Runs side by side, as PNG and SVG: accuracy against tokens and against time, what sampling yields, where the time goes.
     Lines differ in colour and dashes, so that they can also be told apart in print. Time is that of training, without
     evaluations. Raises UserError."""
-    figure, axes = plt.subplots(2, 3, figsize=(14, 8), constrained_layout=True)
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    axes = figure.subplots(2, 3)
     panels = [("test_accuracy", "test accuracy, %", "tokens"), ("test_accuracy", "test accuracy, %", "minutes"),
               ("initial/valid", "problems with mixed initial responses, %", "step"),
               ("filtered_ratio", "problems that the filter kept from expansion, %", "step"),
@@ -138,8 +135,6 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
             figure.savefig(one, dpi=120)
     except OSError as error:
         raise UserError(f"{one}: cannot be written ({error.strerror})") from error
-    finally:
-        plt.close(figure)
     return paths
 
 
@@ -243,7 +238,8 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
     """The FCI curve of one response with its branch points."""
-    figure, axis = plt.subplots(figsize=(max(6, min(16, 0.5 * len(fci))), 4), constrained_layout=True)
+    figure = Figure(figsize=(max(6, min(16, 0.5 * len(fci))), 4), layout="constrained")
+    axis = figure.subplots()
     axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
     axis.plot(chosen, [fci[k] for k in chosen], "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
     axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)", title="Forward Context Influence")

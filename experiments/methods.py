@@ -30,11 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -98,16 +95,12 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading off
 # ---------------------------------------------------------------------------------------------------------------------
-def training_seconds(records: list[dict]) -> list[float]:
-    """Seconds of training steps up to each record, without evaluations, saving and loading."""
-    return np.cumsum([m.get("seconds/step", 0.0) for m in records]).tolist()
-
-
 def along(records: list[dict], axis: str) -> list[float]:
-    """Of each record: the tokens, seconds or optimizer steps ("updates") so far."""
-    if axis == "tokens":
-        return [m["generated_tokens"] for m in records]
-    return training_seconds(records) if axis == "seconds" else np.cumsum([m.get("train/updates", 0) for m in records]).tolist()
+    """Of each record, what there was up to it: training steps ("step"), generated tokens ("tokens"), optimizer steps
+    ("updates"), or seconds of training steps ("seconds": without evaluations, saving and loading)."""
+    if axis in ("step", "tokens"):
+        return [m["step" if axis == "step" else "generated_tokens"] for m in records]
+    return np.cumsum([m.get({"seconds": "seconds/step", "updates": "train/updates"}[axis], 0) for m in records]).tolist()
 
 
 def accuracy_at(records: list[dict], at: float, axis: str) -> float:
@@ -164,8 +157,8 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
             compared = method != "attnrl" and "attnrl" in runs
             columns += [cell(list(own.values())), difference(method, "attnrl", place) if compared else ""]
         rows = [r["records"] for r in seeds.values()]
-        until = [fmean(np.interp(tokens, along(row, "tokens"), what(row)) for row in rows) for what in (
-            lambda row: [m["step"] for m in row], lambda row: along(row, "updates"), training_seconds)]
+        until = [fmean(np.interp(tokens, along(row, "tokens"), along(row, axis)) for row in rows)
+                 for axis in ("step", "updates", "seconds")]
         start = fmean(100 * row[0]["test_accuracy"] for row in rows)
         lines.append(f"| {method} | {len(seeds)} | {start:.1f} | {' | '.join(columns)} | "
                      + " | ".join(f"{x:.0f}" for x in until) + " |")
@@ -197,8 +190,7 @@ def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> Non
         lines = []
         for result in runs.get(method, {}).values():
             records = result["records"]
-            at = [m["step"] for m in records] if over == "step" else along(records, over)
-            lines.append([(x, scale * m[key]) for x, m in zip(at, records) if key in m])
+            lines.append([(x, scale * m[key]) for x, m in zip(along(records, over), records) if key in m])
         if lines := [line for line in lines if line]:
             grid = np.linspace(max(line[0][0] for line in lines), min(line[-1][0] for line in lines), 60)
             values = np.array([np.interp(grid, *zip(*line)) for line in lines])
@@ -212,22 +204,19 @@ def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> Non
     axis.grid(alpha=0.3)
 
 
-def draw_figures(runs: dict, setting: str, folder: Path) -> list[Path]:
+def draw_figures(runs: dict, setting: str, folder: Path) -> None:
     panels = {f"accuracy_{setting}": [("test_accuracy", "test accuracy (avg@4), %", 100, over) for over in
                                       ("tokens", "seconds", "updates")]}
     panels |= {f"{name}_{setting}": [(*what, "step") for what in whats] for name, whats in FIGURES.items()}
-    paths = []
+    (folder / "figures").mkdir(exist_ok=True)
     for name, whats in panels.items():
-        figure, axes = plt.subplots(1, len(whats), figsize=(4.2 * len(whats), 3.8), constrained_layout=True)
+        figure = Figure(figsize=(4.2 * len(whats), 3.8), layout="constrained")
+        axes = figure.subplots(1, len(whats))
         for axis, what in zip(axes, whats):
             draw(axis, runs, *what)
         figure.legend(*axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN), frameon=False)
         figure.suptitle(f"{setting}: mean over seeds (their number in brackets), band: 95 % interval", fontsize=10)
-        paths.append(folder / "figures" / f"{name}.png")
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[-1], dpi=110)
-        plt.close(figure)
-    return paths
+        figure.savefig(folder / "figures" / f"{name}.png", dpi=110)
 
 
 def report(folder: Path) -> str:

@@ -33,7 +33,6 @@ nothing inside the prefix changes (also not its last token, which predicts the f
 
 Intervals: 95 %, percentiles of a bootstrap over problems. Left out: other models, the paper's own problems.
 """
-import argparse
 import copy
 import json
 import os
@@ -45,18 +44,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Problem, encode_question, load_problems  # noqa: E402
-from errors import UserError, stop_on_user_error  # noqa: E402
+from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 from eval import Reward, load_model  # noqa: E402
 from fci import Sequence, score, separator_tokens, split_steps  # noqa: E402
 from rollout import Request, TransformersEngine, request_seed  # noqa: E402
 from toy.programs import toy_program, toy_solution  # noqa: E402
 from tree import Response, choose_branch_points  # noqa: E402
-from view import BLUE, GREEN, GREY, ORANGE, plt  # noqa: E402
+from view import BLUE, GREEN, GREY, ORANGE  # noqa: E402
 
 SAMPLES, RHO, RESAMPLES = 8, 0.2, 1000  # a step; the quantile of Eq. 7; bootstrap
 MEASURES = ("FCI, Delta 1", "FCI, Delta 2", "FCI, Delta 4", "FCI, result only", "mean entropy", "position (early)", "shortness",
@@ -157,7 +157,7 @@ def sample_rows(problems, model, tokenizer, eos_ids, reward, count: int, seed: i
         branch |= {"two steps of highest mean entropy": 1 + np.argsort(-entropy[1:n])[:2], "earliest two": [1, 2]}
         scores = np.array([*fci.values(), influence(on_result, 1).max((0, 1)), entropy, -np.arange(n + 1), -np.diff(bounds),
                            rng.random(n + 1)])
-        branch = {rule: bool(hub in steps) for rule, steps in branch.items()}
+        branch = {rule: hub in steps for rule, steps in branch.items()}
         rows.append(Row(i, hub, text, verdict == 1, prompt, response, branch, scores[:, 1:n], influence(attention, 1)[..., 1:n],
                         true_influence(problems[i].text)[:, 1:]))
     if not any(row.right for row in rows):
@@ -335,7 +335,8 @@ def points(axis, places, found, scale: float = 1.0, **style) -> None:
 
 def draw_correlation(path: Path, views: dict[str, dict]) -> None:
     """Above: every score with T. Below: single heads."""
-    figure, axes = plt.subplots(2, len(views), figsize=(5 * len(views), 9), constrained_layout=True)
+    figure = Figure(figsize=(5 * len(views), 9), layout="constrained")
+    axes = figure.subplots(2, len(views))
     for (title, by), axis, heat in zip(views.items(), *axes):
         for shift, way, colour, mark in ((-0.12, "within", BLUE, "o"), (0.12, "partial", ORANGE, "s")):
             points(axis, np.arange(len(MEASURES)) + shift, [by[m]["transitive"][way] for m in MEASURES], fmt=mark, color=colour,
@@ -354,12 +355,12 @@ def draw_correlation(path: Path, views: dict[str, dict]) -> None:
                  title="single heads $y^{l,h}$, Delta 1: within, below it partial")
     figure.colorbar(image, ax=axes[1], label="rank correlation with T, within", shrink=0.8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
     """Accuracy by class; drop by class and step index; classes compared at equal index."""
-    figure, axes = plt.subplots(len(studies), 3, figsize=(15, 4.4 * len(studies)), constrained_layout=True)
+    figure = Figure(figsize=(15, 4.4 * len(studies)), layout="constrained")
+    axes = figure.subplots(len(studies), 3)
     looks = [dict(fmt="o", color=BLUE), dict(fmt="s", color=GREEN), dict(fmt="^", color=ORANGE)]
     for (name, (classes, by_step, matched)), (left, middle, right) in zip(studies.items(), axes):
         for i, (kind, look) in enumerate(zip(classes, looks)):
@@ -385,11 +386,11 @@ def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=8, loc="lower right")
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="What FCI finds on the toy: correlation with true influence, and disruption.")
+    parser = Parser("experiments/what_fci_finds.py", "What FCI finds on the toy: correlation with true influence, disruption.",
+                    "python experiments/what_fci_finds.py --quick")
     parser.add_argument("--quick", action="store_true", help="few problems; writes to runs/what_fci_finds-quick")
     parser.add_argument("--model", default=str(ROOT / "toy" / "model"))
     parser.add_argument("--problems", help="toy:VARIABLES:COUNT:SEED; default toy:8:240:3, with --quick toy:8:16:3")

@@ -31,7 +31,7 @@ def test_accuracy_is_read_off_between_two_evaluations():
     assert methods.accuracy_at(records, 0, "tokens") == 50 and methods.accuracy_at(records, 200, "tokens") == pytest.approx(90)
     del records[1]["test_accuracy"]  # not evaluated there: the line goes from 50 to 90
     assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(80)
-    assert methods.training_seconds(records) == [0, 10, 20]
+    assert methods.along(records, "seconds") == [0, 10, 20]
 
 
 def test_interval_by_hand():

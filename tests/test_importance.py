@@ -300,7 +300,7 @@ def test_the_mean_is_over_tokens_not_over_weights():
         sequences = [TrainingSequence(s.prompt_ids, s.tokens, s.advantages, s.logprobs, [weight] * len(s.tokens))
                      for s in weighted_sequences(3)]
         learner = Learner(copy.deepcopy(MODEL), kl_coef=0.0, max_grad_norm=1e9, token_budget=40)
-        learner.optimizer.step = lambda learner=learner: found.append(gradients(learner.policy.model))
+        learner.optimizer.step = lambda learner=learner: found.append(gradients(learner.policy))
         found.append(learner.train(sequences, mini_batch=99, seed=0).policy_loss)
     whole, whole_loss, half, half_loss = found
     assert torch.equal(half, whole / 2) and half_loss == pytest.approx(whole_loss / 2, rel=1e-6)

@@ -2,9 +2,8 @@
 import json
 import resource
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,11 +26,11 @@ SHAPES = [dict(hidden_size=64, intermediate_size=160, num_attention_heads=8, num
           dict(hidden_size=96, intermediate_size=128, num_attention_heads=6, num_key_value_heads=1, head_dim=32)]
 
 
-def settings(**overrides) -> SimpleNamespace:
+def settings(**overrides) -> Config:
     """The paper's settings on FSDP2 in bf16 with vLLM, unless overridden."""
     chosen = dict(dtype="bf16", parallel="fsdp", engine="vllm", engine_memory=0.4, activation_checkpointing=False,
                   cpu_offload=False, target_sequences=1920, grpo_samples=30)
-    return SimpleNamespace(**(vars(Config()) | chosen | overrides))
+    return Config(**(chosen | overrides))
 
 
 def qwen2(size: str) -> plan.Shape:
@@ -156,7 +155,7 @@ def test_a_bad_model_directory_is_one_clear_line(broken, tmp_path):
 def test_what_a_layer_saves_equals_saved_tensors_hooks(kind, dtype, sizes):
     shape = plan.count(small_model(dtype, kind, **sizes).config)
     for tokens in (64, 256):
-        assert layer_bytes(tokens, dtype, kind=kind, **sizes) == tokens * plan.saved_per_token(shape, plan.BYTES[dtype])
+        assert layer_bytes(tokens, dtype, kind=kind, **sizes) == tokens * plan.saved_per_token(shape, DTYPES[dtype].itemsize)
 
 
 def test_attention_that_is_stored_costs_a_row_of_weights_per_token_and_head():
@@ -248,7 +247,7 @@ def test_memory_of_sampling_is_an_upper_bound_of_what_pytorch_allocates(prompt, 
                       eval_max_response=0, rollout_tokens=8 * (prompt + response))
     shape = plan.count(model.config)
     planned = planned_bytes(config, shape, "sampling")  # all prompts as long as can be: so it is with late branch points
-    cache = 8 * (prompt + response) * plan.kv_per_token(shape, plan.BYTES[dtype])
+    cache = 8 * (prompt + response) * plan.kv_per_token(shape, DTYPES[dtype].itemsize)
     assert max(cache, 0.8 * planned * (prompt == 900)) < peak_bytes(lambda: engine.generate(requests)) < 1.1 * planned
 
 
@@ -257,7 +256,7 @@ def test_kv_cache_bytes_equal_a_real_cache():
         model = small_model(dtype, **SHAPES[0])
         cache = model(input_ids=torch.zeros(2, 50, dtype=torch.long), use_cache=True).past_key_values
         real = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-        assert real == 2 * 50 * plan.kv_per_token(plan.count(model.config), plan.BYTES[dtype])
+        assert real == 2 * 50 * plan.kv_per_token(plan.count(model.config), DTYPES[dtype].itemsize)
     assert plan.kv_per_token(qwen2("1.5B"), 2) == 28_672 and plan.kv_per_token(qwen2("7B"), 2) == 57_344
 
 
@@ -326,7 +325,7 @@ def test_remedies_are_small_and_work():
         read = {"true": True, "fsdp": "fsdp", "bf16": "bf16"}
         change = {name[2:]: read[value] if value in read else float(value) for name, value in zip(words[::2], words[1::2])}
         assert change and set(change) <= {f.name for f in fields(Config)}
-        assert plan.fits(SimpleNamespace(**(vars(config) | change)), shape, ranks, 80)
+        assert plan.fits(replace(config, **change), shape, ranks, 80)
     assert plan.remedy(settings(), shape, 1, 4) == ""  # nothing makes 7B fit 4 GiB
 
 

@@ -301,10 +301,6 @@ def test_an_empty_continuation_is_a_leaf_that_ends_at_the_cut():
     assert (own.tokens, empty.tokens, empty.advantages) == ([1, 2], [1], [0.0])
 
 
-def test_mask_is_the_response_with_its_last_token():
-    assert TrainingSequence([1, 2], [3, 4, 5], [0.0] * 3, [0.0] * 3).mask == [0, 0, 1, 1, 1]
-
-
 def test_drop_zero_keeps_a_sequence_with_one_nonzero_token():
     zero = TrainingSequence([1], [2, 3], [0.0, -0.0], [0.0, 0.0])
     partly = TrainingSequence([1], [2, 3], [0.0, -0.5], [0.0, 0.0])
