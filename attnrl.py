@@ -502,7 +502,7 @@ def train(config: Config, stop=lambda: False) -> Path:
     trainer = Trainer(config, display)
     resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
         step, [Group(**group | {"problem": trainer.problems[group["number"]]}) for group in groups]))
-    folder = RunFolder(config)  # after that: a run that is refused touches nothing
+    folder = RunFolder(config, display.say)  # after that: a run that is refused touches nothing
     started = time.perf_counter()
     if resumed:
         done, best, upcoming = resumed
@@ -552,7 +552,7 @@ def train(config: Config, stop=lambda: False) -> Path:
         for notice in batch_notices(config, batch, sequences):
             display.say(f"step {step:>4}   {notice}", "warning")
         if leaving:
-            display.say(f"stopped after step {step}, on request; the same command with --resume auto goes on")
+            display.say(f"stopped after step {step}, on request; the same command with --out {folder.path} --resume auto goes on")
             break
     folder.draw(display.say, view.write_explorer)
     display.close()

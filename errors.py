@@ -20,17 +20,32 @@ def first_line(error: BaseException) -> str:
     return plain((str(error).strip() or type(error).__name__).splitlines()[0])[:500]
 
 
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written; without its name, which the message begins with."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def plain(text: str) -> str:
     """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or worse, are replaced."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something; leaves a text of several lines, and the example, as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
+
+    def _fill_text(self, text, width, indent):
+        return text if "\n" in text or text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
     """A command line: its --help shows defaults and ends with an example; what is wrong with it is a UserError."""
 
     def __init__(self, prog: str, description: str, example: str, usage: str = ""):
-        super().__init__(prog, f"python {prog} {usage}" if usage else None, description, f"example: {example}",
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        super().__init__(f"python {prog}", f"%(prog)s {usage}" if usage else None, description, f"example: {example}",
+                         formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")

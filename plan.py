@@ -28,7 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from dist import DTYPES, decoder_layers
-from errors import UserError, first_line, stop_on_user_error
+from errors import Parser, UserError, first_line, stop_on_user_error
 from fci import HEAD_CHUNK
 
 GIB = 2**30
@@ -292,8 +292,9 @@ def table() -> str:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise UserError(f"{' '.join(argv)}: plan.py takes no arguments; the plan of a run is python attnrl.py ... --dry_run")
+    parser = Parser("plan.py", "The README's table of memory; for the plan of one run: attnrl.py --dry_run.", "python plan.py")
+    if unknown := parser.parse_known_args(argv)[1]:
+        raise UserError(f"{' '.join(unknown)}: plan.py takes no arguments; the plan of a run is python attnrl.py ... --dry_run")
     print(table())
 
 

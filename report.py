@@ -78,7 +78,8 @@ def read_results(path: Path) -> Results:
     try:
         *lines, half = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+        hint = f"; give its files, {path}/*.jsonl" if path.is_dir() else ""
+        raise UserError(f"{path}: cannot be read ({error.strerror}){hint}") from error
     results = Results(path, {}, [], sum(len(line) + 1 for line in lines), len(half))
     for place, line in enumerate(lines or [b"{}"], -1):  # -1: the settings
         try:

@@ -132,7 +132,7 @@ class RunFolder:
     """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made. Only rank 0 writes; of
     the other ranks `path` is None."""
 
-    def __init__(self, config):
+    def __init__(self, config, say=lambda text: None):
         self.path, self.config, self.tracker = None, config, None
         if rank():
             return
@@ -146,13 +146,16 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             going_on = config.resume == "auto" and (self.path / "config.json").exists()
             if any(self.path.iterdir()) and not going_on:
-                raise UserError(f"--out {self.path}: is not empty; give another folder, remove it, or (if it is this run's) "
-                                "--resume auto")
+                raise UserError(f"--out {self.path}: is not empty" + (
+                    ", and has no config.json of a run to go on with; give another folder" if config.resume == "auto" else
+                    "; give another folder, remove it, or (if it is this run's) --resume auto"))
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             with (self.path / "config.json").open("w" if going_on else "x") as file:  # "x": the first of two gets it
                 file.write(json.dumps(asdict(config) | {"out": str(self.path), "versions": versions}, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be made a folder ({error.strerror})") from error
+        if not going_on:
+            say(f"run folder: {self.path}")  # at once: a run that is killed has no last line
 
     def append(self, name: str, record: dict) -> None:
         """One JSON line, on the disk before the next step begins."""
@@ -166,7 +169,7 @@ class RunFolder:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:  # the disk is full, say; half a line is dropped when the run goes on
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the same command with "
-                            "--resume auto goes on from the newest checkpoint") from error
+                            f"--out {self.path} --resume auto goes on from the newest checkpoint") from error
 
     def write_batch(self, step: int, groups: list, trainer) -> None:
         """Every problem of a step: its difficulty, whether and how often it was expanded, what came of it; and a few with

@@ -21,7 +21,7 @@ from statistics import fmean
 from matplotlib.figure import Figure  # not pyplot: files, no windows, also on a machine without a screen
 
 from data import Problem, encode_question
-from errors import Parser, UserError, first_line, plain, stop_on_user_error
+from errors import Parser, UserError, first_line, plain, reason, stop_on_user_error
 from tree import fci_threshold
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -36,7 +36,7 @@ def read_metrics(run: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot be read ({reason(error)}); give the folder of a run") from error
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
@@ -75,11 +75,11 @@ def draw_curves(run: Path) -> Path:
     plot(update, "entropy", "entropy (nats)", BLUE)
     plot(update, "train/grad_norm", "gradient norm", ORANGE, "--")
     plot(update, "train/clip_fraction", "share of clipped tokens", GREEN, ":")
-    if any(m["train/kl"] for m in steps):  # 0 throughout: no reference model was kept
+    if any(m.get("train/kl") for m in steps):  # 0 throughout: no reference model was kept
         plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
     update.set(title="Update", ylim=(0, None))
     names = ("generate", "score", "grade", "train")
-    seconds.stackplot([m["step"] for m in steps], [[m[f"seconds/{name}"] for m in steps] for name in names],
+    seconds.stackplot([m["step"] for m in steps], [[m.get(f"seconds/{name}", 0) for m in steps] for name in names],
                       labels=names, colors=[PHASES[name] for name in names], alpha=0.8)
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
@@ -204,14 +204,14 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
         config = json.loads((run / "config.json").read_text(encoding="utf-8"))
         page = (Path(__file__).parent / "view.html").read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"{getattr(error, 'filename', None) or run / 'config.json'}: cannot be read ({error})") from error
+        raise UserError(f"{getattr(error, 'filename', None) or run / 'config.json'}: cannot be read ({reason(error)})") from error
     batches = find_steps(run / "batches.jsonl")
     samples = find_steps(run / "samples.jsonl") if (run / "samples.jsonl").exists() else {}  # --log_samples 0
     every = sorted(batches.keys() & metrics.keys())
-    if missing := sorted(set(wanted or []) - set(every)):
-        raise UserError(f"--steps {missing[0]}: {run} has no such step")
     if not every:
         raise UserError(f"{run / 'batches.jsonl'}: no training step in it yet")
+    if missing := sorted(set(wanted or []) - set(every)):
+        raise UserError(f"--steps {missing[0]}: {run} has no such step (it has {every[0]} to {every[-1]})")
     steps, sizes = sorted(set(wanted or every)), {step: sum(size for *_, size in samples.get(step, [])) for step in every}
     if not wanted and sum(sizes.values()) > PAGE_BYTES:
         count = max(1, len(every) * PAGE_BYTES // sum(sizes.values()))
@@ -249,9 +249,9 @@ def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str
     axis.legend()
     axis.grid(alpha=0.3)
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")  # else matplotlib makes FILE.png of FILE
     except (OSError, ValueError) as error:  # no such folder, no such format
-        raise UserError(f"--plot {path}: cannot be written ({error})") from error
+        raise UserError(f"--plot {path}: cannot be written ({reason(error)})") from error
 
 
 def show_fci(argv: list[str]) -> None:
@@ -281,7 +281,7 @@ def show_fci(argv: list[str]) -> None:
         try:
             text = open(args.response, encoding="utf-8").read()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({error})") from error
+            raise UserError(f"--response {args.response}: cannot be read as UTF-8 text ({reason(error)})") from error
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         check_context(model, [Problem(args.problem, [], "--problem", prompt)], len(tokens), option=f"response {args.response}:")
     else:
@@ -341,7 +341,8 @@ def main(argv: list[str]) -> None:
     if args.plots:
         return print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")
     for run in args.runs:
-        print(f"{draw_curves(run)}\n{write_explorer(run, args.steps)}")
+        print(draw_curves(run))
+        print(write_explorer(run, args.steps))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 Worst case: every response and continuation as long as allowed. Prints the bytes that each rank sends and receives, the
 seconds of the exchange (median of 3), and the memory that the groups take on one rank afterwards.
 """
-import argparse
 import pickle
 import resource
 import statistics
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dist  # noqa: E402
 from attnrl import Group  # noqa: E402
 from data import Problem  # noqa: E402
-from errors import leave  # noqa: E402
+from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 from tree import Continuation, Response  # noqa: E402
 
 
@@ -36,24 +35,31 @@ def make_group(index: int, tokens: int, rng) -> Group:
     return Group(index, Problem("?", ["1"], "bench", [1] * 200), responses)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--problems", type=int, default=64)
-parser.add_argument("--tokens", type=int, default=8192)
-args = parser.parse_args()
-dist.start("cpu", alone=True)
-mine = dist.mine([make_group(j, args.tokens, np.random.default_rng(j)) for j in range(args.problems)])
-size = len(pickle.dumps(mine))
-seconds = []
-for _ in range(3):
-    dist.group.barrier()
-    started = time.perf_counter()
-    groups = dist.everyone(mine)
-    seconds.append(time.perf_counter() - started)
-assert [g.index for g in groups] == list(range(args.problems))
-if dist.rank() == 0:
-    sampled = sum(len(r.tokens) + sum(len(c.tokens) for c in r.continuations) for g in groups for r in g.responses)
-    print(f"{args.problems} problems, {sampled / 1e6:.1f} M sampled tokens, {dist.world()} ranks: each sends {size / 2**20:.0f} "
-          f"MiB and receives {dist.world() * size / 2**20:.0f} MiB; {statistics.median(seconds):.2f} s (median of 3); "
-          f"peak memory of a rank {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
-dist.stop()
-leave(0)
+def main(argv: list[str]) -> None:
+    parser = Parser("bench/exchange.py", __doc__ or "", "torchrun --nproc_per_node 2 bench/exchange.py --problems 8")
+    parser.add_argument("--problems", type=int, default=64, help="in the batch of all ranks")
+    parser.add_argument("--tokens", type=int, default=8192, help="of every response")
+    args = parser.parse_args(argv)
+    if min(args.problems, args.tokens) < 1:
+        raise UserError("--problems and --tokens: must be at least 1")
+    dist.start("cpu", alone=True)
+    mine = dist.mine([make_group(j, args.tokens, np.random.default_rng(j)) for j in range(args.problems)])
+    size = len(pickle.dumps(mine))
+    seconds = []
+    for _ in range(3):
+        dist.group.barrier()
+        started = time.perf_counter()
+        groups = dist.everyone(mine)
+        seconds.append(time.perf_counter() - started)
+    assert [g.index for g in groups] == list(range(args.problems))
+    if dist.rank() == 0:
+        sampled = sum(len(r.tokens) + sum(len(c.tokens) for c in r.continuations) for g in groups for r in g.responses)
+        print(f"{args.problems} problems, {sampled / 1e6:.1f} M sampled tokens, {dist.world()} ranks: each sends "
+              f"{size / 2**20:.0f} MiB and receives {dist.world() * size / 2**20:.0f} MiB; {statistics.median(seconds):.2f} s "
+              f"(median of 3); peak memory of a rank {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
+    dist.stop()
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("bench/exchange.py"):
+        main(sys.argv[1:])

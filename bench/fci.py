@@ -124,13 +124,14 @@ def main() -> None:
     if args.child:
         run_case(model, args.child, 64, 8)  # libraries and thread pools are not what is measured
         return print(extra_bytes(lambda: run_case(model, args.child, args.lengths[0], args.steps[0])))
-    rows, ratios = [compare(model, CASES, length, args.steps[0], args) for length in args.lengths], []
+    rows, ratios = [compare(model, CASES, length, args.steps[0], args) for length in args.lengths], []  # None: out of memory
     for row in rows:
         at, goal = f"FCI, T = {row['T']}, {row['steps']} steps", (row["T"], row["steps"]) == (8192, 200)
         ratios.append(cost(f"{at}: plain pass, time", row["fci, s"], row["plain, s"], "s", 1.5 if goal else None))
-        ratios.append(cost(f"{at}: plain pass, memory", row["fci, MiB"], row["plain, MiB"], "MiB", 1.2 if goal else None))
+        if row["plain, MiB"] and row["fci, MiB"]:
+            ratios.append(cost(f"{at}: plain pass, memory", row["fci, MiB"], row["plain, MiB"], "MiB", 1.2 if goal else None))
         ratios.append(gain(f"{at}: naive, time", row["fci, s"], row["naive, s"], "s", 5 if row["T"] == 4096 else None))
-        if row["naive, MiB"]:
+        if row["naive, MiB"] and row["fci, MiB"]:
             ratios.append(gain(f"{at}: naive, memory", row["fci, MiB"], row["naive, MiB"], "MiB"))
     record("fci/lengths", rows, ratios)
     rows = [compare(model, CASES[:3], args.lengths[-1], steps, args) for steps in args.steps[1:]]

@@ -6,7 +6,6 @@
 Every step is logged, every tenth evaluated and saved, so that the whole loop is watched. The slope is a least-squares line
 through the main process's memory (RSS) over the last two thirds of the steps: before that, caches fill.
 """
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 
 
 def family(pid: int) -> list[int]:
@@ -34,10 +35,13 @@ def look(pid: int) -> tuple[float, float, int, int]:
     return resident(pid), sum(map(resident, members[1:])), len(list(Path(f"/proc/{pid}/fd").iterdir())), len(members)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="memory, open files and processes of a long run on the toy")
-    parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
+def main(argv: list[str]) -> None:
+    parser = Parser("bench/longrun.py", "Memory, open files and processes of a long run on the toy.",
+                    "python bench/longrun.py --steps 30")
+    parser.add_argument("--steps", type=int, default=300, help="training steps")
+    steps = parser.parse_args(argv).steps
+    if steps < 3:
+        raise UserError(f"--steps {steps}: must be at least 3, for a slope")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run" / "metrics.jsonl"
         command = [sys.executable, "attnrl.py", "--steps", str(steps), "--eval_every", "10", "--out", f"{folder}/run"]
@@ -52,7 +56,7 @@ def main() -> None:
                 except (FileNotFoundError, ProcessLookupError):
                     pass  # a process ended while we looked
         if run.returncode:
-            sys.exit(f"attnrl.py ended with exit code {run.returncode}")
+            raise UserError(f"attnrl.py ended with exit code {run.returncode}")
         minutes = (time.monotonic() - started) / 60
         disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if not path.is_symlink()) / 2**20
     print("| step | MiB | MiB of children | open files | processes |\n|---|---|---|---|---|")
@@ -66,4 +70,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stop_on_user_error("bench/longrun.py"):
+        main(sys.argv[1:])

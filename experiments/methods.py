@@ -23,6 +23,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -68,18 +69,27 @@ def train_until(options: list[str], run: Path, tokens: float) -> None:
     train(parse_config([*options, "--out", str(run), "--resume", "auto"]), stop=enough)
 
 
+running: list[subprocess.Popen] = []  # an interrupt ends them
+
+
+def is_there(setting: str, method: str, seed: int, tokens: float, folder: Path) -> bool:
+    result = folder / "results" / setting / f"{method}-{seed}.json"
+    return result.exists() and json.loads(result.read_text())["tokens"] >= tokens
+
+
 def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -> Path:
     """A run in a process of its own, on one thread; its JSON is written when it is complete, and then it is not run again."""
     result = folder / "results" / setting / f"{method}-{seed}.json"
-    if result.exists() and json.loads(result.read_text())["tokens"] >= tokens:
+    if is_there(setting, method, seed, tokens, folder):
         return result
     run = HERE.parent / "runs" / "experiments" / folder.name / f"{setting}-{method}-{seed}"
     options = ["--method", method, "--seed", str(seed), *SHARED, *SETTINGS[setting]]
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("a") as log:
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        code = subprocess.run([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])], cwd=HERE.parent,
-                              stdout=log, stderr=log, env=one_thread).returncode
+        running.append(subprocess.Popen([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])],
+                                        cwd=HERE.parent, stdout=log, stderr=log, env=one_thread))
+        code = running[-1].wait()
     if code:
         raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}")
     records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_metrics(run)]
@@ -90,6 +100,25 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
     fresh.replace(result)
     shutil.rmtree(run)  # models: what is needed is in the JSON
     return result
+
+
+def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, jobs: int) -> None:
+    """Those that are not there yet, `jobs` at a time. Ctrl-C and SIGTERM end the runs that are going on and start no other."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    wanted, started = [what for what in wanted if not is_there(*what, tokens, folder)], time.monotonic()
+    print(f"{len(wanted)} runs to do; logs: {HERE.parent / 'runs' / 'experiments' / folder.name}/*.log", flush=True)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            futures = [pool.submit(run_one, *what, tokens, folder) for what in wanted]
+            for i, future in enumerate(futures, 1):
+                path, minutes = future.result(), (time.monotonic() - started) / 60
+                print(f"{i}/{len(wanted)} after {minutes:.1f} minutes, about {minutes * (len(wanted) / i - 1):.0f} left: {path}",
+                      flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                process.terminate()
+            raise
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,12 +267,13 @@ def main(argv: list[str]) -> None:
                     "python experiments/methods.py --quick")
     parser.add_argument("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
     parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS)
-    parser.add_argument("--seeds", type=int, help="how many: 0, 1, ...")
-    parser.add_argument("--tokens", type=float, help="budget of generated tokens, millions")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, metavar="NAME", help=f"default: {', '.join(SETTINGS)}")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, metavar="NAME", help=f"default: {', '.join(METHODS)}")
+    parser.add_argument("--seeds", type=int, help="how many: 0, 1, ...; default 5, with --quick 3")
+    parser.add_argument("--tokens", type=float, default=0.4, help="budget of generated tokens, millions")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument("--folder", type=Path, help="where results, tables and figures go")
+    parser.add_argument("--folder", type=Path,
+                        help="of results, tables and figures; default experiments/full, with --quick experiments/quick")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one:
@@ -252,20 +282,18 @@ def main(argv: list[str]) -> None:
     settings = args.settings or (["toy8"] if args.quick else list(SETTINGS))
     methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
     seeds = (3 if args.quick else 5) if args.seeds is None else args.seeds
-    tokens = 1e6 * (0.4 if args.tokens is None else args.tokens)
     folder = args.folder or HERE / ("quick" if args.quick else "full")
-    if min(seeds, tokens, args.jobs) <= 0:
-        raise UserError("--seeds, --tokens and --jobs: must be above 0")
-    if not args.report:  # seeds first: a table that is cut short has all methods
-        wanted = [(s, m, seed) for seed in range(seeds) for s in settings for m in methods]
-        started = time.monotonic()
-        with ThreadPoolExecutor(args.jobs) as pool:
-            jobs = [pool.submit(run_one, *what, tokens, folder) for what in wanted]
-            for i, (what, job) in enumerate(zip(wanted, jobs), 1):
-                job.result()
-                minutes = (time.monotonic() - started) / 60
-                print(f"{i}/{len(wanted)} after {minutes:.1f} minutes: {', '.join(map(str, what))}", flush=True)
-    print(report(folder))
+    for name, value in (("seeds", seeds), ("tokens", args.tokens), ("jobs", args.jobs)):
+        if not 0 < value < math.inf:
+            raise UserError(f"--{name} {value}: must be a number above 0")
+    if not args.report:
+        try:
+            (folder / "results").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--folder {folder}: cannot be written ({error.strerror})") from error
+        # seeds first: a table that is cut short has all methods
+        run_all([(s, m, seed) for seed in range(seeds) for s in settings for m in methods], 1e6 * args.tokens, folder, args.jobs)
+    print(f"{report(folder)}\nwritten: {folder / 'tables.md'}, {folder / 'figures'}/*.png")
 
 
 if __name__ == "__main__":

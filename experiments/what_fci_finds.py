@@ -136,7 +136,7 @@ def sample_rows(problems, model, tokenizer, eos_ids, reward, count: int, seed: i
     verdicts = reward([(text, problems[i].answers) for text, (i, _) in zip(texts, asked)])
     eager = copy.deepcopy(model)  # shows attention as it is: single heads, and a second opinion on fci.py
     eager.set_attn_implementation("eager")
-    for (i, request), completion, text, verdict in zip(asked, completions, texts, verdicts):
+    for (i, request), completion, text, verdict in zip(tqdm(asked, unit="response", disable=None), completions, texts, verdicts):
         tokens, lines, prompt = completion.tokens, problems[i].text.split(";")[:-1], request.prompt_ids
         bounds, n = split_steps(tokens, separators), len(lines)
         if not in_format(text, problems[i].text) or len(bounds) != n + 2 or not completion.finished:
@@ -391,8 +391,8 @@ def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
 def main(argv: list[str]) -> None:
     parser = Parser("experiments/what_fci_finds.py", "What FCI finds on the toy: correlation with true influence, disruption.",
                     "python experiments/what_fci_finds.py --quick")
-    parser.add_argument("--quick", action="store_true", help="few problems; writes to runs/what_fci_finds-quick")
-    parser.add_argument("--model", default=str(ROOT / "toy" / "model"))
+    parser.add_argument("--quick", action="store_true", help="few problems; writes to runs/what_fci_finds-quick, not experiments")
+    parser.add_argument("--model", default=str(ROOT / "toy" / "model"), help="model directory")
     parser.add_argument("--problems", help="toy:VARIABLES:COUNT:SEED; default toy:8:240:3, with --quick toy:8:16:3")
     args = parser.parse_args(argv)
     source, started = args.problems or ("toy:8:16:3" if args.quick else "toy:8:240:3"), time.time()
@@ -400,7 +400,14 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--problems {source}: the true influence of a step is known on the toy only; give toy:8:100:3")
     model, tokenizer, eos_ids = load_model(args.model, "cpu")
     toy, reward, results = load_problems(source, tokenizer, max_prompt=1024), Reward(), {}
+    out = ROOT / "runs" / "what_fci_finds-quick" if args.quick else ROOT / "experiments"
+    try:
+        for folder in ("figures", "results"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from error
     for name, problems in (("toy", toy), ("decoy", decoys(len(toy), toy[0].text.count(";"), tokenizer))):
+        print(f"{name}: sampling and scoring", flush=True)
         rows = sample_rows(problems, model, tokenizer, eos_ids, reward, count=2 if args.quick else 3)
         right, weights = [row for row in rows if row.right], bootstrap_weights([row.problem for row in rows])
         disrupt(right, problems, model, tokenizer, eos_ids, reward)
@@ -414,18 +421,16 @@ def main(argv: list[str]) -> None:
                       "D": row.truth[1].tolist(), **{m: row.scores[i].round(4).tolist() for i, m in enumerate(MEASURES[:5])},
                       "right of 8, without and with": row.hits[:, 0].tolist() if row.right else None} for row in rows]}
         print_tables(name, results[name])
-    out = ROOT / "runs" / "what_fci_finds-quick" if args.quick else ROOT / "experiments"
-    for folder in ("figures", "results"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
     views = {f"{name}, {view}": by for name, found in results.items() for view, by in found["correlation"].items()}
     draw_correlation(out / "figures" / "fci_correlation.png", dict(list(views.items())[:3]))
     draw_disruption(out / "figures" / "disruption.png", {name: found["disruption"].values() for name, found in results.items()})
     settings = {"model": os.path.relpath(args.model, ROOT), "problems": source, "samples": SAMPLES, "resamples": RESAMPLES}
     text = json.dumps(settings | results)
     (out / "results" / "what_fci_finds.json").write_text(text.replace('{"problem":', '\n{"problem":') + "\n", encoding="utf-8")
-    print(f"\n{(time.time() - started) / 60:.1f} minutes; figures and results are in {out}")
+    print(f"\n{(time.time() - started) / 60:.1f} minutes; written: {out}/figures/fci_correlation.png, "
+          f"disruption.png, {out}/results/what_fci_finds.json")
 
 
 if __name__ == "__main__":
-    with stop_on_user_error("what_fci_finds.py"):
+    with stop_on_user_error("experiments/what_fci_finds.py"):
         main(sys.argv[1:])

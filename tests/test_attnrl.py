@@ -361,7 +361,7 @@ def test_levels_of_the_display(tmp_path, capsys):
         train(tiny(tmp_path, "--steps", "1", "--batch_size", "1", "--eval_every", "0", *options, name=name))
         shown[name] = capsys.readouterr().out.splitlines()
     assert shown["quiet"] == shown["warning"] and not any(line.startswith(("before", "step    1   reward")) for line in shown["quiet"])
-    assert sum("reward" in line for line in shown["info"]) == 1 and shown["info"][0].startswith("before training")
+    assert sum("reward" in line for line in shown["info"]) == 1 and [line[:12] for line in shown["info"][:2]] == ["run folder: ", "before train"]
     assert set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
     assert any(line.strip().startswith("generate ") and "train " in line for line in shown["debug"])
 

@@ -3,6 +3,7 @@
 One table, in one process (each command's main inside stop_on_user_error, as its last lines have it); a few of the same as
 real subprocesses. {w} is a folder of bad files and model directories, which `world` builds once.
 """
+import importlib.util
 import json
 import os
 import subprocess
@@ -22,8 +23,19 @@ import view
 from errors import stop_on_user_error
 from fixtures import ROOT, TOY_MODEL, save_real_model
 
+
+def main_of(script: str):
+    """The main of a script that is no module of the flat ones."""
+    spec = importlib.util.spec_from_file_location(script.replace("/", "_").removesuffix(".py"), ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
 MAINS = {"attnrl.py": attnrl.main, "eval.py": evaluation.main, "fci.py": view.show_fci, "view.py": view.main, "plan.py": plan.main,
          "report.py": report.main}
+MAINS |= {script: main_of(script) for script in ("experiments/methods.py", "experiments/what_fci_finds.py", "toy/build.py",
+                                                 "bench/exchange.py", "bench/longrun.py")}
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;?d"
 GOOD = {"step": 0, "test_accuracy": 0.5, "generated_tokens": 0, "seconds/total": 0.0}
 
@@ -138,7 +150,7 @@ def world(tmp_path_factory) -> Path:
 # (command, arguments, words that the one line must hold). A command's usual arguments come first (USUAL).
 USUAL = {"attnrl.py": ["--steps", "1", "--batch_size", "2", "--problems", "toy:6:20:1", "--test_problems", "toy:6:3:2", "--out", "out"],
          "eval.py": ["--k", "1", "--out", "out"], "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM], "view.py": [], "plan.py": [],
-         "report.py": []}
+         "report.py": [], "toy/build.py": ["--out", "out"]} | {script: [] for script in MAINS if script[:3] in ("exp", "ben")}
 TOY = f"--model {TOY_MODEL}"
 CASES = [
     # settings of a training run
@@ -253,7 +265,8 @@ CASES = [
     ("eval.py", f"{TOY} --problems toy:6:3 --reward :", "--reward :: cannot be imported"),
     ("eval.py", f"{TOY} --ask \udcff", "--ask"),
     # the folder of a run
-    ("attnrl.py", "--out {w}", "--out {w}: is not empty"),
+    ("attnrl.py", "--out {w}", "--out {w}: is not empty; give another folder, remove it, or (if it is this run's) --resume auto"),
+    ("attnrl.py", "--out {w} --resume auto", "--out {w}: is not empty, and has no config.json of a run to go on with"),
     ("attnrl.py", "--out {w}/file", "--out {w}/file: cannot be made a folder"),
     ("attnrl.py", "--out {w}/file/x", "--out {w}/file/x: cannot be made a folder"),
     ("attnrl.py", "--out " + "n" * 300, "--out nnn|: cannot be made a folder"),
@@ -272,6 +285,7 @@ CASES = [
     ("fci.py", "--plot {w}/nothing/x.png", "--plot {w}/nothing/x.png: cannot be written"),
     ("fci.py", "--plot {w}/x.nonsense", "--plot {w}/x.nonsense: cannot be written"),
     ("fci.py", "--plot {w}/folder.jsonl", "--plot {w}/folder.jsonl: cannot be written"),
+    ("fci.py", "--plot {w}/curves", "--plot {w}/curves: cannot be written (Is a directory)"),
     ("fci.py", "--plots x", "--plots"),
     # curves and tables
     ("view.py", "", "the following arguments are required: runs/NAME"),
@@ -282,16 +296,31 @@ CASES = [
         "deepline": ", line 1: ", "lacking": ", line 2: |generated_tokens", "untested": "", "latin1run": ": cannot be read",
         "nulls": ", line 1: |step"}.items()],
     ("view.py", "{w}/curves", "{w}/curves/curves.png: cannot be written"),
+    ("view.py", "{w}/curves/metrics.jsonl", "metrics.jsonl: cannot be read (Not a directory); give the folder of a run"),
     ("plan.py", "--gpus 8", "--gpus"),
     ("plan.py", "1.5B", "1.5B"),
     # results of evaluations
     ("report.py", "", "FILE.jsonl"),
     ("report.py", "--compares x", "--compares"),
     ("report.py", "{w}/nothing.jsonl", "{w}/nothing.jsonl: cannot be read"),
-    ("report.py", "{w}/folder.jsonl", "{w}/folder.jsonl: cannot be read"),
+    ("report.py", "{w}/folder.jsonl", "{w}/folder.jsonl: cannot be read (Is a directory); give its files, {w}/folder.jsonl/*.jsonl"),
     ("report.py", "--compare {w}/good.jsonl", "--compare: takes two result files, got 1"),
     *[("report.py", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
       for name in ("file", "good.jsonl", "blank.jsonl", "utf16.jsonl", "empty.parquet", "deep.json")],
+    # experiments, the toy, timings
+    ("experiments/methods.py", "--tokens nan", "--tokens nan: must be a number above 0"),
+    ("experiments/methods.py", "--folder {w}/file", "--folder {w}/file: cannot be written (Not a directory)"),
+    ("experiments/what_fci_finds.py", "--quik", "unrecognized arguments: --quik"),
+    ("experiments/what_fci_finds.py", "--model {w}/nothing", "--model {w}/nothing: cannot be loaded"),
+    ("toy/build.py", "--steps x", "--steps: invalid int value: 'x'"),
+    ("toy/build.py", "--steps -1", "--steps -1: must be between 0 and"),
+    ("toy/build.py", "--slip 7", "--slip 7.0: must be between 0 and 1"),
+    ("toy/build.py", "--start {w}/nothing", "--start {w}/nothing: cannot be loaded (no such directory)"),
+    ("toy/build.py", "--start {w}/badconfig", "--start {w}/badconfig: cannot be loaded"),
+    ("toy/build.py", "--out {w}/file", "--out {w}/file: cannot be made a folder (File exists)"),
+    ("bench/exchange.py", "--tokens x", "--tokens: invalid int value: 'x'"),
+    ("bench/exchange.py", "--problems 0", "--problems and --tokens: must be at least 1"),
+    ("bench/longrun.py", "--steps 0", "--steps 0: must be at least 3"),
 ]
 
 
@@ -317,6 +346,17 @@ def test_bad_input_is_one_line_and_exit_code_2(command, args, words, world, tmp_
     assert error.startswith(f"{command}: ") and "Traceback" not in out + error
     assert all(word.replace("{w}", str(world)) in error for word in words.split("|")) and len(error) < 1500, error
     assert files(world) == before and not files(tmp_path), "something was written"
+
+
+@pytest.mark.parametrize("command", MAINS)
+def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_copy(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        MAINS[command](["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and text.startswith(f"usage: python {command} ") and text.count("example: ") == 1
+    assert command in text.splitlines()[-1] and text.splitlines()[-1].startswith("example: ")  # one line, however long
+    assert "default: None" not in text and "default: )" not in text
 
 
 @pytest.mark.parametrize("command, args, words", [

@@ -395,7 +395,7 @@ def test_the_first_signal_stops_after_the_step_and_the_second_at_once(tmp_path):
             code, step = run.wait(60), steps_done(folder)
             assert code == 0, f"exit code {code} after signal {number}, expected 0:\n{run.stderr()}"
             assert "stopping after this step (once more: at once)" in run.stderr() and "Traceback" not in run.stderr()
-            assert f"stopped after step {step}, on request; the same command with --resume auto goes on" in run.stdout()
+            assert f"stopped after step {step}, on request; the same command with --out {folder} --resume auto goes on" in run.stdout()
             assert check_newest(folder) == step > before
             assert (f"resumed from {folder}/step-{before:06}" in run.stdout()) == (before > 0), run.stdout()
     leaves_at_once(folder, signal.SIGINT)

@@ -2,6 +2,8 @@
 import importlib.util
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -108,6 +110,27 @@ def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_pat
     started = time.monotonic()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.stdout == done.stdout and time.monotonic() - started < 30 and not run.exists()
+
+
+def test_sigterm_ends_the_runs_that_go_on_and_starts_no_other(tmp_path, monkeypatch, capsys):
+    begun, started, before = [], time.monotonic(), signal.getsignal(signal.SIGTERM)
+
+    def run_one(*what):
+        begun.append(what)
+        methods.running.append(subprocess.Popen(["sleep", "60"]))
+        if len(methods.running) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        methods.running[-1].wait()
+
+    monkeypatch.setattr(methods, "run_one", run_one)
+    monkeypatch.setattr(methods, "running", [])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            methods.run_all([("toy8", "grpo", seed) for seed in range(6)], 1.0, tmp_path, jobs=2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(begun) == 2 and time.monotonic() - started < 30 and all(p.poll() is not None for p in methods.running)
+    assert "6 runs to do; logs: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("args, words", [(["--seeds", "0"], "--seeds"), (["--report"], "no results"), (["--methods", "ppo"], "--methods"),

@@ -6,7 +6,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from fixtures import TOY_MODEL
 from helpers import randomise
-from toy.build import build_tokenizer, widen
+from toy.build import build_tokenizer, main, widen
 
 
 def small_model():
@@ -37,6 +37,13 @@ def test_what_was_padded_stays_zero_in_training():
         optimizer.zero_grad()
     assert sum(mask.sum() for mask in new.values()) > 10_000
     assert all((value[new[name]] == 0).all() for name, value in wide.state_dict().items())
+
+
+def test_the_command_names_what_it_wrote_and_shows_no_bar(tmp_path, capfd):
+    main([*"--steps 0 --hub_steps 0 --slip_steps 0 --out".split(), str(tmp_path / "model")])
+    out, error = capfd.readouterr()
+    assert out.splitlines()[-1] == f"model: {tmp_path}/model" and not error
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 128
 
 
 def test_committed_checkpoint_is_padded_and_of_the_stated_size():

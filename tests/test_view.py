@@ -190,6 +190,18 @@ def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
         view.write_explorer(copy)
 
 
+def test_a_curve_has_the_name_that_was_asked_for(tmp_path):
+    view.plot_scores(str(tmp_path / "curve"), [0.0, 1.0], [1], ["a", "b"])
+    assert [path.name for path in tmp_path.iterdir()] == ["curve"]  # matplotlib alone would write curve.png
+
+
+def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn_is_named(tmp_path, capsys):
+    folder = made_up(tmp_path / "run", big(leaves=5, length=40), steps=3)
+    with pytest.raises(UserError, match=r"--steps 7: .* has no such step \(it has 1 to 3\)"):
+        view.main([str(folder), "--steps", "7"])
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "curves.png")
+
+
 def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
     folder = made_up(tmp_path / "other", big(leaves=5, length=40), steps=3)
     view.main(["--plots", str(folder), str(run)])

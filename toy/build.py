@@ -9,7 +9,6 @@ Three stages of supervised learning, loss on the response only:
    step, which is the room that reinforcement learning has.
 What was left out: everything that a real SFT needs (packing, evaluation during training, mixed precision).
 """
-import argparse
 import copy
 import math
 import random
@@ -20,8 +19,10 @@ from pathlib import Path
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from errors import Parser, UserError, first_line, stop_on_user_error  # noqa: E402
 from toy.programs import LETTERS, toy_program, toy_solution  # noqa: E402
 
 
@@ -82,7 +83,9 @@ def train(model, tokenizer, stage: Stage):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 0 or step == stage.steps:
-            print(f"{stage.name} step {step}/{stage.steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            spent = time.time() - started
+            print(f"{stage.name} step {step}/{stage.steps} loss {loss.item():.4f} {spent:.0f} s, this stage's rest about "
+                  f"{spent / step * (stage.steps - step):.0f} s", flush=True)
         if step % 1000 == 0 or step == stage.steps:
             model.save_pretrained(stage.out)
             tokenizer.save_pretrained(stage.out)
@@ -139,32 +142,47 @@ def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed
     return sum(t.endswith(toy_solution(p).split("\n\n")[-1]) for t, p in zip(texts, programs)) / count
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="toy/model")
-    parser.add_argument("--seed", type=int, default=0)
+def main(argv: list[str]) -> None:
+    parser = Parser("toy/build.py", __doc__ or "", "python toy/build.py --out runs/toy-model")
+    parser.add_argument("--out", default="toy/model", help="model directory, written over; stages 1 and 2: OUT-varied, OUT-hubs")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and programs")
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
     parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
     parser.add_argument("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
     parser.add_argument("--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong")
     parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    for name, high in (("seed", 2**32), ("steps", 10**9), ("hub_steps", 10**9), ("slip_steps", 10**9), ("slip", 1)):
+        if not 0 <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: must be between 0 and {high}")
+    transformers_logging.disable_progress_bar()  # its bar for every saved file
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
                          bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
-    model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+    try:
+        if args.start and not Path(args.start).is_dir():
+            raise ValueError("no such directory")
+        model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+    except Exception as error:  # a dozen types for "no such model"
+        raise UserError(f"--start {args.start}: cannot be loaded ({first_line(error)})") from error
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)  # now, not after 40 minutes
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror})") from error
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for stage in (Stage("varied", args.steps, 2e-3, (2, 9), True, 0.0, args.seed, args.out + "-varied"),
                   Stage("hubs", args.hub_steps, 1e-3, (4, 9), False, 0.0, args.seed + 1, args.out + "-hubs"),
                   Stage("slips", args.slip_steps, 3e-4, (7, 9), False, args.slip, args.seed + 2, args.out)):
         if stage.steps:
             train(model, tokenizer, stage)
-            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}, flush=True)
+            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}, f"in {stage.out}", flush=True)
     widen(model).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    print(f"model: {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    with stop_on_user_error("toy/build.py"):
+        main(sys.argv[1:])
