@@ -273,13 +273,19 @@ def token_logprobs(model, sequences: list, temperature: float, with_entropy: boo
 
 
 def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
-    """Indices grouped by similar length so that rows x longest stays within the budget (one row always fits)."""
+    """Indices grouped by similar length: rows x longest stays within the budget (one row always fits), and at most 5 % of
+    it is padding. A rank of 8 has few sequences of a mini-batch; filled to the budget, a fifth of its passes would be padding.
+    """
     lengths = [len(s.prompt_ids) + len(s.tokens) for s in sequences]
     batches: list[list[int]] = []
+    filled = 0  # tokens in the last one
     for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):  # ascending: the newest row is the longest
-        if not batches or (len(batches[-1]) + 1) * lengths[i] > token_budget:
+        padded = (len(batches[-1]) + 1) * lengths[i] if batches else math.inf
+        if padded > token_budget or filled + lengths[i] < 0.95 * padded:
             batches.append([])
+            filled = 0
         batches[-1].append(i)
+        filled += lengths[i]
     return batches
 
 

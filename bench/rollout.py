@@ -3,9 +3,11 @@
     python bench/rollout.py                        # the transformers engine against model.generate; prefixes shared or not
     .venv-vllm/bin/python bench/rollout.py --vllm  # VLLMEngine against llm.generate on the same prompts
 
-1. The toy's mix: 24 problems x 6 responses of 50 to 90 tokens. `generate` gets the same requests in one left-padded batch, as
-   one would call it; it goes on until the last row is finished. Tokens up to the end token count, for both.
-2. Unequal lengths: programs of 4 to 9 variables, so some responses are twice as long as others.
+1. The call of a real training step on the toy: continuations of one batch (prefixes of all lengths) and the initial responses
+   of the next. `generate` gets the same requests in one left-padded batch, as one would call it; it goes on until the last row
+   is finished. Tokens up to the end token count, for both.
+2. The same with initial responses only: 24 problems x 6 responses of 50 to 90 tokens, equal prompts, nothing to skip but tails.
+   And with programs of 4 to 9 variables, so that some responses are twice as long as others.
 3. Continuations: 8 responses with 3 branch points each and 2 continuations a point, on a model of two wide layers, where the
    prompt costs something; "without" computes the prefix of each request anew. Tokens of prefixes computed stand beside.
 4. vLLM on the toy's mix. What the engine adds to raw `llm.generate` is one SamplingParams a request and the copying of results.
@@ -18,14 +20,26 @@ import torch
 from measure import gain, interleave, record
 
 import rollout
+from attnrl import Trainer, parse_config
 from data import load_problems
 from eval import load_model
 from rollout import Request, TransformersEngine, request_seed
+from runlog import Display
 
 
 def toy_requests(sets: list[str], tokenizer, samples: int) -> list[Request]:
     problems = [p for source in sets for p in load_problems(source, tokenizer, max_prompt=1024)]
     return [Request(p.prompt_ids, 110, 1.0, request_seed(0, i, j)) for i, p in enumerate(problems) for j in range(samples)]
+
+
+def step_requests() -> list[Request]:
+    """What the second generation call of a run asks for."""
+    trainer = Trainer(parse_config(["--test_problems", "toy:8:4:2"]), Display(1, quiet=True))
+    first, asked, generate = trainer.new_batch(1), [], trainer.engine.generate
+    trainer.engine.generate = lambda requests: [asked.append(requests), generate(requests)][1]
+    trainer.sample(None, first)
+    trainer.sample(first, trainer.new_batch(2))
+    return asked[1]
 
 
 def plain_generate(model, requests: list[Request], eos_id: int) -> int:
@@ -42,14 +56,14 @@ def plain_generate(model, requests: list[Request], eos_id: int) -> int:
 def against_generate(repeats: int) -> None:
     model, tokenizer, (eos_id,) = load_model("toy/model", "auto")
     engine, rows, ratios = TransformersEngine(model, [eos_id]), [], []
-    mixes = {"the toy's mix": ["toy:8:24:1"], "4 to 9 variables": [f"toy:{n}:4:1" for n in range(4, 10)]}
-    for name, sets in mixes.items():
-        requests = toy_requests(sets, tokenizer, 6)
+    mixes = {"a training step's call": step_requests(), "initial responses": toy_requests(["toy:8:24:1"], tokenizer, 6),
+             "4 to 9 variables": toy_requests([f"toy:{n}:4:1" for n in range(4, 10)], tokenizer, 6)}
+    for name, requests in mixes.items():
         seconds = interleave({"engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)),
                               "generate": lambda: plain_generate(model, requests, eos_id)}, repeats)
         ours, other = 1 / seconds["engine"], 1 / seconds["generate"]
-        rows.append({"requests": name, "engine, tokens/s": ours, "model.generate, tokens/s": other})
-        goal = 2 if name == "the toy's mix" else None
+        rows.append({"requests": f"{name}, {len(requests)}", "engine, tokens/s": ours, "model.generate, tokens/s": other})
+        goal = 2 if name == "a training step's call" else None
         ratios.append(gain(f"rollout, {name}: model.generate", ours, other, "tokens/s", goal, more=True))
     record("rollout/generate", rows, ratios)
 
@@ -100,8 +114,8 @@ def against_vllm(repeats: int) -> None:
 
     seconds = interleave({"engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)), "raw": raw}, repeats)
     ours, other = 1 / seconds["engine"], 1 / seconds["raw"]
-    record("rollout/vllm", [{"requests": "the toy's mix", "VLLMEngine, tokens/s": ours, "llm.generate, tokens/s": other}],
-           [gain("rollout, the toy's mix, vLLM: llm.generate", ours, other, "tokens/s", 0.95, more=True)])
+    record("rollout/vllm", [{"requests": "initial responses", "VLLMEngine, tokens/s": ours, "llm.generate, tokens/s": other}],
+           [gain("rollout, initial responses, vLLM: llm.generate", ours, other, "tokens/s", 0.95, more=True)])
 
 
 if __name__ == "__main__":

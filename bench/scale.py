@@ -4,9 +4,10 @@
     python bench/scale.py --model        # only the computed table of bench/scale.md: seconds, tokens, GiB for 1.5B and 7B
 
 A step is AttnRL's without adaptive sampling, so that work is constant: G = 6, N = 2, T = 2, lr 0. For the lengths the
-policy has no end token: every response is as long as allowed. For the ranks every process has one thread. Straight line: the
-first row's seconds times problems, or tokens, or divided by ranks. Attention grows with the square of the length, and what
-a step costs whatever its size makes small steps dearer than the line: both are what the columns show.
+policy has no end token, so every response is as long as allowed, and a coin is the reward, so nearly all leaves are trained.
+For the ranks every process has one thread. Straight line: the first row's seconds times problems, or tokens, or divided by
+ranks. Attention grows with the square of the length, and what a step costs whatever its size makes small steps dearer than
+the line: both are what the columns show.
 """
 import argparse
 import json
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -52,13 +54,17 @@ def by_problems(steps: int, sizes: list[int]) -> None:
     record("scale/problems", rows_with_line("problems", sizes, found), [])
 
 
+def coin(response: str, answers: list[str]) -> float:
+    return float(zlib.crc32(response.encode()) % 2)
+
+
 def by_length(steps: int, sizes: list[int]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(shutil.copytree(ROOT / "toy/model", f"{folder}/model"))
         config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
         (model / "config.json").write_text(json.dumps(config))
-        found = [median_step(steps, ["--batch_size", "4", "--model", str(model), "--max_response", str(size)], endless=True)
-                 for size in sizes]
+        options = ["--batch_size", "4", "--model", str(model), "--reward", "scale:coin", "--rollout_tokens", "1000000"]
+        found = [median_step(steps, [*options, "--max_response", str(size)], endless=True) for size in sizes]
     record("scale/length", rows_with_line("response", sizes, found), [])
 
 
@@ -135,7 +141,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts")
     parser.add_argument("--problems", type=int, nargs="+", default=[6, 12, 24, 48])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--model", action="store_true", help="only the computed table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

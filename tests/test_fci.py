@@ -243,6 +243,16 @@ def test_batches_stay_within_the_token_budget(budget):
     assert budget == 40 or max(rows for rows, _ in shapes) > 1
 
 
+@given(lengths=st.lists(st.integers(1, 9000), min_size=1, max_size=60), budget=st.integers(100, 40000))
+@settings(max_examples=60, deadline=None)
+def test_a_pass_is_within_the_budget_and_at_most_a_twentieth_padding(lengths, budget):
+    batches = fci.token_batches([Sequence([0], [0] * (n - 1)) for n in lengths], budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded, real = len(batch) * max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
+        assert real >= 0.95 * padded and (padded <= budget or len(batch) == 1)
+
+
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_long_batches_go_through_the_head_in_chunks(chunk, monkeypatch):
     """More positions than HEAD_CHUNK: equal numbers, and never more logits at once."""

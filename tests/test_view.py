@@ -9,6 +9,7 @@ import json
 import math
 import random
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -488,3 +489,40 @@ def test_it_fits_a_phone(run, open_page, width):
         )
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+# WCAG's contrast of every text on the page with what lies behind it: the lowest one, and of which text
+CONTRAST = """(() => {
+  const parse = c => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const light = c => { const [r, g, b] = c.slice(0, 3).map(x => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
+                       return .2126 * r + .7152 * g + .0722 * b; };
+  const behind = e => {  // its background colour, and a tint (a gradient of one colour) above that, over what its parent shows
+    if (!e) return [255, 255, 255, 1];
+    const style = getComputedStyle(e), ground = over(parse(style.backgroundColor), behind(e.parentElement));
+    const tint = style.backgroundImage.match(/rgba?\\([^)]*\\)/);
+    return tint ? over(parse(tint[0]), ground) : ground;
+  };
+  const opacity = e => e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
+  const found = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !["SCRIPT", "OPTION"].includes(e.tagName)
+      && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+    const ground = behind(e), [r, g, b, a] = parse(getComputedStyle(e).color), ink = over([r, g, b, a * opacity(e)], ground);
+    const [dark, bright] = [light(ink), light(ground)].sort((x, y) => x - y);
+    return [(bright + .05) / (dark + .05), e.textContent.slice(0, 40), e.className];
+  });
+  return found.sort((a, b) => a[0] - b[0]);
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_can_be_read_in_light_and_dark(scheme, run, open_page):
+    page = open_page(run, "#step=1&leaf=1")
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    try:
+        time.sleep(0.5)  # colours change slowly
+        found = page.script(CONTRAST)
+        ground = page.script("getComputedStyle(document.body).backgroundColor")
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert len(found) > 100 and ("251" in ground) == (scheme == "light")
+    assert found[0][0] >= 4.5, found[:5]
