@@ -47,7 +47,8 @@ from errors import Parser, UserError, stop_on_user_error
 from fci import Scores, Sequence, TokenLogprobs, check_model, prl_steps, score, separator_tokens, split_steps, without_answer
 from learner import Learner, TrainStats, learning_rate, tis_weights
 from rollout import Completion, Request, TransformersEngine, request_seed
-from runlog import FAULTS, Display, Gap, RunFolder, batch_metrics, batch_notices, say_out_of_memory, stop_on_signals
+from runlog import (FAULTS, Display, Gap, RunFolder, batch_metrics, batch_notices, check_folder, say_out_of_memory,
+                    stop_on_signals)
 from sampler import AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, problem_fci, solve_rate, tree_count
 from tree import (Continuation, Response, TrainingSequence, choose_branch_points, drop_zero, grpo_sequences, prl_sequences,
                   tree_sequences)
@@ -498,6 +499,7 @@ class Trainer:
 def train(config: Config, stop=lambda: False) -> Path:
     """A whole run, or the rest of it; returns its folder. One page: sample, (score, grade, plan inside), grow, train, log,
     evaluate, save. stop() is asked after every step; True on any rank: save, and leave."""
+    check_folder(config)
     display = Display(config.steps, config.log_level, config.quiet)
     trainer = Trainer(config, display)
     resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(

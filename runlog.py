@@ -128,6 +128,25 @@ def token_texts(tokenizer, tokens: list[int]) -> list[str]:
     return texts
 
 
+def check_folder(config) -> None:
+    """Raises UserError for an --out or --track that cannot be, before anything is loaded. Touches nothing."""
+    if config.track in TRACKERS:
+        try:
+            importlib.import_module(TRACKERS[config.track][0])
+        except ImportError as error:
+            raise UserError(f"--track {config.track}: pip install {config.track} ({first_line(error)})") from error
+    path = Path(config.out)
+    try:
+        if not config.out or not path.exists() or not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be made a folder ({error.strerror})") from error
+    if config.resume != "auto":
+        raise UserError(f"--out {path}: is not empty; give another folder, remove it, or (if it is this run's) --resume auto")
+    if not (path / "config.json").exists():
+        raise UserError(f"--out {path}: is not empty, and has no config.json of a run to go on with; give another folder")
+
+
 class RunFolder:
     """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made. Only rank 0 writes; of
     the other ranks `path` is None."""
@@ -136,19 +155,10 @@ class RunFolder:
         self.path, self.config, self.tracker = None, config, None
         if rank():
             return
-        if config.track in TRACKERS:
-            try:
-                importlib.import_module(TRACKERS[config.track][0])  # is it installed? Asked before anything is written
-            except ImportError as error:
-                raise UserError(f"--track {config.track}: pip install {config.track} ({first_line(error)})") from error
         self.path = Path(config.out or f"runs/{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             going_on = config.resume == "auto" and (self.path / "config.json").exists()
-            if any(self.path.iterdir()) and not going_on:
-                raise UserError(f"--out {self.path}: is not empty" + (
-                    ", and has no config.json of a run to go on with; give another folder" if config.resume == "auto" else
-                    "; give another folder, remove it, or (if it is this run's) --resume auto"))
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             with (self.path / "config.json").open("w" if going_on else "x") as file:  # "x": the first of two gets it
                 file.write(json.dumps(asdict(config) | {"out": str(self.path), "versions": versions}, indent=2) + "\n")

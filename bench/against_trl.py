@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 
-from measure import gain, peak_mib, record
+from measure import command, gain, peak_mib, positive, record
 
+from errors import stop_on_user_error
 PROMPTS, SAMPLES, LENGTH, LR = 24, 8, 110, 1e-5
 
 
@@ -98,11 +99,10 @@ def lines_to_read() -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--micro", type=int, default=96, help="TRL: completions a pass")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command(__doc__, "--rounds 2")
+    parser.add_argument("--rounds", type=positive, default=4)
+    parser.add_argument("--steps", type=positive, default=6)
+    parser.add_argument("--micro", type=positive, default=96, help="TRL: completions a pass")
     parser.add_argument("--child", choices=("attnrl", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -114,9 +114,9 @@ def main() -> None:
     memory: dict[str, list] = {"attnrl": [], "trl": []}
     for n in range(args.rounds):
         for side in list(seconds)[::1 if n % 2 else -1]:
-            command = [sys.executable, __file__, "--child", side, "--steps", str(args.steps), "--micro", str(args.micro),
-                       "--threads", str(args.threads)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            words = [sys.executable, __file__, "--child", side, "--steps", str(args.steps), "--micro", str(args.micro),
+                     "--threads", str(args.threads)]
+            done = subprocess.run(words, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
             spent, peak = json.loads(done.stdout.split("RESULT")[1])
@@ -133,4 +133,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stop_on_user_error("bench/against_trl.py"):
+        main()

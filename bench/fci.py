@@ -22,8 +22,9 @@ import argparse
 import torch
 from transformers import Qwen2Config, Qwen2Model
 
-from measure import cost, extra_bytes, gain, in_new_process, interleave, record
+from measure import command, cost, extra_bytes, gain, in_new_process, interleave, positive, record
 
+from errors import stop_on_user_error
 from fci import StepAttention, scoring_mode
 
 CASES = ("plain", "fci", "rows", "layer", "naive")
@@ -108,13 +109,12 @@ def compare(model, cases, length: int, steps: int, args) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--steps", type=int, nargs="+", default=[200, 16, 64, 400],
+    parser = command(__doc__, "--lengths 512 4096 --repeats 5")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--steps", type=positive, nargs="+", default=[200, 16, 64, 400],
                         help="steps of the response; all ways are compared with the first number, at the greatest length "
                              "plain, fci and rows with the others")
-    parser.add_argument("--repeats", type=int, default=3, help="timed rounds; the median counts")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; the median counts")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.repeats < 1 or min(args.steps) < DELTA + 2 or min(args.lengths) <= max(args.steps):
@@ -140,4 +140,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stop_on_user_error("bench/fci.py"):
+        main()

@@ -7,6 +7,7 @@ Both sides of a ratio come from one run and are interleaved, so that other load 
 counts. Peak memory is measured in a fresh process for every number. results.json holds the machine, the versions, both
 sides of every ratio and the tables they come from, one entry per script and part.
 """
+import argparse
 import json
 import os
 import platform
@@ -23,6 +24,8 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts import this file first, and then the project's
+from errors import Parser, UserError, stop_on_user_error  # noqa: E402
+
 RESULTS = Path(__file__).resolve().parent / "results.json"
 
 
@@ -85,6 +88,19 @@ def machine() -> dict:
             "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 
 
+def positive(given: str) -> int:
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"{given} is no whole number above 0")
+    return int(given)
+
+
+def command(doc: str | None, example: str) -> Parser:
+    """The command line of a script here, with what all of them have."""
+    parser = Parser(f"bench/{Path(sys.argv[0]).name}", doc or "", f"python bench/{Path(sys.argv[0]).name} {example}".rstrip())
+    parser.add_argument("--threads", type=positive, default=2, help="of PyTorch on a CPU")
+    return parser
+
+
 def gain(what: str, ours: float, other: float, unit: str, goal: float | None = None, more: bool = False) -> dict:
     """A line of the table: how many times less of the unit (seconds, MiB) we need than the other side; with `more`
     (tokens per second) how many times more we get. The goal is the least that will do."""
@@ -103,7 +119,7 @@ def record(name: str, rows: list[dict], ratios: list[dict]) -> None:
     """Print the rows, and put them and the ratios into results.json under the name; other entries stay."""
     print(f"{name}: {machine()['device']}, torch {torch.__version__}")
     show(rows)
-    print(flush=True)
+    print(f"-> {RESULTS.relative_to(ROOT)}\n", flush=True)
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[name] = {"machine": machine(), "rows": rows, "ratios": ratios}
     fresh = RESULTS.with_suffix(".new")
@@ -111,22 +127,43 @@ def record(name: str, rows: list[dict], ratios: list[dict]) -> None:
     fresh.replace(RESULTS)
 
 
-def show(rows: list[dict]) -> None:
-    """A table; numbers with three significant digits."""
-    names = list(dict.fromkeys(key for row in rows for key in row))
+def text(value) -> str:
+    """A number with three significant digits."""
+    if not isinstance(value, (int, float)):
+        return "" if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
-    def text(value) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:,.0f}" \
-            if isinstance(value, (int, float)) else str(value)
-    lines = [names] + [[text(row.get(n)) for n in names] for row in rows]
+
+def show(rows: list[dict]) -> None:
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [names] + [[text(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     for line in lines:
         words = [word.rjust(width) if i else word.ljust(width) for i, (word, width) in enumerate(zip(line, widths))]
         print("  ".join(words).rstrip())
 
 
+def markdown() -> str:
+    """The README's table: every ratio that has a goal."""
+    lines = ["| against | ours | theirs | | goal | reached |", "|---|---|---|---|---|---|"]
+    for line in (line for part in json.loads(RESULTS.read_text()).values() for line in part["ratios"] if line["goal"]):
+        times = {"gain": "{} times better", "cost": "{} times the cost"}.get(line["is"], "").format(text(line["ratio"]))
+        lines.append(f"| {line['what']} | {text(line['ours'])} {line['unit']} | {text(line['other'])} {line['unit']} | {times} | "
+                     f"{line['goal']} | {line['reached']} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    found = json.loads(RESULTS.read_text())
-    show([line for part in found.values() for line in part["ratios"]])
-    for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
-        print("\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items()))
+    with stop_on_user_error("bench/measure.py"):
+        parser = Parser("bench/measure.py", __doc__ or "", "python bench/measure.py --markdown")
+        parser.add_argument("--markdown", action="store_true", help="the README's table")
+        chosen = parser.parse_args()
+        if not RESULTS.exists():
+            raise UserError(f"{RESULTS.name}: is not there; make bench writes it")
+        if chosen.markdown:
+            print(markdown())
+        else:
+            found = json.loads(RESULTS.read_text())
+            show([line for part in found.values() for line in part["ratios"]])
+            for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
+                print("\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items()))

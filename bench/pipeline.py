@@ -11,14 +11,14 @@ Two sizes. With 24 problems a step's hundreds of rows keep two cores busy, and t
 is left to save. With 2 problems a decoding step costs the same whatever its few rows, as it does on a GPU that reads all
 weights for every step: there the second call's steps are what is saved.
 """
-import argparse
 import statistics
 import time
 
 import torch
 
-from measure import gain, record
+from measure import command, gain, positive, record
 
+from errors import stop_on_user_error
 from attnrl import Trainer, parse_config
 from runlog import Display
 
@@ -83,10 +83,9 @@ def compare(batch_size: int, steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="of each; the first is not counted")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[24, 2], help="problems a step")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command(__doc__, "--batch_sizes 8")
+    parser.add_argument("--steps", type=positive, default=12, help="of each; the first is not counted")
+    parser.add_argument("--batch_sizes", type=positive, nargs="+", default=[24, 2], help="problems a step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for size in args.batch_sizes:
@@ -94,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with stop_on_user_error("bench/pipeline.py"):
+        main()

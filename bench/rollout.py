@@ -12,13 +12,13 @@
    prompt costs something; "without" computes the prefix of each request anew. Tokens of prefixes computed stand beside.
 4. vLLM on the toy's mix. What the engine adds to raw `llm.generate` is one SamplingParams a request and the copying of results.
 """
-import argparse
 import random
 
 import torch
 
-from measure import gain, interleave, record
+from measure import command, gain, interleave, positive, record
 
+from errors import stop_on_user_error
 import rollout
 from attnrl import Trainer, parse_config
 from data import load_problems
@@ -118,12 +118,16 @@ def against_vllm(repeats: int) -> None:
            [gain("rollout, initial responses, vLLM: llm.generate", ours, other, "tokens/s", 0.95, more=True)])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = command(__doc__, "--repeats 3")
     parser.add_argument("--vllm", action="store_true", help="the vLLM engine (in .venv-vllm)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds; the median counts")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=positive, default=7, help="timed rounds; the median counts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for part in [against_vllm] if args.vllm else [against_generate, shared_prefixes]:
         part(args.repeats)
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("bench/rollout.py"):
+        main()

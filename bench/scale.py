@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 
-from measure import ROOT, record
+from measure import ROOT, command, positive, record
 
+from errors import stop_on_user_error
 import dist
 import plan
 from pipeline import Side
@@ -137,12 +138,12 @@ def model_table() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="measured steps; the median counts")
-    parser.add_argument("--problems", type=int, nargs="+", default=[6, 12, 24, 48])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+def main() -> None:
+    parser = command(__doc__, "--problems 4 8 --steps 2")
+    parser.add_argument("--steps", type=positive, default=3, help="measured steps; the median counts")
+    parser.add_argument("--problems", type=positive, nargs="+", default=[6, 12, 24, 48])
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--model", action="store_true", help="only the computed table")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -155,7 +156,12 @@ if __name__ == "__main__":
             print("RESULT", json.dumps(found), "RESULT")
         dist.stop(lambda: None)
     else:
-        torch.set_num_threads(2)
+        torch.set_num_threads(args.threads)
         by_problems(args.steps, args.problems)
         by_length(args.steps, args.lengths)
         by_ranks(args.steps, args.ranks)
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("bench/scale.py"):
+        main()

@@ -20,8 +20,9 @@ import random
 
 import torch
 
-from measure import extra_bytes, gain, in_new_process, interleave, record
+from measure import command, extra_bytes, gain, in_new_process, interleave, positive, record
 
+from errors import stop_on_user_error
 from attnrl import Trainer, parse_config
 from fci import Sequence, token_batches, token_logprobs
 from learner import Learner, mini_batches, ppo_loss
@@ -147,11 +148,10 @@ def prefixes(trainer: Trainer, leaves: list) -> None:
         shares("the paper's shape", paper, 192), shares("the same, one mini-batch", paper, 10**6)], [])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds; the median counts")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="T of the memory table")
+def main() -> None:
+    parser = command(__doc__, "--lengths 1024 2048")
+    parser.add_argument("--repeats", type=positive, default=7, help="timed rounds; the median counts")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[1024, 2048, 4096, 8192], help="T of the memory table")
     parser.add_argument("--child", choices=("ours", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -163,3 +163,8 @@ if __name__ == "__main__":
         prefixes(trainer, leaves)
         speed(trainer, leaves, args.repeats)
         memory(args.lengths)
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("bench/update.py"):
+        main()

@@ -1,5 +1,7 @@
 """The README tells the truth: equations stand where it says, line counts and switches are those of the code."""
 import re
+import subprocess
+import sys
 from dataclasses import fields
 
 from attnrl import Config
@@ -41,6 +43,13 @@ def test_line_counts_are_right_and_the_reading_path_is_short():
     assert {name: int(count) for name, count in rows.items()} == lines
     path = ("attnrl", "rollout", "fci", "tree", "sampler", "learner", "eval", "data")
     assert sum(lines[f"{name}.py"] for name in path) <= 2200
+
+
+def test_the_table_of_timings_is_that_of_the_results():
+    printed = subprocess.run([sys.executable, ROOT / "bench" / "measure.py", "--markdown"], capture_output=True, text=True)
+    assert printed.stdout.count("\n") > 10 and printed.stdout in README
+    computed = subprocess.run([sys.executable, ROOT / "bench" / "scale.py", "--model"], capture_output=True, text=True).stdout
+    assert computed.count("\n") == 8 and computed in (ROOT / "bench" / "scale.md").read_text(encoding="utf-8")
 
 
 def test_every_switch_in_the_readme_exists():
