@@ -102,6 +102,11 @@ def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separ
 # ---------------------------------------------------------------------------------------------------------------------
 # FCI inside the attention function
 # ---------------------------------------------------------------------------------------------------------------------
+def indicator_width(steps: int, depth: int) -> int:
+    """Columns of E in one call of the attention kernel, which wants V as wide as Q and K (`depth`), and no wider than 256."""
+    return max(depth, 8 * math.ceil(steps / math.ceil(steps / 256) / 8))
+
+
 class StepAttention:
     """Collects FCI for one padded batch while its forward pass runs: one call of `add` per layer.
 
@@ -125,8 +130,12 @@ class StepAttention:
     def add(self, module, query, key, attention_mask, **attention_kwargs) -> None:
         """query (B, H, T, D) and key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
         self.layers += 1
-        width, kv_heads = key.shape[-1], key.shape[1]
-        for k in range(0, self.keys.shape[-1], width):  # CPU kernels want V as wide as K: D columns of E at a time
+        depth, kv_heads, steps = key.shape[-1], key.shape[1], self.keys.shape[-1]
+        width = indicator_width(steps, depth)
+        if width > depth:  # zeros change no logit; the scale is that of the model's own width
+            query, key = (torch.nn.functional.pad(x, (0, width - depth)) for x in (query, key))
+            attention_kwargs["scaling"] = attention_kwargs.get("scaling") or depth ** -0.5
+        for k in range(0, steps, width):
             columns = self.keys[..., k:k + width].to(query.dtype)
             block = columns.shape[-1]
             columns = torch.nn.functional.pad(columns, (0, width - block))[:, None].expand(-1, kv_heads, -1, -1)

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from dist import DTYPES, decoder_layers
 from errors import Parser, UserError, first_line, stop_on_user_error
-from fci import HEAD_CHUNK
+from fci import HEAD_CHUNK, indicator_width
 
 GIB = 2**30
 PHASES = ("sampling", "scoring", "update", "optimizer")
@@ -135,7 +135,8 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
     if phase == "scoring":
         steps = math.ceil(config.max_response / TOKENS_PER_STEP)
         if config.advantage == "tree":
-            parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * shape.head_dim)  # (T, K) twice; (T, H, D) of alpha @ E
+            width = indicator_width(steps, shape.head_dim)
+            parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * width)  # (T, K) twice; (T, H, width) of alpha @ E
         parts["working space"] = max(n * (inside + 3 * stored), n * 2 * b * h + 12 * logits)  # in a layer; in the head
     if phase == "update":
         saved = saved_per_token(shape, b) + stored

@@ -62,7 +62,7 @@ class Materialised(StepAttention):
         self.layers += 1
         batch, heads, width, depth = query.shape
         grouped = (query * depth ** -0.5).view(batch, key.shape[1], -1, width, depth)  # heads of one key-value head together
-        step_attention = 0
+        step_attention = torch.zeros(batch, heads, *self.later.shape, device=key.device)
         for a in range(0, width, self.queries):
             b = min(width, a + self.queries)  # nobody looks ahead: keys end with the last query of the block
             logits = grouped[..., a:b, :].flatten(2, 3) @ key[:, :, :b].transpose(-1, -2)
@@ -71,7 +71,9 @@ class Materialised(StepAttention):
             logits[..., a:].masked_fill_(future, -torch.inf)
             alpha = logits.softmax(-1)  # (B, H, queries, b)
             queries_of = self.query_mean[:, None, :, a:b]
-            step_attention = step_attention + queries_of @ alpha @ (self.keys[:, :b] * self.key_mean[:, None])[:, None]
+            found = queries_of.sum((0, 1, 3)).nonzero()[:, 0].tolist() or [0]  # the few steps that these queries are in
+            j = slice(found[0], found[-1] + 1)
+            step_attention[:, :, j] += queries_of[:, :, j] @ alpha @ (self.keys[:, :b] * self.key_mean[:, None])[:, None]
         self.fci = torch.maximum(self.fci, (step_attention * self.later).sum(2).amax(1))
 
 

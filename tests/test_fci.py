@@ -257,7 +257,7 @@ def test_a_pass_is_within_the_budget_and_at_most_a_twentieth_padding(lengths, bu
 def test_long_batches_go_through_the_head_in_chunks(chunk, monkeypatch):
     """More positions than HEAD_CHUNK: equal numbers, and never more logits at once."""
     rng = random.Random(4)
-    sequences = [random_sequence(rng) for _ in range(4)]
+    sequences = [Sequence([1], tokens, [0, 5, 30]) for tokens in (random_tokens(rng, 30) for _ in range(4))]  # one pass
     model, widths = tiny_model("qwen2"), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[0]))
     whole = score(model, sequences)
