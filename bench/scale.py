@@ -118,8 +118,6 @@ def seconds(shape: plan.Shape, config, mean: int) -> dict[str, float]:
 
 def model_table() -> str:
     """Markdown: one row a model and length."""
-    from types import SimpleNamespace
-
     from transformers import Qwen2Config
 
     from attnrl import PRESETS, Config
@@ -128,7 +126,7 @@ def model_table() -> str:
     for name, sizes in plan.QWEN2.items():
         shape = plan.count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=name == "1.5B", **sizes))
         for mean, longest in ((1000, 4096), (3000, 8192), (8000, 16384)):
-            config = SimpleNamespace(**vars(Config()) | PRESETS["paper"] | dict(parallel="fsdp", max_response=longest))
+            config = Config(**PRESETS["paper"] | dict(parallel="fsdp", max_response=longest))
             s = seconds(shape, config, mean)
             step = s["one call"] + s["score"] + s["train"]
             gib = plan.peak(config, shape, GPUS, 80)[0]
