@@ -282,9 +282,8 @@ def token_logprobs(model, sequences: list, temperature: float, with_entropy: boo
 
 
 def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
-    """Indices grouped by similar length: rows x longest stays within the budget (one row always fits), and at most 5 % of
-    it is padding. A rank of 8 has few sequences of a mini-batch; filled to the budget, a fifth of its passes would be padding.
-    """
+    """Indices grouped by similar length: rows x longest stays within the budget (one row always fits), at most 5 % of it
+    padding. (Passes filled to the budget would be a fifth padding for a rank of 8, which has few rows of a mini-batch.)"""
     lengths = [len(s.prompt_ids) + len(s.tokens) for s in sequences]
     batches: list[list[int]] = []
     filled = 0  # tokens in the last one

@@ -311,24 +311,23 @@ def show_fci(argv: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 def ask(model, tokenizer, eos_ids: list[int], args) -> None:
     """Print one answer while it is sampled."""
+    import torch
+    from transformers import TextStreamer
+
     from eval import check_context
     from rollout import Request, TransformersEngine
 
-    tokens, shown = [], 0
+    class Streamer(TextStreamer):  # waits for the rest of a word or character
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            print(plain(text), end="\n" if stream_end else "", flush=True)
 
-    def show(_, token):
-        nonlocal shown
-        tokens.append(token)
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # half of a character: wait for the rest
-            print(plain(text[shown:]), end="", flush=True)
-            shown = len(text)
-
+    streamer = Streamer(tokenizer, skip_special_tokens=True)
     prompt = encode_question(tokenizer, args.ask + args.prompt_suffix, "--ask")
     limit = check_context(model, [Problem(args.ask, [], "--ask", prompt)], args.max_response)
     engine = TransformersEngine(model, eos_ids)
-    engine.generate([Request(prompt, limit, args.temperature, args.seed)], on_token=show)
-    print()
+    engine.generate([Request(prompt, limit, args.temperature, args.seed)],
+                    on_token=lambda _, token: streamer.put(torch.tensor([token])))
+    streamer.end()
 
 
 def main(argv: list[str]) -> None:
@@ -337,6 +336,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--steps", nargs="+", type=int, help="training steps in the explorer; default: as many as fit")
     parser.add_argument("--plots", action="store_true", help="compare the runs in one figure (PNG and SVG), beside the first one")
     args = parser.parse_args(argv)
+    if args.plots and args.steps:
+        raise UserError("--steps: is for the explorer, not for --plots")
     print(table(args.runs))
     if args.plots:
         return print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")
