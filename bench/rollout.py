@@ -55,7 +55,7 @@ def plain_generate(model, requests: list[Request], eos_id: int) -> int:
 
 def against_generate(repeats: int) -> None:
     model, tokenizer, (eos_id,) = load_model("toy/model", "auto")
-    engine, rows, ratios = TransformersEngine(model, [eos_id]), [], []
+    engine, rows, ratios = TransformersEngine(model, [eos_id], 10**6), [], []  # all in one batch, as generate has them
     mixes = {"a training step's call": step_requests(), "initial responses": toy_requests(["toy:8:24:1"], tokenizer, 6),
              "4 to 9 variables": toy_requests([f"toy:{n}:4:1" for n in range(4, 10)], tokenizer, 6)}
     for name, requests in mixes.items():
