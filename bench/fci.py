@@ -114,8 +114,8 @@ def main() -> None:
     parser = command(__doc__, "--lengths 512 4096 --repeats 5")
     parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--steps", type=positive, nargs="+", default=[200, 16, 64, 400],
-                        help="steps of the response; all ways are compared with the first number, and plain, fci and rows with the "
-                             "others, at the greatest length but one")
+                        help="steps of the response; all ways are compared with the first number, and plain, fci and rows "
+                             "with the others, at the greatest length but one")
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; the median counts")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
