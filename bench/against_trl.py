@@ -31,23 +31,13 @@ def right(text: str, answers: list[str]) -> float:
 
 
 def ours(steps: int) -> list[float]:
-    from attnrl import Trainer, parse_config
-    from runlog import Display
-    options = ["--method", "grpo", "--grpo_samples", str(SAMPLES), "--batch_size", str(PROMPTS), "--lr", str(LR),
-               "--mini_batch", str(PROMPTS * SAMPLES), "--test_problems", "toy:8:4:2", "--reward", "against_trl:right",
-               "--behaviour", "engine"]
-    trainer = Trainer(parse_config(options), Display(1, quiet=True))
-    seconds = []
-    for step in range(1, steps + 1):
-        started = time.perf_counter()
-        trainer.start_step()
-        batch = trainer.new_batch(step)
-        trainer.sample(None, batch)
-        trainer.exchange(batch)
-        trainer.update(step, trainer.sequences(batch))
-        seconds.append(time.perf_counter() - started)
-        print({name: round(value, 2) for name, value in trainer.seconds.items()}, file=sys.stderr)
-    return seconds
+    from pipeline import Side
+    side = Side("grpo", ["--grpo_samples", str(SAMPLES), "--batch_size", str(PROMPTS), "--lr", str(LR), "--mini_batch",
+                         str(PROMPTS * SAMPLES), "--test_problems", "toy:8:4:2", "--reward", "against_trl:right",
+                         "--behaviour", "engine"])
+    for _ in range(steps):
+        side.step()
+    return [seen["step"] for seen in side.seen]
 
 
 def trl(steps: int, micro: int) -> list[float]:

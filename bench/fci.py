@@ -82,9 +82,9 @@ def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
     ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length)).to(model.device)
     bounds = [(length - 1) * k // steps for k in range(steps + 1)]
     setup = [1], [bounds], length, DELTA, model.device
-    collector = StepAttention(*setup) if case == "fci" else Materialised(*setup, queries=32) if case == "rows" else Materialised(
-        *setup, queries=length) if case == "layer" else None
-    if collector is not None:
+    queries = {"rows": 32, "layer": length}
+    if case == "fci" or case in queries:
+        collector = StepAttention(*setup) if case == "fci" else Materialised(*setup, queries=queries[case])
         with scoring_mode(model, collector):
             model(input_ids=ids, use_cache=False)
         return collector.fci[0]

@@ -115,6 +115,12 @@ def cost(what: str, ours: float, other: float, unit: str, goal: float | None = N
             "goal": goal and f"<= {goal}", "reached": goal and ("yes" if ours / other <= goal else "no")}
 
 
+def share(what: str, ours: float, other: float, goal: float) -> dict:
+    """The same for two shares, in %, of which ours should be below the goal."""
+    return {"what": what, "ours": ours, "other": other, "unit": "%", "ratio": None, "is": "share", "goal": f"< {goal} %",
+            "reached": "yes" if ours < goal else "no"}
+
+
 def record(name: str, rows: list[dict], ratios: list[dict]) -> None:
     """Print the rows, and put them and the ratios into results.json under the name; other entries stay."""
     print(f"{name}: {machine()['device']}, torch {torch.__version__}")

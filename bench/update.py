@@ -20,7 +20,7 @@ import random
 
 import torch
 
-from measure import command, extra_bytes, gain, in_new_process, interleave, positive, record
+from measure import command, extra_bytes, gain, in_new_process, interleave, positive, record, share
 
 from errors import stop_on_user_error
 from attnrl import Trainer, parse_config
@@ -55,8 +55,7 @@ def padding(leaves: list) -> None:
                 full[-1].append(rest.pop(0))
         rows.append({"sequences": name, "token_batches, % padding": waste(ours), "passes": len(ours), "filled to the budget, %":
                      waste(full), "their passes": len(full), "8 a pass, %": waste(plain)})
-        ratios.append({"what": f"update, padding of {name}: 8 a pass", "ours": waste(ours), "other": waste(plain), "unit": "%",
-                       "ratio": None, "is": "share", "goal": "< 5 %", "reached": "yes" if waste(ours) < 5 else "no"})
+        ratios.append(share(f"update, padding of {name}: 8 a pass", waste(ours), waste(plain), 5))
     record("update/padding", rows, ratios)
 
 
