@@ -87,9 +87,10 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
     run.parent.mkdir(parents=True, exist_ok=True)
     with run.with_suffix(".log").open("a") as log:
         one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        running.append(subprocess.Popen([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])],
-                                        cwd=HERE.parent, stdout=log, stderr=log, env=one_thread))
-        code = running[-1].wait()
+        process = subprocess.Popen([sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])],
+                                   cwd=HERE.parent, stdout=log, stderr=log, env=one_thread)
+        running.append(process)  # running[-1] may be the other thread's by now
+        code = process.wait()
     if code:
         raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}")
     records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_metrics(run)]

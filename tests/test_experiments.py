@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from statistics import fmean, stdev
 
@@ -114,13 +115,15 @@ def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_pat
 
 def test_sigterm_ends_the_runs_that_go_on_and_starts_no_other(tmp_path, monkeypatch, capsys):
     begun, started, before = [], time.monotonic(), signal.getsignal(signal.SIGTERM)
+    both = threading.Barrier(2, timeout=30)
 
     def run_one(*what):
         begun.append(what)
-        methods.running.append(subprocess.Popen(["sleep", "60"]))
-        if len(methods.running) == 2:
+        process = subprocess.Popen(["sleep", "60"])
+        methods.running.append(process)
+        if both.wait() == 0:  # one of the two threads, after both processes have been started
             os.kill(os.getpid(), signal.SIGTERM)
-        methods.running[-1].wait()
+        process.wait()
 
     monkeypatch.setattr(methods, "run_one", run_one)
     monkeypatch.setattr(methods, "running", [])
