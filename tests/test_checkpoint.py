@@ -103,7 +103,8 @@ def test_the_run_has_all_that_a_checkpoint_must_carry(whole):
     assert state_of(whole / "step-000002")["groups"] and state_of(whole / "last")["groups"] is None
 
 
-@pytest.mark.parametrize("mode, step", [("off-policy", 1), ("off-policy", 2), ("off-policy", 3), ("synchronous", 2)])
+@pytest.mark.parametrize("mode, step", [pytest.param("off-policy", 1, marks=pytest.mark.full), ("off-policy", 2),
+                                        pytest.param("off-policy", 3, marks=pytest.mark.full), ("synchronous", 2)])
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, step, whole, tmp_path):
     options = MODES[mode]
     if options:

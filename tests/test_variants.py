@@ -175,6 +175,7 @@ def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
     assert checked >= 4 and other_than_eq7 >= 1
 
 
+@pytest.mark.full
 def test_a_run_is_credited_by_leaving_one_out(forked):
     """The first step's loss: its policy is the one that sampled, so the ratio is 1 and the loss -mean(A) over trained tokens."""
     metrics, samples = run_page(forked("An advantage estimator"), "An advantage estimator")
