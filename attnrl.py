@@ -505,15 +505,14 @@ def train(config: Config, stop=lambda: False) -> Path:
     resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
         step, [Group(**group | {"problem": trainer.problems[group["number"]]}) for group in groups]))
     folder = RunFolder(config, display.say)  # after that: a run that is refused touches nothing
-    started = time.perf_counter()
+    done, best, upcoming = resumed or (0, (0.0, 0), None)
+    display.done = done
+    started = time.perf_counter() - folder.forget_after(done if resumed else -1)  # as if it had never been interrupted
     if resumed:
-        done, best, upcoming = resumed
-        folder.forget_after(done)
-        display.say(f"resumed from {trainer.checkpoint}")
+        display.say(f"resumed from {trainer.checkpoint}" + (": all steps are done" if done >= config.steps else ""))
     else:
-        folder.forget_after(-1)
         tested = trainer.evaluate()
-        done, upcoming, best = 0, None, (tested["test_accuracy"], 0)
+        best = tested["test_accuracy"], 0
         display.say(f"before training   test {100 * best[0]:.1f} % (avg@{config.eval_samples}, "
                     f"{len(trainer.test_problems)} problems)")
         folder.append("metrics.jsonl", {"step": 0, "generated_tokens": 0, **tested, "seconds/total": 0.0})

@@ -280,7 +280,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.compare and len(args.files) != 2:
         raise UserError(f"--compare: takes two result files, got {len(args.files)}")
-    files = [read_results(path) for path in args.files]
+    files = [read_results(path) for path in (args.files if args.compare else dict.fromkeys(args.files))]
     print(compare(*files) if args.compare else table(files))
 
 

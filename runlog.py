@@ -211,8 +211,10 @@ class RunFolder:
         self.append("samples.jsonl", {"step": step, "number": group.number, "problem": group.problem.text,
                                       "answers": group.problem.answers, "filtered": group.filtered, "responses": responses})
 
-    def forget_after(self, step: int) -> None:
-        """Drop what a run logged after the checkpoint that it goes on from (and half a line, where it was killed)."""
+    def forget_after(self, step: int) -> float:
+        """Drop what a run logged after the checkpoint that it goes on from (and half a line, where it was killed). Returns the
+        seconds that it had taken until then."""
+        spent = 0.0
         for name in ("metrics.jsonl", "batches.jsonl", "samples.jsonl") if rank() == 0 else ():
             path, kept = self.path / name, []
             try:
@@ -225,8 +227,11 @@ class RunFolder:
                     fresh = path.with_name(f".{name}.new")
                     fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
                     fresh.replace(path)
+                if kept and name == "metrics.jsonl":
+                    spent = float(json.loads(kept[-1]).get("seconds/total", 0.0))
             except OSError as error:
                 raise UserError(f"{path}: cannot be cut back to step {step} ({error.strerror})") from error
+        return spent
 
     def draw(self, say, how) -> None:
         """how: view.draw_curves or view.write_explorer. A drawing that fails, whatever the reason, must not end a run."""
@@ -261,7 +266,7 @@ class Display:
     has one. Lines below `level` are not shown; quiet: no bar, and warnings only."""
 
     def __init__(self, steps: int, level: str = "info", quiet: bool = False):
-        self.steps, self.quiet = steps, quiet
+        self.steps, self.quiet, self.done = steps, quiet, 0  # done: by the run that is resumed
         self.level = "warning" if quiet else level
         self.tested = ""  # the newest test accuracy stays in sight
         self.bar: tqdm | None = None  # made at the first phase: until then errors have the terminal to themselves
@@ -270,7 +275,7 @@ class Display:
         if rank():
             return
         if self.bar is None:
-            self.bar = tqdm(total=self.steps, unit="step", disable=self.quiet or None, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=self.steps, initial=self.done, unit="step", disable=self.quiet or None, dynamic_ncols=True, leave=False)
         self.bar.set_description_str(name)
 
     def say(self, text: str, level: str = "info") -> None:

@@ -338,6 +338,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.plots and args.steps:
         raise UserError("--steps: is for the explorer, not for --plots")
+    args.runs = list(dict.fromkeys(args.runs))  # given twice, a run would count twice in the means
     print(table(args.runs))
     if args.plots:
         return print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")

@@ -132,6 +132,8 @@ def test_stopping_after_every_step_changes_nothing(whole, tmp_path):
         resume(tmp_path / "run", stop=lambda: True)
         assert (tmp_path / "run" / "last").readlink() == Path(f"step-{step:06}")
     identical(tmp_path / "run", whole)
+    totals = [m["seconds/total"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert totals[0] == 0 and all(a < b for a, b in zip(totals, totals[1:])), "the clock of a resumed run starts anew"
 
 
 def other_logprobs(state):

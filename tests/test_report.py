@@ -225,7 +225,7 @@ def test_a_broken_line_is_named(number, content, words, tmp_path, capsys):
 
 def test_the_command_prints_tables_and_comparisons(tmp_path, capsys):
     a, b = write(tmp_path / "a.jsonl", [[1, 0], [0, 0]]), write(tmp_path / "b.jsonl", [[1, 1], [0, 0]])
-    report.main([str(a), str(b)])
+    report.main([str(a), str(b), str(a)])  # given twice, shown once
     assert capsys.readouterr().out == report.table([report.read_results(a), report.read_results(b)]) + "\n"
     report.main(["--compare", str(a), str(b)])
     assert "| B - A " in capsys.readouterr().out

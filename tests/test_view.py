@@ -205,9 +205,9 @@ def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn
 
 def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
     folder = made_up(tmp_path / "other", big(leaves=5, length=40), steps=3)
-    view.main(["--plots", str(folder), str(run)])
+    view.main(["--plots", str(folder), str(run), f"{folder}/"])  # given twice, shown once
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [str(tmp_path / "compare.png"), str(tmp_path / "compare.svg")]
+    assert said[-2:] == [str(tmp_path / "compare.png"), str(tmp_path / "compare.svg")] and sum(line.startswith("| other") for line in said) == 1
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "compare.svg").read_text()
     assert not (folder / "explorer.html").exists()
     with pytest.raises(UserError, match="cannot be written"):
