@@ -275,7 +275,8 @@ class Display:
         if rank():
             return
         if self.bar is None:
-            self.bar = tqdm(total=self.steps, initial=self.done, unit="step", disable=self.quiet or None, dynamic_ncols=True, leave=False)
+            self.bar = tqdm(total=self.steps, initial=self.done, unit="step", disable=self.quiet or None, dynamic_ncols=True,
+                            leave=False)
         self.bar.set_description_str(name)
 
     def say(self, text: str, level: str = "info") -> None:
