@@ -502,13 +502,12 @@ def train(config: Config, stop=lambda: False) -> Path:
     check_folder(config)
     display = Display(config.steps, config.log_level, config.quiet)
     trainer = Trainer(config, display)
-    resumed = trainer.checkpoint and checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
+    done, best, upcoming = checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: Batch(
         step, [Group(**group | {"problem": trainer.problems[group["number"]]}) for group in groups]))
     folder = RunFolder(config, display.say)  # after that: a run that is refused touches nothing
-    done, best, upcoming = resumed or (0, (0.0, 0), None)
     display.done = done
-    started = time.perf_counter() - folder.forget_after(done if resumed else -1)  # as if it had never been interrupted
-    if resumed:
+    started = time.perf_counter() - folder.forget_after(done if trainer.checkpoint else -1)  # as if it had never been interrupted
+    if trainer.checkpoint:
         display.say(f"resumed from {trainer.checkpoint}" + (": all steps are done" if done >= config.steps else ""))
     else:
         tested = trainer.evaluate()

@@ -187,12 +187,15 @@ def check_unchanged(path: Path, trainer) -> bool:
     return saved["problems"] == fingerprint(trainer)["problems"]
 
 
-def restore(path: Path, trainer, batch_of):
+def restore(path: Path | None, trainer, batch_of):
     """Give the trainer, whose policy has been read from `path`, the rest of its state; returns (step, best, upcoming) as
     `save` was given them. The links of the run are put right: it may have been killed before they were set.
 
-    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is none).
+    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is none). No path: the
+    state of a fresh start.
     """
+    if path is None:
+        return 0, (0.0, 0), None
     same_problems = check_unchanged(path, trainer)
     try:
         state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
