@@ -159,7 +159,7 @@ class Config:
             leaves if self.advantage == "tree" else self.grpo_samples)
         self.device = evaluation.pick_device(self.device)  # type: ignore[assignment]
         self.eval_max_response = self.eval_max_response or self.max_response
-        self.gpus = self.gpus or int(os.environ.get("WORLD_SIZE", 1))
+        self.gpus = self.dry_run and self.gpus or int(os.environ.get("WORLD_SIZE", 1))
         if self.parallel == "auto":
             self.parallel = "fsdp" if self.dtype == "bf16" else "ddp"
         if not self.sync_tolerance:  # on a GPU vLLM's attention computes fp32 in TF32
@@ -555,6 +555,7 @@ def train(config: Config, stop=lambda: False) -> Path:
             display.say(f"stopped after step {step}, on request; the same command with --out {folder.path} --resume auto goes on")
             break
     folder.draw(display.say, view.write_explorer)
+    folder.close()
     display.close()
     dist.stop(trainer.engine.close)
     return folder.path

@@ -40,6 +40,8 @@ from tree import Response
 # Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not what it computes.
 FREE = {"out", "resume", "resume_changed", "dry_run", "gpus", "gpu_gib", "device", "grading_workers", "save_every", "keep",
         "log_samples", "engine_memory", "sync_tolerance", "track", "log_level", "quiet"}
+# With another one of these the in-flight half fits no longer: its problems are sampled anew.
+HALF_DEPENDS_ON = {"advantage", "max_response", "one_step_off_policy", "prompt_suffix", "temperature", "tis_cap"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ def point(run: Path, link: str, step: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first."""
-    return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+    found = {int(path.name.removeprefix("step-")): path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
+    return [found[step] for step in sorted(found)]
 
 
 def fingerprint(trainer) -> dict[str, str]:
@@ -100,7 +103,8 @@ def fingerprint(trainer) -> dict[str, str]:
 def model_hash(model: str) -> str:
     """Tells whether a model directory still holds the same weights."""
     weights = hashlib.sha256()
-    for file in sorted(Path(model).glob("*.safetensors")):  # none: a hub name, which the settings compare
+    # no such files: a hub name, which the settings compare
+    for file in sorted(file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin")):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     return weights.hexdigest()
@@ -170,21 +174,23 @@ def find(config) -> Path | None:
     return everyone([found[-1] if found else None])[0]
 
 
-def check_unchanged(path: Path, trainer) -> bool:
-    """Raises UserError that names every setting which is not that of the checkpoint, unless --resume_changed; says whether
-    the problems are the same."""
+def check_unchanged(path: Path, trainer) -> set[str]:
+    """Names of the settings that are not those of the checkpoint, "the problems file" among them if that is another one. Raises
+    UserError that says what they are, unless --resume_changed."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        changed = [f"--{name} {saved['config'].get(name)} is now {value}" for name, value in asdict(trainer.config).items()
-                   if name not in FREE and saved["config"].get(name) != value]
-        changed += [f"the {name} file is another one" for name, value in fingerprint(trainer).items() if saved[name] != value]
+        old, new = saved["config"], asdict(trainer.config)
+        changed = {name: f"--{name} {old.get(name)} is now {new[name]}" for name in new
+                   if name not in FREE and old.get(name) != new[name]}
+        changed |= {f"the {name} file": f"the {name} file is another one" for name, value in fingerprint(trainer).items()
+                    if saved[name] != value}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
                         "checkpoint") from error
     if changed and not trainer.config.resume_changed:
-        raise UserError(f"--resume auto: {path} was written with other settings ({'; '.join(changed)}); use those, or go on "
-                        "with the new ones by --resume_changed true")
-    return saved["problems"] == fingerprint(trainer)["problems"]
+        raise UserError(f"--resume auto: {path} was written with other settings ({'; '.join(changed.values())}); use those, "
+                        "or go on with the new ones by --resume_changed true")
+    return set(changed)
 
 
 def restore(path: Path | None, trainer, batch_of):
@@ -196,7 +202,7 @@ def restore(path: Path | None, trainer, batch_of):
     """
     if path is None:
         return 0, (0.0, 0), None
-    same_problems = check_unchanged(path, trainer)
+    changed = check_unchanged(path, trainer)
     try:
         state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
         lacking = {"moments", "groups", "best", "generated_tokens", "easy_filter", "batch_size", "stream"} - state.keys()
@@ -205,8 +211,13 @@ def restore(path: Path | None, trainer, batch_of):
     except Exception as error:  # a dozen types for a broken file
         raise UserError(f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
                         "checkpoint") from error
-    if not same_problems:  # numbers of problems mean others now, and the old place may be behind the new end
-        state |= {"groups": None, "stream": [0, 0]}
+    stream, (epoch, position) = trainer.stream, state["stream"]
+    if "the problems file" in changed:  # numbers of problems mean others now, and the old place may be behind the new end
+        state["groups"], epoch, position = None, 0, 0
+    elif changed & HALF_DEPENDS_ON and state["groups"]:  # the stream gives these problems once more
+        epoch, position = divmod(epoch * stream.size + position - len(state["groups"]), stream.size)
+        state["groups"] = None
+    stream.epoch, stream.position = epoch, position
     optimizer = trainer.learner.optimizer
     for name, parameter in trainer.policy.named_parameters():
         own = {key.removeprefix(f"{name}/"): value for key, value in state["moments"].items() if key.startswith(f"{name}/")}
@@ -217,7 +228,6 @@ def restore(path: Path | None, trainer, batch_of):
     if trainer.config.ads_batch:
         adaptive = trainer.batch_size  # another --batch_size has other bounds
         adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
-    trainer.stream.epoch, trainer.stream.position = state["stream"]
     trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0  # they are summed over ranks
     groups = state["groups"]
     upcoming = None if groups is None else batch_of(step + 1, mine([

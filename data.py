@@ -19,6 +19,7 @@ Left out: streaming. A set is held in memory, as token ids.
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,8 +154,8 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
         raise UserError(f"{source}: no such problem file; give a .jsonl, .json or .parquet file, or toy:8:2000:1")
     else:
         rows = read_rows(Path(source))
-    bad: dict[str, list[str]] = {}  # kind -> one line each
-    problems: dict[str, list[Problem]] = {}  # by key: rows with the same problem come together
+    bad: dict[str, list[str]] = defaultdict(list)  # kind -> one line each
+    problems: dict[str, list[Problem]] = defaultdict(list)  # by key: rows with the same problem come together
     held_out = {leak_key(p.text, suffix): p.source for p in evaluation}
     for place, row in rows:
         where = f"{source}, {place}"
@@ -167,29 +168,29 @@ def load_problems(source: str, tokenizer, *, max_prompt: int, suffix: str = "", 
                 messages[-1] = {**messages[-1], "content": text + suffix}
             problem = Problem(text, answers, where, encode_prompt(tokenizer, messages))
         except Exception as error:  # also what a chat template or a tokenizer says of odd roles and characters
-            bad.setdefault("malformed", []).append(f"{where}: {first_line(error)}")
+            bad["malformed"].append(f"{where}: {first_line(error)}")
             continue
         if not answers:
-            bad.setdefault("empty answer", []).append(f"{where}: the answer is empty")
+            bad["empty answer"].append(f"{where}: the answer is empty")
         elif (leak := held_out.get(leak_key(text, suffix))):
-            bad.setdefault("in the evaluation set", []).append(f"{where}: the same problem is {leak}")
+            bad["in the evaluation set"].append(f"{where}: the same problem is {leak}")
         elif not problem.prompt_ids:
-            bad.setdefault("malformed", []).append(f"{where}: the tokenizer knows no character of this problem")
+            bad["malformed"].append(f"{where}: the tokenizer knows no character of this problem")
         elif len(problem.prompt_ids) > max_prompt:
-            bad.setdefault("over-long prompt", []).append(
-                f"{where}: {len(problem.prompt_ids)} tokens, more than --max_prompt {max_prompt}")
+            bad["over-long prompt"].append(f"{where}: {len(problem.prompt_ids)} tokens, more than --max_prompt {max_prompt}")
         else:
-            problems.setdefault(problem_key(text, suffix), []).append(problem)
+            problems[problem_key(text, suffix)].append(problem)
     kept = []
     for first, *others in problems.values():
         if any(sorted(other.answers) != sorted(first.answers) for other in others):  # nobody knows which is right
-            bad.setdefault("conflicting answers", []).extend(
+            bad["conflicting answers"] += (
                 f"{p.source}: answer {str(p.answers)[:200]}, but {q.source} has the same problem with {str(q.answers)[:200]}"
                 for p, q in zip((first, *others), (others[-1], *[first] * len(others))))
             continue
         kept.append(first)
-        bad.setdefault("duplicate", []).extend(f"{p.source}: the same problem as {first.source}" for p in others)
-    if bad := {kind: lines for kind, lines in bad.items() if lines}:
+        for p in others:
+            bad["duplicate"].append(f"{p.source}: the same problem as {first.source}")
+    if bad:
         report_bad_rows(source, bad, drop, say)
     if not kept:
         raise UserError(f"{source}: no usable problem in it")

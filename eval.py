@@ -129,6 +129,9 @@ def load_model(path: str, device: str):
         model, found = loaded[0].to(device), loaded[1]
     except Exception as error:  # a dozen types for "no such model", "no such tokenizer", "broken weights"
         raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if others := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
+        raise UserError(f"--model {path}: has layers without softmax attention ({', '.join(sorted(others))}), which attnrl lacks")
     if lacking := sorted(found["missing_keys"]):  # transformers would go on with random numbers in their place
         raise UserError(f"--model {path}: cannot be loaded (its weights lack {lacking[0]} and {len(lacking) - 1} more tensors)")
     end = model.generation_config.eos_token_id if model.generation_config else None

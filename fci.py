@@ -31,7 +31,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dist import in_step
-from errors import UserError, stop_on_user_error
+from errors import UserError, first_line, stop_on_user_error
 
 ATTENTION_NAME = "attnrl_fci"
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
@@ -83,19 +83,13 @@ def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int 
     return sorted({0, *cuts, len(tokens)})
 
 
-def branchable_steps(tokens: list[int], bounds: list[int], separators: Separators) -> int:
-    """Number of leading steps that may be branch points: for reasoning models those before the step of the last
-    "</think>" (that step and the final answer after it never are, as in the authors' code), else all."""
+def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separators: Separators) -> tuple[list[float], int]:
+    """(scores, number of leading steps that may be branch points): for reasoning models the step of the last "</think>" and
+    those of the final answer after it score 0 and never are (as in the authors' code)."""
+    count = len(bounds) - 1
     if separators.think_end in tokens:
         last = len(tokens) - 1 - tokens[::-1].index(separators.think_end)
-        return sum(end <= last for end in bounds[1:])
-    return len(bounds) - 1
-
-
-def without_answer(fci: list[float], tokens: list[int], bounds: list[int], separators: Separators,
-                   ) -> tuple[list[float], int]:
-    """(scores, branchable steps): the steps from the last "</think>" on score 0."""
-    count = branchable_steps(tokens, bounds, separators)
+        count = sum(end <= last for end in bounds[1:])
     return fci[:count] + [0.0] * len(fci[count:]), count
 
 
@@ -341,11 +335,15 @@ def fci_scores(model, prompt_ids: list[int], response_ids: list[int], bounds: li
 def check_model(model, path: str) -> None:
     """Raises UserError for a model whose log-probs or FCI would be wrong or are not finite, before anything is sampled."""
     try:
-        found = score(model, [Sequence([0], [0, 0, 0], [0, 1, 2, 3])], delta=1)[0]
-    except ValueError as error:
-        raise UserError(f"--model {path}: {error}") from error
-    if not math.isfinite(sum(found.logprobs)):
+        found = torch.tensor(score(model, [Sequence([0], [0, 0, 0], [0, 1, 2, 3])], delta=1)[0].logprobs)
+        with scoring_mode(model):
+            logits = model(torch.zeros(1, 4, dtype=torch.long, device=model.device)).logits[0, :3]
+    except Exception as error:  # ours, and what a model that is built in another way says
+        raise UserError(f"--model {path}: {first_line(error)}") from error
+    if not found.isfinite().all():
         raise UserError(f"--model {path}: its log-probs are not finite, its weights are damaged (a checkpoint: remove it)")
+    if not torch.allclose(logits.float().log_softmax(-1)[:, 0].cpu(), found, atol=1e-3):
+        raise UserError(f"--model {path}: rescales its hidden states or logits, which attnrl does not reproduce")
 
 
 if __name__ == "__main__":  # the command needs the files that come after this one, so it is in view.py

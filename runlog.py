@@ -27,6 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from checkpoint import flush
 from errors import UserError, first_line
 from dist import rank
 from sampler import is_correct, problem_fci, solve_rate
@@ -92,7 +93,7 @@ class Gap:
 
 
 def open_tensorboard(folder: Path, config, first_step: int):
-    """A function that writes a step's metrics as TensorBoard events; what was logged from `first_step` on is void."""
+    """(write, close): write a step's metrics as TensorBoard events. What was logged from `first_step` on is void."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
@@ -100,7 +101,7 @@ def open_tensorboard(folder: Path, config, first_step: int):
         for key, value in record.items():
             writer.add_scalar(key, value, record["step"])
         writer.flush()
-    return track
+    return track, writer.close
 
 
 def open_wandb(folder: Path, config, first_step: int):
@@ -108,7 +109,7 @@ def open_wandb(folder: Path, config, first_step: int):
     own settings (WANDB_MODE=offline)."""
     import wandb
     run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
-    return lambda record: run.log(record, step=record["step"])
+    return lambda record: run.log(record, step=record["step"]), run.finish
 
 
 TRACKERS = {"tensorboard": ("torch.utils.tensorboard", open_tensorboard), "wandb": ("wandb", open_wandb)}  # module, its use
@@ -173,13 +174,20 @@ class RunFolder:
             return
         if name == "metrics.jsonl" and self.config.track in TRACKERS:
             self.tracker = self.tracker or TRACKERS[self.config.track][1](self.path, self.config, record["step"])
-            self.tracker(record)
+            self.tracker[0](record)
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:  # the disk is full, say; half a line is dropped when the run goes on
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the same command with "
                             f"--out {self.path} --resume auto goes on from the newest checkpoint") from error
+
+    def close(self) -> None:
+        """A tracker may have something left to send, and with several ranks the way out is a short one (errors.leave)."""
+        if self.tracker:
+            self.tracker[1]()
 
     def write_batch(self, step: int, groups: list, trainer) -> None:
         """Every problem of a step: its difficulty, whether and how often it was expanded, what came of it; and a few with
@@ -226,6 +234,7 @@ class RunFolder:
                 if path.exists():
                     fresh = path.with_name(f".{name}.new")
                     fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                    flush(fresh)
                     fresh.replace(path)
                 if kept and name == "metrics.jsonl":
                     spent = float(json.loads(kept[-1]).get("seconds/total", 0.0))
@@ -356,7 +365,7 @@ def notices(problems: int, expanded: int | None, kept: int, spread: float | None
         found.append(f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); "
                      "branch points are arbitrary")
     if expanded == 0:
-        found.append(f"everything filtered: none of {problems} problems is branched, no continuations this step")
+        found.append(f"none of {problems} problems is branched (all filtered, or no response has two steps): no continuations")
     if kept == 0:
         found.append(f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
                      "the batch size is held (problems too easy or too hard for this policy)")

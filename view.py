@@ -78,16 +78,15 @@ def draw_curves(run: Path) -> Path:
     if any(m.get("train/kl") for m in steps):  # 0 throughout: no reference model was kept
         plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
     update.set(title="Update", ylim=(0, None))
-    names = ("generate", "score", "grade", "train")
-    seconds.stackplot([m["step"] for m in steps], [[m.get(f"seconds/{name}", 0) for m in steps] for name in names],
-                      labels=names, colors=[PHASES[name] for name in names], alpha=0.8)
+    seconds.stackplot([m["step"] for m in steps], [[m.get(f"seconds/{name}", 0) for m in steps] for name in PHASES],
+                      labels=list(PHASES), colors=list(PHASES.values()), alpha=0.8)
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
         axis.set_xlabel("training step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2, frameon=False)  # never over a line
-    figure.suptitle(run.name)
+    figure.suptitle(run.resolve().name)
     try:
         figure.savefig(run / "curves.png", dpi=110)
     except OSError as error:
@@ -151,7 +150,7 @@ def table(runs: list[Path]) -> str:
     lines = ["| run | before | best | end | gain | end - best | M tokens | minutes |", "|---|---|---|---|---|---|---|---|"]
     if len(rows) > 1:
         rows.append([fmean(column) for column in zip(*rows)])
-    for name, row in zip([*(run.name for run in runs), "mean"], rows):
+    for name, row in zip([*(run.resolve().name for run in runs), "mean"], rows):
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in row[:5]) + f" | {row[5]:.2f} | {row[6]:.1f} |")
     return "\n".join(lines)
 

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; the median counts")
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.repeats < 1 or min(args.steps) < DELTA + 2 or min(args.lengths) <= max(args.steps):
+    if min(args.steps) < DELTA + 2 or min(args.lengths) <= max(args.steps):
         parser.error(f"--repeats must be at least 1, --steps at least {DELTA + 2} and --lengths above --steps")
     torch.set_num_threads(args.threads)
     model = build_model("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,6 @@
 """bench/measure.py: what all timings here share, and the table of all ratios.
 
-    make bench                      # every script of this folder that one CPU can run, then the table; about half an hour
+    make bench                      # fci, rollout, update, pipeline, scale, then the table; about 40 minutes
     python bench/measure.py         # only the table, from results.json
 
 Both sides of a ratio come from one run and are interleaved, so that other load on the machine hits both alike; the median

@@ -75,7 +75,7 @@ def compare(batch_size: int, steps: int) -> None:
     calls = [(side.warm_up_calls, side.calls - side.warm_up_calls) for side in sides.values()]
     assert calls == [(1, steps), (0, 2 * steps)], calls
     one, two = rows = [{f"seconds of a step, {batch_size} problems": name}
-                       | {key: statistics.median(s[key] for s in side.seen[1:]) for key in side.seen[0]}
+                       | {key: statistics.median(s[key] for s in side.seen[1:] or side.seen) for key in side.seen[0]}
                        | {"calls": f"{side.calls} in {steps} steps"} for name, side in sides.items()]
     what = f"pipeline, {batch_size} problems, one generation call a step: two"
     record(f"pipeline/{batch_size}", rows, [gain(f"{what}, generation", one["generate"], two["generate"], "s"),

@@ -104,7 +104,7 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
 
 
 def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, jobs: int) -> None:
-    """Those that are not there yet, `jobs` at a time. Ctrl-C and SIGTERM end the runs that are going on and start no other."""
+    """Those that are not there yet, `jobs` at a time. Ctrl-C, SIGTERM and a run that fails end the others."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted, started = [what for what in wanted if not is_there(*what, tokens, folder)], time.monotonic()
     print(f"{len(wanted)} runs to do; logs: {HERE.parent / 'runs' / 'experiments' / folder.name}/*.log", flush=True)
@@ -115,7 +115,7 @@ def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, job
                 path, minutes = future.result(), (time.monotonic() - started) / 60
                 print(f"{i}/{len(wanted)} after {minutes:.1f} minutes, about {minutes * (len(wanted) / i - 1):.0f} left: {path}",
                       flush=True)
-        except KeyboardInterrupt:
+        except BaseException:  # also a run that failed: what it says must not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()

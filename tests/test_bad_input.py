@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Lfm2Config, Lfm2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import attnrl
 import eval as evaluation
@@ -78,6 +78,14 @@ def rescaled_logits(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def without_attention(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
+    Lfm2ForCausalLM(Lfm2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                               num_key_value_heads=2, layer_types=["conv", "full_attention"], bos_token_id=0,
+                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     w = tmp_path_factory.mktemp("world")
@@ -131,6 +139,7 @@ def world(tmp_path_factory) -> Path:
     no_eos(w / "noeos")
     small_vocabulary(w / "smallvocab")
     rescaled_logits(w / "cohere")
+    without_attention(w / "lfm2")
     variant(w / "lacksweights", weights=None)
     save_file({k: v for k, v in tensors.items() if "layers.0.mlp" not in k}, w / "lacksweights" / "model.safetensors", {"format": "pt"})
     # code in a model directory: it would make the folder evil-ran-* beside itself
@@ -215,6 +224,7 @@ CASES = [
     ("eval.py", "--model {w}/badtemplate --problems {w}/good.jsonl", "good.jsonl: bad rows (1 malformed)"),
     ("fci.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
     ("attnrl.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
+    ("eval.py", "--model {w}/lfm2 --ask x", "--model {w}/lfm2|layers without softmax attention (conv)"),
     # problem files
     *[("eval.py", f"{TOY} --problems {{w}}/{name}", f"{{w}}/{name}: {words}") for name, words in {
         "nothing.jsonl": "no such problem file", "folder.jsonl": "no such problem file", "latin1.jsonl": "bad rows (1 malformed)",

@@ -25,6 +25,7 @@ from attnrl import Trainer, parse_config, train
 from errors import UserError, stop_on_user_error
 from fixtures import ROOT, TOY_MODEL, same_file
 from runlog import Display
+from sampler import ProblemStream
 from test_dist import Launched, assert_same, lines, metrics, one_node, same_run, steps_done, torchrun
 from toy.programs import toy_set
 
@@ -529,6 +530,21 @@ def test_other_settings_are_taken_on_request(whole, halfway, capsys):
     records = metrics(halfway)
     assert records[:3] == metrics(whole)[:3] and records[3]["train/lr"] == 1e-4
     assert state_of(halfway / "last")["stream"] == state_of(whole / "step-000003")["stream"]
+
+
+@pytest.mark.parametrize("change", [
+    ["--max_response", 20], ["--one_step_off_policy", "false"],
+    *(pytest.param(change, marks=pytest.mark.full) for change in (
+        ["--tis_cap", 2], ["--temperature", 0.7], ["--advantage", "grpo"], ["--advantage", "prl"]))], ids=str)
+def test_what_no_longer_fits_the_half_finished_batch_samples_its_problems_anew(change, halfway):
+    resume(halfway, *change, "--resume_changed", "true", stop=lambda: True)
+    after = state_of(halfway / "last")["groups"] or []
+    assert not after if "--one_step_off_policy" in change else after
+    taken = [problem["number"] for step in lines(halfway / "batches.jsonl") for problem in step["problems"]]
+    taken += [group["problem"] for group in after]
+    assert taken == ProblemStream(16, seed=3).take(len(taken)), "a problem was lost, or came twice"
+    if "--max_response" in change:
+        assert all(len(response["tokens"]) <= 20 for group in after for response in group["responses"])
 
 
 def test_another_problem_file_or_initial_model_of_the_same_name_is_noticed(tmp_path, capsys):

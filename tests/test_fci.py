@@ -19,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fci
-from fci import (ATTENTION_NAME, Separators, Sequence, StepAttention, branchable_steps, fci_scores, score,
-                 prl_steps, separator_tokens, split_steps, token_logprobs)
+from errors import UserError
+from fci import (ATTENTION_NAME, Separators, Sequence, StepAttention, check_model, fci_scores, prl_steps, score, separator_tokens,
+                 split_steps, token_logprobs, without_answer)
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_bounds, random_tokens, randomise, tiny_model
 
 CLOSE = dict(rtol=0, atol=1e-5)
@@ -412,6 +413,22 @@ def test_models_that_would_get_wrong_scores_are_refused(config, words):
     assert same(fingerprint(model), before)
 
 
+def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_whatever_its_config_calls_it():
+    class Scaled(transformers.Qwen2ForCausalLM):
+        factor = 1.0
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * self.factor
+            return output
+
+    model = randomise(Scaled(transformers.Qwen2Config(**SMALL)), 0)
+    check_model(model, "m")
+    model.factor = 0.5
+    with pytest.raises(UserError, match="--model m: rescales its hidden states or logits"):
+        check_model(model, "m")
+
+
 def test_gemma2_without_caps_is_scored():
     """The refusals look at the values, not at the family: without its caps Gemma 2 is a plain model (and sliding)."""
     model = randomise(transformers.AutoModelForCausalLM.from_config(
@@ -479,6 +496,13 @@ def test_bounds_partition_the_response(tokens):
     assert 0 <= usable <= len(steps)
     for position, step in enumerate(steps):  # usable: no "</think>" in or before it, unless there is none at all after
         assert (position < usable) == (THINK not in tokens or THINK in sum(steps[position + 1:], []))
+
+
+def branchable_steps(tokens, bounds, separators):
+    scores = [1.0] * (len(bounds) - 1)
+    left, count = without_answer(scores, tokens, bounds, separators)
+    assert left == scores[:count] + [0.0] * (len(scores) - count)
+    return count
 
 
 @pytest.mark.parametrize("tokens, usable", [

@@ -307,7 +307,7 @@ def test_notices_name_each_failure():
     collapse, = notices(64, 50, 1900, spread=0.049)
     assert collapse.startswith("attention collapse") and "0.049" in collapse
     filtered, = notices(64, 0, 300, spread=0.4)
-    assert filtered.startswith("everything filtered") and "64" in filtered
+    assert filtered.startswith("none of 64 problems is branched (all filtered,") and "64" in filtered
     empty, = notices(64, 50, 0, spread=0.4)
     assert empty.startswith("empty batch") and "64" in empty
     assert len(notices(64, 0, 0, spread=0.0)) == 3
