@@ -3,6 +3,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -92,6 +93,7 @@ def stop_on_user_error(command: str):
         yield
     except UserError as error:
         if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which during a run asks for one more step (runlog.stop_on_signals)
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
         leave(2)

@@ -533,9 +533,12 @@ def test_killing_a_rank_ends_the_run_and_leaves_whole_files(tmp_path, parallel, 
 
 
 FAILING_REWARD = """
-import os
+import os, sys
 from eval import grade
 calls = 0
+
+def bug(*_):
+    raise RuntimeError("a bug that only this rank has")
 
 def reward(response, answers):
     global calls
@@ -548,10 +551,10 @@ def reward(response, answers):
 
 @pytest.mark.full
 @pytest.mark.parametrize("parallel, breaks, says", [
-    *((parallel, 'raise RuntimeError(f"this reward breaks at call {calls}")', "RuntimeError: this reward breaks at call")
-      for parallel in BOTH),
+    *((parallel, 'sys.modules["__main__"].Trainer.plan = bug', "RuntimeError: a bug that only this rank has") for parallel in BOTH),
     ("ddp", 'return float("nan")', "attnrl.py: --reward breaking:reward: returned nan; it must return a finite number"),
-], ids=["bug-ddp", "bug-fsdp", "bad input-ddp"])
+    ("ddp", 'raise ValueError("x")', "attnrl.py: --reward breaking:reward: raised ValueError in "),
+], ids=["bug-ddp", "bug-fsdp", "bad input-ddp", "broken reward-ddp"])
 def test_an_error_on_one_rank_is_shown_and_ends_the_run(tmp_path, parallel, breaks, says, record_property):
     """A bug, with its traceback, or bad input that only this rank has met, with its one line."""
     saved = tmp_path / "run" / "last"  # not before there is something on the disk
@@ -563,7 +566,7 @@ def test_an_error_on_one_rank_is_shown_and_ends_the_run(tmp_path, parallel, brea
         seconds = ended(run, time.monotonic())
         record_property("seconds", seconds)
         print(f"error on rank 1, {parallel}: torchrun ended {seconds:.1f} s after its message")
-        assert run.stderr().count(says) == 1 and (r'breaking.py", line' in run.stderr()) == ("raise" in breaks), run.stderr()
+        assert run.stderr().count(says) == 1 and (r'breaking.py", line' in run.stderr()) == ("bug" in breaks), run.stderr()
         check_folder(tmp_path / "run")
 
 
