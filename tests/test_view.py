@@ -8,6 +8,7 @@ Numbers on the page are compared with the run's own files and with tree.py, not 
 import json
 import math
 import random
+import re
 import shutil
 import time
 
@@ -275,17 +276,20 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
         for shown, end in zip(outcomes, ends):
             assert shown.split()[1] == ("right" if end["reward"] else "wrong")
             assert number(shown.split()[3]) == pytest.approx(end["advantages"][-1][1], abs=0.00501)
-        labels = iter(page.text(".node"))
+        labels = page.script("[...document.querySelectorAll('.node')].map(e => [e.textContent, e.title])")
+        drawn = iter(labels)
         root = sum(e["reward"] for e in ends) / len(ends)
         for r in sample["responses"]:
             cuts = [0, *sorted({c["at"] for c in r["continuations"]})]
             for cut in cuts if len(cuts) > 1 else []:
                 below = [r["reward"], *(c["reward"] for c in r["continuations"] if c["at"] > cut)]
-                _, value, _, _, advantage = next(labels).split()
+                label, formula = next(drawn)  # the label as far as it has room, the formula in full
+                value, advantage = re.match(r"A = \[\((\S+) .* = (\S+)$", formula).groups()
+                assert label == "" or f"V {value} · A {advantage}".startswith(label) and len(label) >= len(f"V {value}")
                 assert number(value) == pytest.approx(sum(below) / len(below), abs=0.00501)
                 assert number(advantage) == pytest.approx(advantage_at(r["advantages"], cut), abs=0.00501)
                 nodes += 1
-        assert next(labels, None) is None and f"= {root:.2f}" in page.text("#problem")[0]
+        assert next(drawn, None) is None and any("A" in label for label, _ in labels) and f"= {root:.2f}" in page.text("#problem")[0]
         titles = page.script("[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)")
         assert titles == [f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])]
         marks = page.script("[...document.querySelectorAll('.mark')].map(e => e.title)")
@@ -317,11 +321,12 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
             assert f") = {metrics[record['step'] + 2]['problems']}" in shown
             sized += 1
     assert sized == 2
+    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict(x).textContent)") == ["✓ right", "✗ wrong", "✓ 0.70", "✗ 0.40"]
     row = {"number": 7, "rate": 1.0, "fci": 0.05, "filtered": True, "trees": 0, "leaves": 6, "reward": 1.0}
     words = page.script(f"whyExpanded({json.dumps(row)})")
     assert len(words) == 1 and "filtered, not expanded (Eq. 8)" in words[0] and "mean FCI 0.0500 is below" in words[0]
     assert (
-        "Round(e^−0.50 × 6) = Round(3.64) = 4 (Eq. 9), the rarer outcome first."
+        "Round(6 · exp(−0.50)) = Round(3.64) = 4 (Eq. 9): that many responses are branched, wrong ones first."
         in page.script(f"whyExpanded({json.dumps(row | dict(rate=0.5, filtered=False))})")[1]
     )
 
@@ -337,6 +342,13 @@ def test_clicking_a_branch_shows_its_continuation(run, open_page):
             assert "".join(page.text("#leaf .tokens")).replace("⏎", "\n").replace("\n\n\n", "\n\n") == "".join(tokens)
             assert len(page.text("#leaf .part.kept [data-t]")) == end.get("at", 0) and page.text("[aria-selected=true].leaf")
             assert f"{len(tokens)} tokens" in page.text("#leaf .row")[0]
+            ends = [0, *sorted({c["at"] for c in r["continuations"] if c["at"] <= end.get("at", 10**6)}), len(tokens)]
+            cells = page.text("#leaf td")  # tokens, V and A of every node on the way to this leaf
+            assert cells[::3] == [f"{a} to {b - 1}" for a, b in zip(ends, ends[1:])]
+            assert number(cells[-2]) == end["reward"] or not end.get("at")
+            for cell, first in zip(cells[2::3], ends):
+                theirs = advantage_at(end["advantages"], first)
+                assert number(cell.split(" = ")[-1]) == pytest.approx(theirs, abs=0.00501) and cell.startswith("A = [(")
             n += 1
     last = page.script(
         "(() => { const e = document.querySelector('#leaf [data-t=\"2\"]'); tip({target: e});"
@@ -366,6 +378,15 @@ def test_keys_slider_and_address(run, open_page):
     assert page.text("#leaf button[aria-pressed=true]") == ["log-prob"]
     page.click("#batch tr.open:nth-child(2)")
     assert page.script("state.problem") == 1
+    # no part of the page keeps the keyboard, and none loses it: a button that was drawn anew has the focus again
+    page.script("document.querySelector('#batch tr.open').focus()")
+    page.driver.switch_to.active_element.send_keys(Keys.TAB)
+    assert page.script("document.activeElement === document.querySelectorAll('#batch tr.open')[1]")
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert page.script("state.problem") == 1 and page.script("document.activeElement.closest('#batch') !== null")
+    page.script("document.querySelectorAll('#tabs button')[2].focus()")
+    page.driver.switch_to.active_element.send_keys(Keys.ENTER)
+    assert page.script("state.problem") == 2 and page.script("document.activeElement.textContent") == page.text("#tabs [aria-selected=true]")[0]
 
 
 @pytest.mark.parametrize(
@@ -392,8 +413,21 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
         else []
     )
     assert len(page.text(".leaf")) == len(leaves) and len(page.text("#batch tbody tr")) == 2
+    if "log_samples" not in options[-2]:
+        assert page.text("#what") == (["The tree"] if options[-1] == "treerl" else ["The responses"])
     if options[-1] == "treerl":
         assert "entropy" in page.script("document.querySelector('.mark').title")
+        sample = lines(run / "samples.jsonl")[0]
+        for n, (r, c) in enumerate((r, c) for r in sample["responses"] for c in (None, *r["continuations"])):
+            page.script(f"go({{leaf: {n}}})")
+            points = [at for at in r["branch_points"] if c is None or at < c["at"]]
+            assert len(page.text("#leaf i.at")) == len(points), "a branch point inside a step"
+            assert sum(text.count("entropy ") for text in page.text("#leaf .part .soft")) == len(points)
+            if c is not None:
+                step = max(k for k, bound in enumerate(r["bounds"][:-1]) if bound <= c["at"])
+                inside = "" if c["at"] in r["bounds"] else f", token {c['at']}"
+                assert page.text("#leaf b")[0].endswith(f" from step {step}{inside}")
+        assert "one update earlier" not in page.script("document.querySelector('#leaf .kept i').what")
 
 
 def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
@@ -471,7 +505,7 @@ def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_pag
     page.click("#unfold")
     assert len(page.text("#leaf [data-t]")) == 2000
     page.click("#unfold")
-    page.click("#leaf .part:nth-child(5) button")
+    page.click("#leaf .part button")
     assert folded - 40 <= len(page.text("#leaf [data-t]")) <= folded + 80
 
 
