@@ -200,7 +200,7 @@ PRESETS: dict[str, dict] = {
     # have 9 steps: Delta = 1 leaves FCI 7 of them to choose from (the paper's 4 would leave 4).
     "toy": dict(model=str(Path(__file__).parent / "toy" / "model"), problems="toy:8:4000:1", test_problems="toy:8:100:2",
                 steps=20, batch_size=24, batch_range=1.5, eval_every=4, eval_temperature=1.0, max_response=110, delta=1,
-                lr=5e-5, kl_coef=0.0, mini_batch=256, token_budget=8192),
+                lr=5e-5, kl_coef=0.0, mini_batch=256, token_budget=8192, prl_steps="blank"),
     "paper": dict(min_branch_gap=512, eval_samples=32, eval_max_response=32768, eval_every=20, save_every=10, engine="vllm",
                   dtype="bf16", activation_checkpointing=True, token_budget=32768, gpus=8),
 }
@@ -378,8 +378,7 @@ class Trainer:
                                             branchable=branchable, ref_logprobs=ref_logprobs, **self.behaviour(c, s)))
             group.cut += not c.finished
 
-    def add_continuations(self, continued: list[tuple[Group, Response, int, Request]],
-                          completions: list[Completion]) -> None:
+    def add_continuations(self, continued: list[tuple[Group, Response, int, Request]], completions: list[Completion]) -> None:
         """Scoring pass 2: log-probs of the new suffixes only; the grade is for prefix + continuation."""
         scores = self.score(self.scorer, [Sequence(request.prompt_ids, c.tokens)
                                           for (*_, request), c in zip(continued, completions)], only_logprobs=True)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
 from checkpoint import model_hash
@@ -118,6 +119,9 @@ def load_model(path: str, device: str):
     """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
+    if os.path.isfile(os.path.join(path, "metrics.jsonl")):  # its config.json is that of the run
+        raise UserError(f"--model {path}: is the folder of a run; give one of its models, {os.path.join(path, 'last')} or best")
     if "/" not in path and not os.path.isdir(path):  # no hub name either (OWNER/NAME), so do not wait for the hub to say so
         raise UserError(f"--model {path}: cannot be loaded (no such directory)")
     device = pick_device(device)
@@ -140,9 +144,8 @@ def load_model(path: str, device: str):
         raise UserError(f"--model {path}: neither its generation config nor its tokenizer names an end-of-sequence token")
     if not tokenizer.encode("1", add_special_tokens=False):  # transformers makes an empty one of nothing
         raise UserError(f"--model {path}: cannot be loaded (its tokenizer knows no text; is tokenizer.json missing?)")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UserError(f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                        f"{model.get_input_embeddings().num_embeddings}")
+    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
+        raise UserError(f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return model, tokenizer, sorted(eos_ids)
 
 
@@ -198,10 +201,8 @@ def parse(argv: list[str]):
         parser.set_defaults(**SUITES[args.suite])
         args = parser.parse_args(argv)
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}")
-    if (args.k or 1) > 10**5:
-        raise UserError(f"--k {args.k}: must be at most 100000")
+        if getattr(args, name) is not None and not low <= getattr(args, name) < (10**5 if name == "k" else math.inf):
+            raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}" + ", below 10**5" * (name == "k"))
     args.sets = problem_sets(args) if args.problems else {}
     return args
 

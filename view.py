@@ -64,7 +64,8 @@ def draw_curves(run: Path) -> Path:
     accuracy, sampling, update, seconds = axes.flat
     plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, "o-", 100)
     plot(accuracy, "initial/reward", "reward of initial responses", ORANGE, "--", 100)
-    plot(accuracy, "mc/reward", "reward of continuations", GREEN, ":", 100)
+    if any(m.get("mc/reward") for m in steps):  # else there were none: a method without a tree
+        plot(accuracy, "mc/reward", "reward of continuations", GREEN, ":", 100)
     accuracy.set(title="Accuracy", ylabel="%")
     plot(sampling, "initial/valid", "problems with mixed initial responses", BLUE, scale=100)
     plot(sampling, "initial/solve_all", "all right", GREEN, "--", 100)
@@ -100,7 +101,7 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
     evaluations. Raises UserError."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     axes = figure.subplots(2, 3)
-    panels = [("test_accuracy", "test accuracy, %", "tokens"), ("test_accuracy", "test accuracy, %", "minutes"),
+    panels = [("test_accuracy", "test accuracy by tokens, %", "tokens"), ("test_accuracy", "test accuracy by time, %", "minutes"),
               ("initial/valid", "problems with mixed initial responses, %", "step"),
               ("filtered_ratio", "problems that the filter kept from expansion, %", "step"),
               ("valid_token_ratio", "trained tokens / tokens of all leaves, %", "step")]
@@ -117,6 +118,8 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
                       label=run.resolve().name, linestyle=("-", "--", "-.", ":")[n % 4], ms=4,
                       marker="o" if key == "test_accuracy" else None)
             axis.set(title=title, xlabel=labels[over])
+            if over == "step":
+                axis.xaxis.get_major_locator().set_params(integer=True)
         low, steps = 0.0, [m for m in records if "seconds/step" in m]
         for phase, colour in PHASES.items():
             seconds = fmean(m.get(f"seconds/{phase}", 0.0) for m in steps) if steps else 0.0
@@ -309,7 +312,9 @@ def show_fci(argv: list[str]) -> None:
 # `python eval.py --ask`: one answer
 # ---------------------------------------------------------------------------------------------------------------------
 def ask(model, tokenizer, eos_ids: list[int], args) -> None:
-    """Print one answer while it is sampled."""
+    """Print one answer while it is sampled. Raises UserError for options that are not for one answer."""
+    if given := [name for name in ("k", "out", "suite") if getattr(args, name)] + ["engine"] * (args.engine == "vllm"):
+        raise UserError(f"--{given[0]}: is for --problems, not for --ask")
     import torch
     from transformers import TextStreamer
 

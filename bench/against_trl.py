@@ -11,6 +11,7 @@ is the default. Rounds alternate, each in a fresh process; the first step of eac
 libraries included. Lines: the files that a reader of the algorithm has to go through.
 """
 import argparse
+import importlib.util
 import inspect
 import json
 import statistics
@@ -21,7 +22,7 @@ import time
 
 from measure import command, gain, peak_mib, positive, record
 
-from errors import stop_on_user_error
+from errors import UserError, stop_on_user_error
 PROMPTS, SAMPLES, LENGTH, LR = 24, 8, 110, 1e-5
 
 
@@ -95,6 +96,8 @@ def main() -> None:
     parser.add_argument("--micro", type=positive, default=96, help="TRL: completions a pass")
     parser.add_argument("--child", choices=("attnrl", "trl"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not importlib.util.find_spec("trl"):
+        raise UserError("TRL is not installed here: make bench-trl runs this in an environment that has it")
     if args.child:
         import torch
         torch.set_num_threads(args.threads)

@@ -18,7 +18,7 @@ import torch
 
 from measure import command, gain, interleave, positive, record
 
-from errors import stop_on_user_error
+from errors import UserError, stop_on_user_error
 import rollout
 from attnrl import Trainer, parse_config
 from data import load_problems
@@ -98,7 +98,10 @@ def shared_prefixes(repeats: int) -> None:
 
 
 def against_vllm(repeats: int) -> None:
-    from vllm import SamplingParams
+    try:
+        from vllm import SamplingParams
+    except ImportError:
+        raise UserError("--vllm: vllm is not installed here; make bench runs this in .venv-vllm") from None
 
     from vllm_engine import VLLMEngine
     model, tokenizer, eos_ids = load_model("toy/model", "cpu")

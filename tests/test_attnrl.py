@@ -38,6 +38,7 @@ def test_presets_and_command_line_in_this_order():
     assert (paper.delta, paper.lr, paper.batch_size, paper.group_size, paper.max_response) == (4, 1e-6, 64, 6, 8192)
     assert (paper.min_branch_gap, paper.mini_batch, paper.kl_coef, paper.rho) == (512, 192, 0.001, 0.2)
     assert paper.one_step_off_policy and paper.ads_filter == "fci" and paper.ads_expansion and paper.ads_batch
+    assert parse_config(["--method", "prl"]).prl_steps == "blank", "on the toy every response would be one step, and PRL would be GRPO"
     assert paper.target_sequences == 1920  # B', the authors' 64 * 6 * 5
     assert parse_config(["--delta", "3", "--preset=paper", "--one_step_off_policy", "false"]).delta == 3
     assert not parse_config(["--one_step_off_policy", "false"]).one_step_off_policy

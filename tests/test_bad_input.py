@@ -224,6 +224,8 @@ CASES = [
     ("eval.py", "--model {w}/badtemplate --problems {w}/good.jsonl", "good.jsonl: bad rows (1 malformed)"),
     ("fci.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
     ("attnrl.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
+    ("eval.py", "--model {w}/curves --ask x", "--model {w}/curves|the folder of a run; give one of its models, {w}/curves/last or best"),
+    ("eval.py", f"{TOY} --ask x --k 3", "--k: is for --problems, not for --ask"),
     ("eval.py", "--model {w}/lfm2 --ask x", "--model {w}/lfm2|layers without softmax attention (conv)"),
     # problem files
     *[("eval.py", f"{TOY} --problems {{w}}/{name}", f"{{w}}/{name}: {words}") for name, words in {
@@ -346,7 +348,7 @@ def test_bad_input_is_one_line_and_exit_code_2(command, args, words, world, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(world)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a directory that is missing is no reason to ask a hub
-    argv = [*USUAL[command], *args.replace("{w}", str(world)).split()]
+    argv = [*(USUAL[command] if "--ask" not in args else []), *args.replace("{w}", str(world)).split()]
     before = files(world)
     with pytest.raises(SystemExit) as stop:
         with stop_on_user_error(command):

@@ -78,6 +78,16 @@ def test_all_ways_of_reading_attention_agree():
         assert torch.allclose(scores["fci"], scores[case], atol=1e-6), case
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("package, arguments, words", [("trl", ["against_trl.py"], "TRL is not installed here: make bench-trl"),
+                                                       ("vllm", ["rollout.py", "--vllm"], "--vllm: vllm is not installed here; make bench")])
+def test_what_is_not_installed_is_one_line(package, arguments, words):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    done = subprocess.run([sys.executable, ROOT / "bench" / arguments[0], *arguments[1:]], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
+
+
 def test_bad_options_are_one_line():
     done = subprocess.run([sys.executable, ROOT / "bench" / "measure.py", "--nope"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines() == ["bench/measure.py: unrecognized arguments: --nope (see --help)"]

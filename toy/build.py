@@ -144,7 +144,7 @@ def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed
 
 def main(argv: list[str]) -> None:
     parser = Parser("toy/build.py", __doc__ or "", "python toy/build.py --out runs/toy-model")
-    parser.add_argument("--out", default="toy/model", help="model directory, written over; stages 1 and 2: OUT-varied, OUT-hubs")
+    parser.add_argument("--out", default="runs/toy-model", help="model directory; stages 1 and 2: OUT-varied, OUT-hubs")
     parser.add_argument("--seed", type=int, default=0, help="of weights and programs")
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
     parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
