@@ -124,7 +124,7 @@ def against_vllm(repeats: int) -> None:
 def main() -> None:
     parser = command(__doc__, "--repeats 3")
     parser.add_argument("--vllm", action="store_true", help="the vLLM engine (in .venv-vllm)")
-    parser.add_argument("--repeats", type=positive, default=7, help="timed rounds; the median counts")
+    parser.add_argument("--repeats", type=positive, default=15, help="timed rounds; the median counts")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for part in [against_vllm] if args.vllm else [against_generate, shared_prefixes]:

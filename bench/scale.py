@@ -32,12 +32,14 @@ WORK = ["--ads_filter", "none", "--ads_expansion", "false", "--ads_batch", "fals
 SHOWN = ("generate", "score", "train", "exchange", "sync")
 
 
-def median_step(steps: int, options: list[str], endless: bool = False) -> dict:
-    """Seconds of a step by phase; the first step is not counted. In the order of Side.seen."""
-    side = Side("attnrl", WORK + options, endless)
+def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> list[dict]:
+    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes take turns, so that other load
+    on the machine hits all alike. The first step is not counted."""
+    sides = [Side("attnrl", WORK + options, endless) for options in sizes]
     for _ in range(steps + 1):
-        side.step()
-    return {key: statistics.median(s[key] for s in side.seen[1:]) for key in side.seen[0]}
+        for side in sides:
+            side.step()
+    return [{key: statistics.median(s[key] for s in side.seen[1:]) for key in side.seen[0]} for side in sides]
 
 
 def rows_with_line(name: str, sizes: list[int], found: list[dict], down: bool = False) -> list[dict]:
@@ -51,7 +53,7 @@ def rows_with_line(name: str, sizes: list[int], found: list[dict], down: bool = 
 
 
 def by_problems(steps: int, sizes: list[int]) -> None:
-    found = [median_step(steps, ["--batch_size", str(size)]) for size in sizes]
+    found = median_steps(steps, [["--batch_size", str(size)] for size in sizes])
     record("scale/problems", rows_with_line("problems", sizes, found), [])
 
 
@@ -65,7 +67,7 @@ def by_length(steps: int, sizes: list[int]) -> None:
         config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
         (model / "config.json").write_text(json.dumps(config))
         options = ["--batch_size", "4", "--model", str(model), "--reward", "scale:coin", "--rollout_tokens", "1000000"]
-        found = [median_step(steps, [*options, "--max_response", str(size)], endless=True) for size in sizes]
+        found = median_steps(steps, [[*options, "--max_response", str(size)] for size in sizes], endless=True)
     record("scale/length", rows_with_line("response", sizes, found), [])
 
 
@@ -149,7 +151,7 @@ def main() -> None:
         print(model_table())
     elif args.child:
         torch.set_num_threads(1)
-        found = median_step(args.steps, ["--batch_size", "24"])
+        found, = median_steps(args.steps, [["--batch_size", "24"]])
         if dist.rank() == 0:
             print("RESULT", json.dumps(found), "RESULT")
         dist.stop(lambda: None)
