@@ -33,7 +33,7 @@ SHOWN = ("generate", "score", "train", "exchange", "sync")
 
 
 def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> list[dict]:
-    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes take turns, so that other load
+    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes take turns, so that load
     on the machine hits all alike. The first step is not counted."""
     sides = [Side("attnrl", WORK + options, endless) for options in sizes]
     for _ in range(steps + 1):
