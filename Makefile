@@ -1,5 +1,5 @@
 # make demo       train AttnRL on the toy (a few minutes on 2 cores)
-# make test       the quick suite (under 10 minutes on 2 cores)
+# make test       the quick suite (about 10 minutes on 2 cores)
 # make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build in an environment of its own (.venv-vllm)
 # make test-full  everything, also with vLLM
 # make lint       ruff and mypy

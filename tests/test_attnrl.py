@@ -137,7 +137,8 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     same_file(finished / "last/model.safetensors", again / "last/model.safetensors")
 
 
-@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", "8"], ["--method", "treerl"], ["--branch", "random"],
+@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", "8"],
+                                     *(pytest.param(o, marks=pytest.mark.full) for o in (["--method", "treerl"], ["--branch", "random"])),
                                      ["--method", "prl", "--grpo_samples", "8"], ["--kl_coef", "0.01", "--temperature", "0.8"]])
 def test_every_method_runs(tmp_path, options):
     records = metrics_of(train(tiny(tmp_path, *options)))
