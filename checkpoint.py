@@ -60,6 +60,10 @@ def folder_of(step: int) -> str:
     return f"step-{step:06}"
 
 
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
 def publish(target: Path, write) -> None:
     """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the disk."""
     fresh = target.with_name(f".{target.name}.new")
@@ -87,8 +91,7 @@ def point(run: Path, link: str, step: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first."""
-    found = {int(path.name.removeprefix("step-")): path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)}
-    return [found[step] for step in sorted(found)]
+    return sorted((path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
 
 
 def fingerprint(trainer) -> dict[str, str]:
@@ -223,7 +226,7 @@ def restore(path: Path | None, trainer, batch_of):
         own = {key.removeprefix(f"{name}/"): value for key, value in state["moments"].items() if key.startswith(f"{name}/")}
         if own:
             optimizer.state[parameter] = {key: shard_like(value.clone(), parameter) for key, value in own.items()}
-    step = int(path.name.removeprefix("step-"))
+    step = step_of(path)
     trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
     if trainer.config.ads_batch:
         adaptive = trainer.batch_size  # another --batch_size has other bounds

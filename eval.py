@@ -12,7 +12,6 @@ the statistics and the tables are report.py; grading, with its worker processes,
 import atexit
 import importlib
 import json
-import math
 import os
 import re
 import sys
@@ -201,8 +200,8 @@ def parse(argv: list[str]):
         parser.set_defaults(**SUITES[args.suite])
         args = parser.parse_args(argv)
     for name, low in (("k", 1), ("max_prompt", 1), ("max_response", 1), ("temperature", 0), ("seed", 0)):
-        if getattr(args, name) is not None and not low <= getattr(args, name) < (10**5 if name == "k" else math.inf):
-            raise UserError(f"--{name} {getattr(args, name)}: must be a number, at least {low}" + ", below 10**5" * (name == "k"))
+        if (value := getattr(args, name)) is not None and not low <= value <= (10**5 if name == "k" else sys.float_info.max):
+            raise UserError(f"--{name} {value}: must be a number, at least {low}" + ", at most 100000" * (name == "k"))
     args.sets = problem_sets(args) if args.problems else {}
     return args
 

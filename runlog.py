@@ -178,8 +178,7 @@ class RunFolder:
         try:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            flush(self.path / name)
         except OSError as error:  # the disk is full, say; half a line is dropped when the run goes on
             raise UserError(f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the same command with "
                             f"--out {self.path} --resume auto goes on from the newest checkpoint") from error

@@ -45,6 +45,10 @@ class Side:
             self.trainer.sample(None, self.upcoming)
         self.warm_up_calls = self.calls
 
+    def medians(self) -> dict[str, float]:
+        """Of all that was seen, without the first step (unless there is no other)."""
+        return {key: statistics.median(s[key] for s in self.seen[1:] or self.seen) for key in self.seen[0]}
+
     def step(self) -> None:
         trainer, before = self.trainer, self.trainer.generated_tokens
         self.number += 1
@@ -75,8 +79,7 @@ def compare(batch_size: int, steps: int) -> None:
     calls = [(side.warm_up_calls, side.calls - side.warm_up_calls) for side in sides.values()]
     assert calls == [(1, steps), (0, 2 * steps)], calls
     one, two = rows = [{f"seconds of a step, {batch_size} problems": name}
-                       | {key: statistics.median(s[key] for s in side.seen[1:] or side.seen) for key in side.seen[0]}
-                       | {"calls": f"{side.calls} in {steps} steps"} for name, side in sides.items()]
+                       | side.medians() | {"calls": f"{side.calls} in {steps} steps"} for name, side in sides.items()]
     what = f"pipeline, {batch_size} problems, one generation call a step: two"
     record(f"pipeline/{batch_size}", rows, [gain(f"{what}, generation", one["generate"], two["generate"], "s"),
                                             gain(f"{what}, whole step", one["step"], two["step"], "s", 1.087)])  # 1 / 0.92

@@ -12,7 +12,6 @@ the line: both are what the columns show.
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> l
     for _ in range(steps + 1):
         for side in sides:
             side.step()
-    return [{key: statistics.median(s[key] for s in side.seen[1:]) for key in side.seen[0]} for side in sides]
+    return [side.medians() for side in sides]
 
 
 def rows_with_line(name: str, sizes: list[int], found: list[dict], down: bool = False) -> list[dict]:
