@@ -1,28 +1,35 @@
-"""checkpoint.py: the whole state of a run on the disk, so that a run that was stopped ends as if it had not been.
+"""checkpoint.py: the whole state of a run on the disk, so that a run that was stopped ends as if it
+had not been.
 
-    python attnrl.py ... --out runs/mine --resume auto        # the newest checkpoint in runs/mine, or a fresh start
+    python attnrl.py ... --out runs/mine --resume auto        # the newest checkpoint in runs/mine,
+                                                              or a fresh start
 
-A checkpoint is a folder of the run, `step-000040/`, written after training step 40. Two links, `last` and `best`, point to the
-newest and to the one of the best test accuracy:
+A checkpoint is a folder of the run, `step-000040/`, written after training step 40. Two links,
+`last` and `best`, point to the newest and to the one of the best test accuracy:
 
-    config.json, model.safetensors, tokenizer ...   the policy in fp32: AutoModelForCausalLM.from_pretrained, vLLM, eval.py
-    training.pt    AdamW's moments, counters, sampler state, and the IN-FLIGHT half of the pipeline: the initial responses of
-                   step 41 with their log-probs, FCI, grades and branch points. Without these a resumed run would sample
-                   them anew, from a newer policy, and go another way.
-    run.json       the run's settings, and fingerprints of its problems and of the initial model (the reference)
+    config.json, model.safetensors, tokenizer ...   the policy in fp32:
+                                                    AutoModelForCausalLM.from_pretrained, vLLM,
+                                                    eval.py
+    training.pt    AdamW's moments, counters, sampler state, and the IN-FLIGHT half of the pipeline:
+                   the initial responses of
+                   step 41 with their log-probs, FCI, grades and branch points. Without these a
+                   resumed run would sample them anew, from a newer policy, and go another way.
+    run.json       the run's settings, and fingerprints of its problems and of the initial model
+                   (the reference)
 
-Random numbers need no state: every rollout, shuffle and tree has a seed made of its place in the run. The reference is the
-initial model, read again.
+Random numbers need no state: every rollout, shuffle and tree has a seed made of its place in the
+run. The reference is the initial model, read again.
 
-Safety: a folder is written under another name, flushed to the disk and renamed, so one called step-N is always whole; older
-ones go only after that. Nothing that is read can run code: weights are safetensors, training.pt is read with
-weights_only=True, the rest is JSON.
+Safety: a folder is written under another name, flushed to the disk and renamed, so one called
+step-N is always whole; older ones go only after that. Nothing that is read can run code: weights
+are safetensors, training.pt is read with weights_only=True, the rest is JSON.
 
-What is written does not depend on the number of ranks (whole tensors, all groups), so a run can go on with another number of
-them; only the rounding differs then.
+What is written does not depend on the number of ranks (whole tensors, all groups), so a run can go
+on with another number of them; only the rounding differs then.
 
     python -m pytest tests/test_checkpoint.py
 """
+
 import hashlib
 import json
 import os
@@ -33,22 +40,47 @@ from pathlib import Path
 
 import torch
 
-from errors import UserError, first_line
 from dist import everyone, full_weights, mine, rank, shard_like, whole
+from errors import UserError, first_line
 from tree import Response
 
-# Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not what it computes.
-FREE = {"out", "resume", "resume_changed", "dry_run", "gpus", "gpu_gib", "device", "grading_workers", "save_every", "keep",
-        "log_samples", "engine_memory", "sync_tolerance", "track", "log_level", "quiet"}
+# Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not
+# what it computes.
+FREE = {
+    "out",
+    "resume",
+    "resume_changed",
+    "dry_run",
+    "gpus",
+    "gpu_gib",
+    "device",
+    "grading_workers",
+    "save_every",
+    "keep",
+    "log_samples",
+    "engine_memory",
+    "sync_tolerance",
+    "track",
+    "log_level",
+    "quiet",
+}
 # With another one of these the in-flight half fits no longer: its problems are sampled anew.
-HALF_DEPENDS_ON = {"advantage", "max_response", "one_step_off_policy", "prompt_suffix", "temperature", "tis_cap"}
+HALF_DEPENDS_ON = {
+    "advantage",
+    "max_response",
+    "one_step_off_policy",
+    "prompt_suffix",
+    "temperature",
+    "tis_cap",
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def flush(path: Path) -> None:
-    """To the disk, not only to the system's memory: after a power cut no name may stand for something that is not there."""
+    """To the disk, not only to the system's memory: after a power cut no name may stand for
+    something that is not there."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -65,7 +97,8 @@ def step_of(folder: Path) -> int:
 
 
 def publish(target: Path, write) -> None:
-    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the disk."""
+    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the
+    disk."""
     fresh = target.with_name(f".{target.name}.new")
     try:
         shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
@@ -77,12 +110,15 @@ def publish(target: Path, write) -> None:
         flush(target.parent)
     except Exception as error:  # safetensors, torch and json each have their own for a full disk
         shutil.rmtree(fresh, ignore_errors=True)
-        raise UserError(f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and the same command "
-                        "with --resume auto goes on from them") from error
+        raise UserError(
+            f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and"
+            " the same command with --resume auto goes on from them"
+        ) from error
 
 
 def point(run: Path, link: str, step: int) -> None:
-    """The symbolic link leads to the checkpoint of this step; at every moment it leads to a whole one."""
+    """The symbolic link leads to the checkpoint of this step; at every moment it leads to a whole
+    one."""
     fresh = run / f".{link}.new"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder_of(step))
@@ -91,15 +127,21 @@ def point(run: Path, link: str, step: int) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first."""
-    return sorted((path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of)
+    return sorted(
+        (path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of
+    )
 
 
 def fingerprint(trainer) -> dict[str, str]:
-    """What a resumed run must find unchanged besides its settings: the problems, in order, and the initial weights. Read once,
-    and only where a checkpoint is written or resumed from: the weights are gigabytes."""
+    """What a resumed run must find unchanged besides its settings: the problems, in order, and the
+    initial weights. Read once, and only where a checkpoint is written or resumed from: the weights
+    are gigabytes."""
     if not hasattr(trainer, "fingerprint"):
         texts = json.dumps([[p.text, p.answers] for p in trainer.problems])
-        trainer.fingerprint = {"problems": hashlib.sha256(texts.encode()).hexdigest(), "model": model_hash(trainer.config.model)}
+        trainer.fingerprint = {
+            "problems": hashlib.sha256(texts.encode()).hexdigest(),
+            "model": model_hash(trainer.config.model),
+        }
     return trainer.fingerprint
 
 
@@ -107,55 +149,74 @@ def model_hash(model: str) -> str:
     """Tells whether a model directory still holds the same weights."""
     weights = hashlib.sha256()
     # no such files: a hub name, which the settings compare
-    for file in sorted(file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin")):
+    for file in sorted(
+        file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin")
+    ):
         with file.open("rb") as content:
             weights.update(hashlib.file_digest(content, "sha256").digest())
     return weights.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def collect(trainer, upcoming, best: tuple[float, int]) -> dict:
-    """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are each rank's own."""
+    """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are
+    each rank's own."""
     moments = {}
     for name, parameter in trainer.policy.named_parameters():
         for key, value in trainer.learner.optimizer.state.get(parameter, {}).items():
             value = whole(value)  # one at a time, and only rank 0 keeps it
             if rank() == 0:
                 moments[f"{name}/{key}"] = value.cpu()
-    groups = everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups]) if upcoming else None
-    return {"moments": moments, "groups": groups, "best": list(best),
-            "generated_tokens": sum(everyone([trainer.generated_tokens])),
-            "easy_filter": asdict(trainer.easy_filter), "batch_size": trainer.batch_size.size,
-            "stream": [trainer.stream.epoch, trainer.stream.position]}
+    groups = (
+        everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups])
+        if upcoming
+        else None
+    )
+    return {
+        "moments": moments,
+        "groups": groups,
+        "best": list(best),
+        "generated_tokens": sum(everyone([trainer.generated_tokens])),
+        "easy_filter": asdict(trainer.easy_filter),
+        "batch_size": trainer.batch_size.size,
+        "stream": [trainer.stream.epoch, trainer.stream.position],
+    }
 
 
 def save(run: Path, step: int, trainer, upcoming, best: tuple[float, int], keep: int) -> None:
-    """Write step-N, then drop all but the newest `keep` and the best. Every rank must call it; rank 0 writes.
+    """Write step-N, then drop all but the newest `keep` and the best. Every rank must call it; rank
+    0 writes.
 
-    upcoming: the half-finished next batch, or None; best: (test accuracy, its step), which is this step or an earlier one.
+    upcoming: the half-finished next batch, or None; best: (test accuracy, its step), which is this
+    step or an earlier one.
     """
     state = collect(trainer, upcoming, best)
     weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
     if rank():
         return
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise UserError(f"step {step}: {damaged[0]} and {len(damaged) - 1} more tensors of the policy are not finite; no "
-                        "checkpoint is written of it, the older ones are whole")
+        raise UserError(
+            f"step {step}: {damaged[0]} and {len(damaged) - 1} more tensors of the policy are not"
+            " finite; no checkpoint is written of it, the older ones are whole"
+        )
 
     def write(folder: Path):
         trainer.policy.save_pretrained(folder, state_dict=weights)
         trainer.tokenizer.save_pretrained(folder)
         torch.save(state, folder / "training.pt")
-        (folder / "run.json").write_text(json.dumps({"step": step, "config": asdict(trainer.config), **fingerprint(trainer)}))
+        (folder / "run.json").write_text(
+            json.dumps({"step": step, "config": asdict(trainer.config), **fingerprint(trainer)})
+        )
 
     publish(run / folder_of(step), write)
     link_and_drop(run, step, best[1], keep)
 
 
 def link_and_drop(run: Path, step: int, best: int, keep: int) -> None:
-    """`last` and `best`; then whatever neither they nor --keep need goes, and what a killed run left half-written."""
+    """`last` and `best`; then whatever neither they nor --keep need goes, and what a killed run
+    left half-written."""
     point(run, "last", step)
     point(run, "best", best)
     for old in checkpoints(run)[:-keep]:
@@ -165,9 +226,9 @@ def link_and_drop(run: Path, step: int, best: int, keep: int) -> None:
         shutil.rmtree(half)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Resuming
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def find(config) -> Path | None:
     """The checkpoint to go on from, the same one on every rank; None: a fresh start."""
     try:
@@ -178,44 +239,67 @@ def find(config) -> Path | None:
 
 
 def check_unchanged(path: Path, trainer) -> set[str]:
-    """Names of the settings that are not those of the checkpoint, "the problems file" among them if that is another one. Raises
-    UserError that says what they are, unless --resume_changed."""
+    """Names of the settings that are not those of the checkpoint, "the problems file" among them if
+    that is another one. Raises UserError that says what they are, unless --resume_changed."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         old, new = saved["config"], asdict(trainer.config)
-        changed = {name: f"--{name} {old.get(name)} is now {new[name]}" for name in new
-                   if name not in FREE and old.get(name) != new[name]}
-        changed |= {f"the {name} file": f"the {name} file is another one" for name, value in fingerprint(trainer).items()
-                    if saved[name] != value}
+        changed = {
+            name: f"--{name} {old.get(name)} is now {new[name]}"
+            for name in new
+            if name not in FREE and old.get(name) != new[name]
+        }
+        changed |= {
+            f"the {name} file": f"the {name} file is another one"
+            for name, value in fingerprint(trainer).items()
+            if saved[name] != value
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
-                        "checkpoint") from error
+        raise UserError(
+            f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on"
+            " from an older checkpoint"
+        ) from error
     if changed and not trainer.config.resume_changed:
-        raise UserError(f"--resume auto: {path} was written with other settings ({'; '.join(changed.values())}); use those, "
-                        "or go on with the new ones by --resume_changed true")
+        raise UserError(
+            f"--resume auto: {path} was written with other settings"
+            f" ({'; '.join(changed.values())}); use those, or go on with the new ones by"
+            " --resume_changed true"
+        )
     return set(changed)
 
 
 def restore(path: Path | None, trainer, batch_of):
-    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns (step, best, upcoming) as
-    `save` was given them. The links of the run are put right: it may have been killed before they were set.
+    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns
+    (step, best, upcoming) as `save` was given them. The links of the run are put right: it may have
+    been killed before they were set.
 
-    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is none). No path: the
-    state of a fresh start.
+    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is
+    none). No path: the state of a fresh start.
     """
     if path is None:
         return 0, (0.0, 0), None
     changed = check_unchanged(path, trainer)
     try:
         state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
-        lacking = {"moments", "groups", "best", "generated_tokens", "easy_filter", "batch_size", "stream"} - state.keys()
+        lacking = {
+            "moments",
+            "groups",
+            "best",
+            "generated_tokens",
+            "easy_filter",
+            "batch_size",
+            "stream",
+        } - state.keys()
         if lacking:
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except Exception as error:  # a dozen types for a broken file
-        raise UserError(f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on from an older "
-                        "checkpoint") from error
+        raise UserError(
+            f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on"
+            " from an older checkpoint"
+        ) from error
     stream, (epoch, position) = trainer.stream, state["stream"]
-    if "the problems file" in changed:  # numbers of problems mean others now, and the old place may be behind the new end
+    # numbers of problems mean others now, and the old place may be behind the new end
+    if "the problems file" in changed:
         state["groups"], epoch, position = None, 0, 0
     elif changed & HALF_DEPENDS_ON and state["groups"]:  # the stream gives these problems once more
         epoch, position = divmod(epoch * stream.size + position - len(state["groups"]), stream.size)
@@ -223,20 +307,39 @@ def restore(path: Path | None, trainer, batch_of):
     stream.epoch, stream.position = epoch, position
     optimizer = trainer.learner.optimizer
     for name, parameter in trainer.policy.named_parameters():
-        own = {key.removeprefix(f"{name}/"): value for key, value in state["moments"].items() if key.startswith(f"{name}/")}
+        own = {
+            key.removeprefix(f"{name}/"): value
+            for key, value in state["moments"].items()
+            if key.startswith(f"{name}/")
+        }
         if own:
-            optimizer.state[parameter] = {key: shard_like(value.clone(), parameter) for key, value in own.items()}
+            optimizer.state[parameter] = {
+                key: shard_like(value.clone(), parameter) for key, value in own.items()
+            }
     step = step_of(path)
     trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
     if trainer.config.ads_batch:
         adaptive = trainer.batch_size  # another --batch_size has other bounds
         adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
-    trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0  # they are summed over ranks
+    # they are summed over ranks
+    trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0
     groups = state["groups"]
-    upcoming = None if groups is None else batch_of(step + 1, mine([
-        group | {"responses": [Response(**response) for response in group["responses"]]} for group in groups]))
+    upcoming = (
+        None
+        if groups is None
+        else batch_of(
+            step + 1,
+            mine(
+                [
+                    group | {"responses": [Response(**response) for response in group["responses"]]}
+                    for group in groups
+                ]
+            ),
+        )
+    )
     best = tuple(state["best"])
-    if not (path.parent / folder_of(best[1])).exists():  # somebody removed it: the next evaluation is the best one
+    # somebody removed it: the next evaluation is the best one
+    if not (path.parent / folder_of(best[1])).exists():
         best = (0.0, step)
     if rank() == 0:
         link_and_drop(path.parent, step, best[1], trainer.config.keep)

@@ -1,4 +1,6 @@
-"""errors.py: command lines, what a person is told when something is wrong, and how a command leaves: one line, exit code 2."""
+"""errors.py: command lines, what a person is told when something is wrong, and how a command
+leaves: one line, exit code 2."""
+
 import argparse
 import io
 import os
@@ -27,32 +29,50 @@ def reason(error: BaseException) -> str:
 
 
 def plain(text: str) -> str:
-    """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or worse, are replaced."""
+    """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or
+    worse, are replaced."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something; leaves a text of several lines, and the example, as they are."""
+    """Shows the defaults that say something; leaves a text of several lines, and the example, as
+    they are."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, "") or action.nargs == 0 else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default in (None, "") or action.nargs == 0
+            else super()._get_help_string(action)
+        )
 
     def _fill_text(self, text, width, indent):
-        return text if "\n" in text or text.startswith("example: ") else super()._fill_text(text, width, indent)
+        return (
+            text
+            if "\n" in text or text.startswith("example: ")
+            else super()._fill_text(text, width, indent)
+        )
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line: its --help shows defaults and ends with an example; what is wrong with it is a UserError."""
+    """A command line: its --help shows defaults and ends with an example; what is wrong with it is
+    a UserError."""
 
     def __init__(self, prog: str, description: str, example: str, usage: str = ""):
-        super().__init__(f"python {prog}", f"%(prog)s {usage}" if usage else None, description, f"example: {example}",
-                         formatter_class=Help, allow_abbrev=False)
+        super().__init__(
+            f"python {prog}",
+            f"%(prog)s {usage}" if usage else None,
+            description,
+            f"example: {example}",
+            formatter_class=Help,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str):
         raise UserError(f"{message} (see --help)")
 
     def add_settings(self, kind: type) -> None:
-        """An option for every field of a dataclass, in the groups that its metadata names (attnrl.Config)."""
+        """An option for every field of a dataclass, in the groups that its metadata names
+        (attnrl.Config)."""
         group: Any = self
         how: dict[str, Any]
         for one in fields(kind):
@@ -64,7 +84,9 @@ class Parser(argparse.ArgumentParser):
                 how = dict(choices=choices)
             else:
                 how = dict(type=one.type, metavar=getattr(one.type, "__name__", "").upper())
-            group.add_argument(f"--{one.name}", help=one.metadata["help"], default=one.default, **how)
+            group.add_argument(
+                f"--{one.name}", help=one.metadata["help"], default=one.default, **how
+            )
 
 
 def yes_or_no(text: str) -> bool:
@@ -74,8 +96,8 @@ def yes_or_no(text: str) -> bool:
 
 
 def leave(code: int):
-    """Exit. One rank of many leaves at once: after an error the regular way out may wait for the other ranks, and they for this
-    one; and at the end of a run it may hang (dist.stop)."""
+    """Exit. One rank of many leaves at once: after an error the regular way out may wait for the
+    other ranks, and they for this one; and at the end of a run it may hang (dist.stop)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -85,20 +107,25 @@ def leave(code: int):
 
 @contextmanager
 def stop_on_user_error(command: str):
-    """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with 130."""
-    for stream in (sys.stdout, sys.stderr):  # a file name or an answer that the terminal's encoding lacks is no reason to end
+    """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with
+    130."""
+    # a file name or an answer that the terminal's encoding lacks is no reason to end
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
-        if int(os.environ.get("RANK", 0)):  # rank 0 mostly says the same; torchrun then ends this process before it does
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which during a run asks for one more step (runlog.stop_on_signals)
+        # rank 0 mostly says the same; torchrun then ends this process before it does
+        if int(os.environ.get("RANK", 0)):
+            # which during a run asks for one more step (runlog.stop_on_signals)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
         leave(2)
     except BrokenPipeError:  # the reader of the output has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more when it flushes
+        # else Python complains once more when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(1)
     except Exception:
         traceback.print_exc()

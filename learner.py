@@ -1,26 +1,33 @@
-"""learner.py: the off-policy policy update: clipped PPO on tokens, a small KL to the reference model, AdamW.
+"""learner.py: the off-policy policy update: clipped PPO on tokens, a small KL to the reference
+model, AdamW.
 
-Behaviour log-probs are per token and may come from different policies (a continuation's prefix is one update older than
-its suffix): PPO's ratio against the policy that really sampled each token is all the correction there is.
+Behaviour log-probs are per token and may come from different policies (a continuation's prefix is
+one update older than its suffix): PPO's ratio against the policy that really sampled each token is
+all the correction there is.
 
 Equations (spec section 6; PPO, Clip-Higher of DAPO, dual clip, k3 of Schulman):
     ratio  r = exp(logp - old_logp)
     loss     = -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A); for A < 0 never more than -3 A (dual clip)
     kl       = exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
-    mean over ALL response tokens of the mini-batch, so that the gradient does not depend on how the mini-batch is cut
-    into micro-batches and dealt out to ranks, and a long response weighs as much as its tokens.
-Option, off by default (truncated importance sampling, Yao et al. 2025): the engine that samples computes in other kernels
-or another precision than the learner, so it samples from a slightly other policy. Each token's loss is weighted by
+    mean over ALL response tokens of the mini-batch, so that the gradient does not depend on how the
+    mini-batch is cut into micro-batches and dealt out to ranks, and a long response weighs as much
+    as its tokens.
+Option, off by default (truncated importance sampling, Yao et al. 2025): the engine that samples
+computes in other kernels or another precision than the learner, so it samples from a slightly other
+policy. Each token's loss is weighted by
     w = min(exp(old_logp - engine_logp), C)
-with old_logp the learner's and engine_logp the engine's log-prob of the token, both of the weights that sampled it.
+with old_logp the learner's and engine_logp the engine's log-prob of the token, both of the weights
+that sampled it.
 
-Why is the ratio 1 and the policy loss about 0 at first? In the first mini-batch after sampling the policy IS the one that
-sampled, r = 1, and advantages nearly cancel. The gradient is not 0: d r / d theta is what moves the policy.
+Why is the ratio 1 and the policy loss about 0 at first? In the first mini-batch after sampling the
+policy IS the one that sampled, r = 1, and advantages nearly cancel. The gradient is not 0: d r / d
+theta is what moves the policy.
 
 Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
 
     python -m pytest tests/test_learner.py
 """
+
 import math
 import random
 from dataclasses import dataclass
@@ -33,25 +40,36 @@ from fci import token_batches, token_logprobs
 from tree import TrainingSequence
 
 
-def ppo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantage: torch.Tensor, clip_low: float = 0.2,
-             clip_high: float = 0.28, dual_clip: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+def ppo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+    dual_clip: float = 3.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token (loss, clipped), all (N,). `clipped` is True where a clip took the gradient away.
 
-    >>> ppo_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]))[0]  # r = 1.65 is clipped to 1.28
+    r = e^0.5 = 1.65 is clipped to 1.28:
+    >>> ppo_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]))[0]
     tensor([-1.2800])
     """
-    ratio = torch.exp((logp - old_logp).clamp(-20, 20))  # the clamp only keeps exp from overflowing to inf
+    # the clamp only keeps exp from overflowing to inf
+    ratio = torch.exp((logp - old_logp).clamp(-20, 20))
     plain = ratio * advantage
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage  # Clip-Higher: more room upwards than downwards
+    # Clip-Higher: more room upwards than downwards
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     loss = -torch.minimum(plain, bounded)
     clipped = bounded < plain
-    ceiling = -dual_clip * advantage  # dual clip: a token that became far MORE likely with A < 0 must not explode
+    # dual clip: a token that became far MORE likely with A < 0 must not explode
+    ceiling = -dual_clip * advantage
     exploded = (advantage < 0) & (loss > ceiling)
     return torch.where(exploded, ceiling, loss), clipped | exploded
 
 
 def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference): never negative, unbiased, low variance (Schulman's k3)."""
+    """Per-token estimate of KL(policy || reference): never negative, unbiased, low variance
+    (Schulman's k3)."""
     difference = (ref_logp - logp).clamp(-20, 20)
     return difference.exp() - difference - 1
 
@@ -59,32 +77,46 @@ def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
 def tis_weights(learner: list[float], engine: list[float], cap: float) -> list[float]:
     """Truncated importance weights of tokens from both log-probs of each.
 
-    >>> tis_weights([-1.0, -1.0], [-1.0, -9.0], cap=2.0)  # equal; the engine found it far less likely: truncated
+    Equal; the engine found the token far less likely, so its weight is truncated:
+    >>> tis_weights([-1.0, -1.0], [-1.0, -9.0], cap=2.0)
     [1.0, 2.0]
     """
     return [min(math.exp(min(old - sampled, 20.0)), cap) for old, sampled in zip(learner, engine)]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant") -> float:
-    """Learning rate of training step 1..steps: linear warm-up over `warmup` steps, then constant, linear or cosine decay
-    to 0 after the last step. By training step, not by optimizer step: the adaptive batch makes their number unknown."""
+def learning_rate(
+    step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant"
+) -> float:
+    """Learning rate of training step 1..steps: linear warm-up over `warmup` steps, then constant,
+    linear or cosine decay to 0 after the last step. By training step, not by optimizer step: the
+    adaptive batch makes their number unknown."""
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup - 1) / max(1, steps - warmup)
-    return peak * {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[schedule]
+    return (
+        peak
+        * {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }[schedule]
+    )
 
 
 def mini_batches(count: int, size: int, seed: int) -> list[list[int]]:
-    """Indices 0..count-1, shuffled and cut into ceil(count / size) parts of nearly equal size (no tiny last update)."""
+    """Indices 0..count-1, shuffled and cut into ceil(count / size) parts of nearly equal size (no
+    tiny last update)."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
     parts = math.ceil(count / size)
-    return [order[i * count // parts:(i + 1) * count // parts] for i in range(parts)]
+    return [order[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
 
 
 @dataclass
 class TrainStats:
-    """What `Learner.train` saw, averaged over all trained tokens of all mini-batches and ranks (grad_norm: over updates)."""
+    """What `Learner.train` saw, averaged over all trained tokens of all mini-batches and ranks
+    (grad_norm: over updates)."""
+
     loss: float = 0.0
     policy_loss: float = 0.0
     kl: float = 0.0
@@ -97,15 +129,29 @@ class TrainStats:
 
 
 class Learner:
-    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for equal log-probs.
+    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for
+    equal log-probs.
 
-    policy and reference are causal models, or what dist.spread made of their TokenLogprobs. The policy is updated in
-    evaluation mode: dropout would make its log-probs differ from those that were sampled.
+    policy and reference are causal models, or what dist.spread made of their TokenLogprobs. The
+    policy is updated in evaluation mode: dropout would make its log-probs differ from those that
+    were sampled.
     """
 
-    def __init__(self, policy, reference=None, *, lr: float = 1e-6, weight_decay: float = 0.01, max_grad_norm: float = 1.0,
-                 temperature: float = 1.0, kl_coef: float = 0.001, clip_low: float = 0.2, clip_high: float = 0.28,
-                 dual_clip: float = 3.0, token_budget: int = 16384):
+    def __init__(
+        self,
+        policy,
+        reference=None,
+        *,
+        lr: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float = 1.0,
+        temperature: float = 1.0,
+        kl_coef: float = 0.001,
+        clip_low: float = 0.2,
+        clip_high: float = 0.28,
+        dual_clip: float = 3.0,
+        token_budget: int = 16384,
+    ):
         self.policy = policy.eval()
         self.reference = reference
         self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
@@ -114,34 +160,49 @@ class Learner:
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay)
 
     def train(self, sequences: list[TrainingSequence], mini_batch: int, seed: int) -> TrainStats:
-        """One epoch over the sequences: an optimizer step per mini-batch of about `mini_batch` sequences.
+        """One epoch over the sequences: an optimizer step per mini-batch of about `mini_batch`
+        sequences.
 
-        With several ranks every rank gives the same sequences, and works on its share of each mini-batch.
+        With several ranks every rank gives the same sequences, and works on its share of each
+        mini-batch.
         """
         total = TrainStats()
         for indices in mini_batches(len(sequences), mini_batch, seed):
             self.update([sequences[i] for i in indices], total)
         shares = everyone([total])
         for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
-            setattr(total, name, sum(getattr(share, name) for share in shares) / max(1, total.tokens))
+            setattr(
+                total, name, sum(getattr(share, name) for share in shares) / max(1, total.tokens)
+            )
         total.grad_norm /= max(1, total.updates - total.skipped_updates)
         return total
 
     def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
-        """One optimizer step on one mini-batch; adds token sums to `total` (loss ... ratio: of this rank's share)."""
-        tokens = sum(len(s.tokens) for s in sequences)  # the GLOBAL normaliser, known before the first micro-batch
-        share = [sequences[i] for i in deal([len(s.prompt_ids) + len(s.tokens) for s in sequences], world())[rank()]]
-        seen = TrainStats()  # apart from `total`, so that a skipped update does not turn the whole step's log into NaN
+        """One optimizer step on one mini-batch; adds token sums to `total` (loss ... ratio: of this
+        rank's share)."""
+        # the GLOBAL normaliser, known before the first micro-batch
+        tokens = sum(len(s.tokens) for s in sequences)
+        share = [
+            sequences[i]
+            for i in deal([len(s.prompt_ids) + len(s.tokens) for s in sequences], world())[rank()]
+        ]
+        # apart from `total`, so that a skipped update does not turn the whole step's log into NaN
+        seen = TrainStats()
         self.optimizer.zero_grad()
         batches = in_step(token_batches(share, self.token_budget))
         for number, batch in enumerate(batches, 1):
-            if isinstance(self.policy, DistributedDataParallel):  # gradients add up here, and cross the wire once
+            # gradients add up here, and cross the wire once
+            if isinstance(self.policy, DistributedDataParallel):
                 self.policy.require_backward_grad_sync = number == len(batches)
             loss = self.micro_batch_loss([share[i] for i in batch], seen)
-            (loss * world() / tokens).backward()  # DDP and FSDP2 average over ranks; wanted is the sum
-        grad_norm = whole(torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)).item()
+            # DDP and FSDP2 average over ranks; wanted is the sum
+            (loss * world() / tokens).backward()
+        grad_norm = whole(
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        ).item()
         total.updates += 1
-        if math.isfinite(grad_norm):  # the same number on every rank, so all of them step or none does
+        # the same number on every rank, so all of them step or none does
+        if math.isfinite(grad_norm):
             self.optimizer.step()
             seen.grad_norm, seen.tokens = grad_norm, tokens
             for name, value in vars(seen).items():
@@ -151,21 +212,27 @@ class Learner:
         self.optimizer.zero_grad()
 
     def micro_batch_loss(self, rows: list[TrainingSequence], total: TrainStats) -> torch.Tensor:
-        """SUM of the token losses of a few sequences (a scalar with gradient); adds its parts to `total`.
+        """SUM of the token losses of a few sequences (a scalar with gradient); adds its parts to
+        `total`.
 
-        No rows (only keeping in step with other ranks): the passes are made all the same, and the loss is 0.
+        No rows (only keeping in step with other ranks): the passes are made all the same, and the
+        loss is 0.
         """
         logp, _ = token_logprobs(self.policy, rows, self.temperature, with_entropy=False)
         old_logp = torch.tensor([lp for s in rows for lp in s.logprobs], device=logp.device)  # (N,)
-        advantage = torch.tensor([a for s in rows for a in s.advantages], device=logp.device)  # (N,)
-        weight = torch.tensor([w for s in rows for w in s.weights], device=logp.device)  # (N,), all 1 without TIS
-        logp = logp[:len(old_logp)]
+        # (N,)
+        advantage = torch.tensor([a for s in rows for a in s.advantages], device=logp.device)
+        # (N,), all 1 without TIS
+        weight = torch.tensor([w for s in rows for w in s.weights], device=logp.device)
+        logp = logp[: len(old_logp)]
         losses, clipped = ppo_loss(logp, old_logp, advantage, *self.clips)
         policy_loss = loss = (weight * losses).sum()
         if self.reference is not None:
             with torch.no_grad():
-                ref_logp, _ = token_logprobs(self.reference, rows, self.temperature, with_entropy=False)
-            kl = k3_kl(logp, ref_logp[:len(logp)]).sum()
+                ref_logp, _ = token_logprobs(
+                    self.reference, rows, self.temperature, with_entropy=False
+                )
+            kl = k3_kl(logp, ref_logp[: len(logp)]).sum()
             loss = policy_loss + self.kl_coef * kl
             total.kl += kl.item()
         total.loss += loss.item()

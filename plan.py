@@ -1,21 +1,28 @@
-"""plan.py: what a run will do and how much memory it needs, before it starts: `attnrl.py --dry_run`, and the README's table.
+"""plan.py: what a run will do and how much memory it needs, before it starts: `attnrl.py
+--dry_run`, and the README's table.
 
-Runs on any CPU in seconds: the model is built from its config on the "meta" device (shapes without numbers), so parameters
-are counted, not guessed. The rest is arithmetic on shapes; the tests compare it with what PyTorch allocates on the CPU.
+Runs on any CPU in seconds: the model is built from its config on the "meta" device (shapes without
+numbers), so parameters are counted, not guessed. The rest is arithmetic on shapes; the tests
+compare it with what PyTorch allocates on the CPU.
 
-What a GPU holds, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first line by the ranks:
+What a GPU holds, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first line
+by the ranks:
     always     4 P weights, 8 P Adam's moments, 4 P reference (with a KL term, or PRL)
-    sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights in b P)
+    sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights in
+               b P)
     scoring    the engine's weights; the inside of one layer
-    update     4 P gradients; what the backward pass needs of `token_budget` tokens; logits of HEAD_CHUNK positions
+    update     4 P gradients; what the backward pass needs of `token_budget` tokens; logits of
+               HEAD_CHUNK positions
     optimizer  4 P gradients; AdamW's temporary copy
 One phase follows the other, and vLLM sleeps in the last two: the largest of them must fit.
 
-Left out: mixtures of experts (their parameters are right, their activations are not). Not yet compared with a GPU.
+Left out: mixtures of experts (their parameters are right, their activations are not). Not yet
+compared with a GPU.
 
     python plan.py              # the README's table
     python -m pytest tests/test_plan.py
 """
+
 import itertools
 import math
 import shlex
@@ -34,14 +41,17 @@ from fci import HEAD_CHUNK, indicator_width
 GIB = 2**30
 PHASES = ("sampling", "scoring", "update", "optimizer")
 TOKENS_PER_STEP = 32  # of reasoning, a low guess: only FCI's indicator matrix depends on it
-# PyTorch's CUDA kernels that never store attention want bf16, or as many KV heads as heads (up to torch 2.13). With fp32 and
-# grouped-query attention SDPA falls back to one that stores H x T x T numbers.
+# PyTorch's CUDA kernels that never store attention want bf16, or as many KV heads as heads (up to
+# torch 2.13). With fp32 and grouped-query attention SDPA falls back to one that stores H x T x T
+# numbers.
 FP32_GQA_STORES_ATTENTION = True
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on. `root`: the parameters that are in no decoder layer (embedding, last norm, output head)."""
+    """What memory depends on. `root`: the parameters that are in no decoder layer (embedding, last
+    norm, output head)."""
+
     parameters: int
     layer: int  # parameters of one
     root: int
@@ -56,16 +66,27 @@ class Shape:
 
 
 def count(model_config) -> Shape:
-    """The Shape of a transformers config: real modules on the meta device, so no memory and no weights."""
+    """The Shape of a transformers config: real modules on the meta device, so no memory and no
+    weights."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     modules = (model, *decoder_layers(model))
-    total, *each = (sum(p.numel() for p in module.parameters()) for module in modules)  # tied weights count once
+    # tied weights count once
+    total, *each = (sum(p.numel() for p in module.parameters()) for module in modules)
     c = model_config.get_text_config()
-    return Shape(total, max(each), total - sum(each), c.num_hidden_layers, c.hidden_size, c.intermediate_size,
-                 c.num_attention_heads, getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
-                 getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.vocab_size,
-                 any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()))
+    return Shape(
+        total,
+        max(each),
+        total - sum(each),
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.intermediate_size,
+        c.num_attention_heads,
+        getattr(c, "num_key_value_heads", None) or c.num_attention_heads,
+        getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        c.vocab_size,
+        any(name.endswith("q_norm.weight") for name, _ in model.named_parameters()),
+    )
 
 
 def parameter_counts(model_dir: str) -> Shape:
@@ -74,18 +95,20 @@ def parameter_counts(model_dir: str) -> Shape:
         raise UserError(f"--model {model_dir}: cannot be loaded (no such directory)")
     try:
         return count(AutoConfig.from_pretrained(model_dir, trust_remote_code=False))
-    except Exception as error:  # no such directory, no config, an unknown architecture, not a decoder
+    # no such directory, no config, an unknown architecture, not a decoder
+    except Exception as error:
         raise UserError(f"--model {model_dir}: cannot be loaded ({first_line(error)})") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Memory
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def saved_per_token(shape: Shape, b: int) -> int:
-    """Bytes per token that ONE decoder layer keeps for its backward pass, if attention is not stored.
+    """Bytes per token that ONE decoder layer keeps for its backward pass, if attention is not
+    stored.
 
-    Two RMSNorms: input and 1 / rms in fp32, normalised, output. Attention: q, k, v, output, and logsumexp in fp32. MLP:
-    gate, its activation, up, their product.
+    Two RMSNorms: input and 1 / rms in fp32, normalised, output. Attention: q, k, v, output, and
+    logsumexp in fp32. MLP: gate, its activation, up, their product.
     """
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     norms = 2 * ((4 + 2 * b) * shape.hidden + 4)
@@ -100,23 +123,39 @@ def kv_per_token(shape: Shape, b: int) -> int:
 
 
 def row_tokens(config) -> tuple[int, int]:
-    """(longest row of a training step, longest row that is sampled): evaluations may have longer responses."""
-    return config.max_prompt + config.max_response, config.max_prompt + max(config.max_response, config.eval_max_response)
+    """(longest row of a training step, longest row that is sampled): evaluations may have longer
+    responses."""
+    return config.max_prompt + config.max_response, config.max_prompt + max(
+        config.max_response, config.eval_max_response
+    )
 
 
 def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) -> dict[str, float]:
     """GiB on each GPU in one of the PHASES, by part. Their sum is what is needed."""
-    b, h, fsdp, vllm = DTYPES[config.dtype].itemsize, shape.hidden, config.parallel == "fsdp", config.engine == "vllm"
+    b, h, fsdp, vllm = (
+        DTYPES[config.dtype].itemsize,
+        shape.hidden,
+        config.parallel == "fsdp",
+        config.engine == "vllm",
+    )
     row, sampled_row = row_tokens(config)
     n = max(config.token_budget, row)  # padded tokens of a pass: one row always fits
-    held = 0 if config.cpu_offload else shape.parameters / (ranks if fsdp else 1)  # parameters with their fp32 state
+    # parameters with their fp32 state
+    held = 0 if config.cpu_offload else shape.parameters / (ranks if fsdp else 1)
     logits = min(n, HEAD_CHUNK) * shape.vocabulary
-    inside = b * (3 * shape.inner + 4 * h)  # of a layer, per token, without gradients: gate, up, product, residual, ...
+    # of a layer, per token, without gradients: gate, up, product, residual, ...
+    inside = b * (3 * shape.inner + 4 * h)
     gqa = config.dtype == "fp32" and shape.kv_heads < shape.heads
-    stored = 4 * shape.heads * row if gqa and FP32_GQA_STORES_ATTENTION else 0  # attention, per token, one copy
+    # attention, per token, one copy
+    stored = 4 * shape.heads * row if gqa and FP32_GQA_STORES_ATTENTION else 0
 
-    parts = {"weights": 4 * held, "Adam's moments": 8 * held, "reference": 4 * held if config.keeps_reference() else 0}
-    if phase in ("update", "optimizer") or (not fsdp and ranks > 1):  # DDP never lets go of its gradient buckets
+    parts = {
+        "weights": 4 * held,
+        "Adam's moments": 8 * held,
+        "reference": 4 * held if config.keeps_reference() else 0,
+    }
+    # DDP never lets go of its gradient buckets
+    if phase in ("update", "optimizer") or (not fsdp and ranks > 1):
         parts["gradients"] = 4 * held
     if phase in ("sampling", "scoring"):
         if vllm:
@@ -126,60 +165,89 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
     if phase == "sampling" and not vllm:
         kv, cached = kv_per_token(shape, b), max(config.rollout_tokens, sampled_row)
         sharing = config.continuations if config.advantage == "tree" else config.grpo_samples
-        prompts = max(row, cached // sharing)  # tokens computed at once, one time for all requests that share them
+        # tokens computed at once, one time for all requests that share them
+        prompts = max(row, cached // sharing)
         parts["engine: KV cache"] = cached * kv
         # before the rows' cache exists: the prompts' cache and a layer's inside; then both caches
-        parts["engine: prefill"] = max(prompts * (kv + inside + 3 * stored) - cached * kv, prompts * kv)
-    if phase in ("scoring", "update") and fsdp:  # in `dtype`: the root; a layer, and the next one while it computes
+        parts["engine: prefill"] = max(
+            prompts * (kv + inside + 3 * stored) - cached * kv, prompts * kv
+        )
+    # in `dtype`: the root; a layer, and the next one while it computes
+    if phase in ("scoring", "update") and fsdp:
         parts["gathered weights"] = b * (shape.root + 2 * shape.layer)
     if phase == "scoring":
         steps = math.ceil(config.max_response / TOKENS_PER_STEP)
         if config.advantage == "tree":
             width = indicator_width(steps, shape.head_dim)
-            parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * width)  # (T, K) twice; (T, H, width) of alpha @ E
-        parts["working space"] = max(n * (inside + 3 * stored), n * 2 * b * h + 12 * logits)  # in a layer; in the head
+            # (T, K) twice; (T, H, width) of alpha @ E
+            parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * width)
+        # in a layer; in the head
+        parts["working space"] = max(n * (inside + 3 * stored), n * 2 * b * h + 12 * logits)
     if phase == "update":
         saved = saved_per_token(shape, b) + stored
         back = b * (2 * shape.inner + 3 * h) + 2 * stored  # gradients inside a layer
-        head = n * 24 * h + 20 * logits + 2 * b * shape.vocabulary * h  # last norm; 5 fp32 copies; the weight's gradient
-        if fsdp:  # unsharded: the root's, and a layer's, which is copied to fp32 to be summed over ranks
+        # last norm; 5 fp32 copies; the weight's gradient
+        head = n * 24 * h + 20 * logits + 2 * b * shape.vocabulary * h
+        # unsharded: the root's, and a layer's, which is copied to fp32 to be summed over ranks
+        if fsdp:
             parts["gathered gradients"] = b * shape.root + (b + 4) * shape.layer
-        if config.activation_checkpointing:  # a hidden state per layer; the inside of the one that is recomputed
+        # a hidden state per layer; the inside of the one that is recomputed
+        if config.activation_checkpointing:
             parts["activations"] = n * shape.layers * b * h
             parts["working space"] = max(head, n * (saved + back))
         else:
             parts["activations"] = n * shape.layers * saved
             parts["working space"] = max(head, n * back)
-    if phase == "optimizer":  # AdamW's square roots; before it, FSDP2's root: weights, gradients, these in fp32 to be summed
+    # AdamW's square roots; before it, FSDP2's root: weights, gradients, these in fp32 to be summed
+    if phase == "optimizer":
         parts["working space"] = max(4 * held, (2 * b + 4) * shape.root if fsdp else 0)
     parts = {name: size / GIB for name, size in parts.items() if size}
-    parts["context, gaps"] = 1 + 0.1 * sum(size for name, size in parts.items() if name != "engine: vLLM")  # a guess
+    # a guess
+    parts["context, gaps"] = 1 + 0.1 * sum(
+        size for name, size in parts.items() if name != "engine: vLLM"
+    )
     return parts
 
 
 def peak(config, shape: Shape, ranks: int, gpu_gib: float) -> tuple[float, str]:
     """(GiB, phase) of the phase that needs most."""
-    return max((sum(memory(config, shape, ranks, phase, gpu_gib).values()), phase) for phase in PHASES)
+    return max(
+        (sum(memory(config, shape, ranks, phase, gpu_gib).values()), phase) for phase in PHASES
+    )
 
 
 def vllm_tokens(config, shape: Shape, gpu_gib: float) -> int:
     """Tokens that fit into vLLM's share of a GPU beside its weights."""
     b = DTYPES[config.dtype].itemsize
-    return max(0, int((config.engine_memory * gpu_gib * GIB - b * shape.parameters) / kv_per_token(shape, b)))
+    return max(
+        0,
+        int((config.engine_memory * gpu_gib * GIB - b * shape.parameters) / kv_per_token(shape, b)),
+    )
 
 
 def fits(config, shape: Shape, ranks: int, gpu_gib: float) -> bool:
-    one_row = config.engine != "vllm" or vllm_tokens(config, shape, gpu_gib) >= row_tokens(config)[1]
+    one_row = (
+        config.engine != "vllm" or vllm_tokens(config, shape, gpu_gib) >= row_tokens(config)[1]
+    )
     return one_row and peak(config, shape, ranks, gpu_gib)[0] <= gpu_gib
 
 
 def remedy(config, shape: Shape, ranks: int, gpu_gib: float) -> str:
-    """The fewest changes that make it fit, as command-line options; "" if none do. Tries them all: it is arithmetic."""
+    """The fewest changes that make it fit, as command-line options; "" if none do. Tries them all:
+    it is arithmetic."""
     row, sampled_row = row_tokens(config)
     least = dict(token_budget=row, rollout_tokens=sampled_row, engine_memory=0.3)
-    changes = [dict(activation_checkpointing=True), *({name: min(getattr(config, name), least[name])} for name in least),
-               dict(parallel="fsdp"), dict(dtype="bf16", parallel="fsdp"), dict(parallel="fsdp", cpu_offload=True)]
-    changes = [{name: value for name, value in change.items() if getattr(config, name) != value} for change in changes]
+    changes = [
+        dict(activation_checkpointing=True),
+        *({name: min(getattr(config, name), least[name])} for name in least),
+        dict(parallel="fsdp"),
+        dict(dtype="bf16", parallel="fsdp"),
+        dict(parallel="fsdp", cpu_offload=True),
+    ]
+    changes = [
+        {name: value for name, value in change.items() if getattr(config, name) != value}
+        for change in changes
+    ]
     for size in range(1, 5):
         for chosen in itertools.combinations(filter(None, changes), size):
             change = {name: value for one in chosen for name, value in one.items()}
@@ -188,9 +256,9 @@ def remedy(config, shape: Shape, ranks: int, gpu_gib: float) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The plan
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def memory_lines(config, shape: Shape, ranks: int, gpu_gib: float) -> list[str]:
     """The memory table, and whether it fits."""
     phases = [memory(config, shape, ranks, phase, gpu_gib) for phase in PHASES]
@@ -199,16 +267,27 @@ def memory_lines(config, shape: Shape, ranks: int, gpu_gib: float) -> list[str]:
     rows["sum"] = [sum(parts.values()) for parts in phases]
     lines = [f"{'GiB per GPU':18}" + "".join(f"{phase:>11}" for phase in PHASES)]
     for name, row in rows.items():
-        lines.append(f"{name:18}" + "".join(f"{size:11.1f}" if size else f"{'-':>11}" for size in row))
+        lines.append(
+            f"{name:18}" + "".join(f"{size:11.1f}" if size else f"{'-':>11}" for size in row)
+        )
     most, phase = peak(config, shape, ranks, gpu_gib)
-    needs = f"{most:.1f} of {gpu_gib:g} GiB at the peak ({phase}); an estimate, of which a guess: 1 GiB + 10 % context, gaps"
+    needs = (
+        f"{most:.1f} of {gpu_gib:g} GiB at the peak ({phase}); an estimate, of which a guess: 1 GiB"
+        " + 10 % context, gaps"
+    )
     if fits(config, shape, ranks, gpu_gib):
         return lines + [f"fits: {needs}"]
     if most <= gpu_gib:
         needs = "the share of vLLM does not hold its weights and one response"
     options = remedy(config, shape, ranks, gpu_gib)
-    return lines + [f"DOES NOT FIT: {needs}",
-                    f"would fit with: {options}" if options else "no option makes it fit: more GPUs, or a shorter response"]
+    return lines + [
+        f"DOES NOT FIT: {needs}",
+        (
+            f"would fit with: {options}"
+            if options
+            else "no option makes it fit: more GPUs, or a shorter response"
+        ),
+    ]
 
 
 def launch(argv: list[str] | tuple, ranks: int) -> str:
@@ -218,65 +297,138 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
         if word.startswith("--"):
             skipping = word.partition("=")[0] in ("--dry_run", "--gpus", "--gpu_gib")
         words += [] if skipping else [word]
-    return shlex.join((["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"]) + ["attnrl.py", *words])
+    return shlex.join(
+        (["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"])
+        + ["attnrl.py", *words]
+    )
 
 
 def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
-    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no such model."""
-    shape, tree, vllm = parameter_counts(config.model), config.advantage == "tree", config.engine == "vllm"
+    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no
+    such model."""
+    shape, tree, vllm = (
+        parameter_counts(config.model),
+        config.advantage == "tree",
+        config.engine == "vllm",
+    )
     samples = config.samples_per_problem()
     initial = config.batch_size * samples
     continued = initial * config.branch_points * config.continuations if tree else 0
     leaves = initial + continued
     tokens = leaves * config.max_response / 1e6
-    # without a tree there is nothing to continue; one-step off-policy has one call more than steps, to warm up
-    calls = config.steps * (1 if config.one_step_off_policy or not tree else 2) + (config.one_step_off_policy and tree)
-    evaluated = [step for step in range(config.steps + 1) if step in (0, config.steps)
-                 or config.eval_every and step % config.eval_every == 0]
-    sizes = f" ({config.batch_size / config.batch_range:.0f} to {config.batch_size * config.batch_range:.0f} later)"
+    # without a tree there is nothing to continue; one-step off-policy has one call more than steps,
+    # to warm up
+    calls = config.steps * (1 if config.one_step_off_policy or not tree else 2) + (
+        config.one_step_off_policy and tree
+    )
+    evaluated = [
+        step
+        for step in range(config.steps + 1)
+        if step in (0, config.steps) or config.eval_every and step % config.eval_every == 0
+    ]
+    sizes = (
+        f" ({config.batch_size / config.batch_range:.0f} to"
+        f" {config.batch_size * config.batch_range:.0f} later)"
+    )
     wanted = f" ({config.target_sequences:,} wanted)"
-    copies = 2 if config.parallel == "fsdp" and not vllm else 1  # policy, and the engine's copy of it
-    host = f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads the fp32 weights)"
+    # policy, and the engine's copy of it
+    copies = 2 if config.parallel == "fsdp" and not vllm else 1
+    host = (
+        f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads"
+        " the fp32 weights)"
+    )
     if config.cpu_offload:
-        host += f", {(16 + 4 * config.keeps_reference()) * shape.parameters / GIB:.1f} GiB then; all ranks together"
+        host += (
+            f", {(16 + 4 * config.keeps_reference()) * shape.parameters / GIB:.1f} GiB then; all"
+            " ranks together"
+        )
     lines = {
-        "model": [config.model, f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
-                                f"{shape.root:,} in embedding, last norm and head"],
-        "machine": [f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation checkpointing "
-                    f"{'on' if config.activation_checkpointing else 'off'}{', cpu offload' * config.cpu_offload}"],
-        "engine": [f"vLLM, {config.engine_memory:.0%} of a GPU: weights and about "
-                   f"{vllm_tokens(config, shape, gpu_gib):,} tokens of KV cache" if vllm else
-                   f"transformers, at most {config.rollout_tokens:,} tokens of KV cache"],
+        "model": [
+            config.model,
+            (
+                f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
+                f"{shape.root:,} in embedding, last norm and head"
+            ),
+        ],
+        "machine": [
+            f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation"
+            " checkpointing "
+            f"{'on' if config.activation_checkpointing else 'off'}{', cpu offload' * config.cpu_offload}"
+        ],
+        "engine": [
+            (
+                f"vLLM, {config.engine_memory:.0%} of a GPU: weights and about "
+                f"{vllm_tokens(config, shape, gpu_gib):,} tokens of KV cache"
+                if vllm
+                else f"transformers, at most {config.rollout_tokens:,} tokens of KV cache"
+            )
+        ],
         "data": [f"{config.problems}, evaluated on {config.test_problems} (not read here)"],
-        "a step": [f"{config.batch_size} problems{sizes * config.ads_batch} x {samples} responses = {initial:,}, and up to "
-                   f"{continued:,} continuations",
-                   f"up to {leaves:,} leaves = training sequences{wanted * config.ads_batch} = "
-                   f"{math.ceil(leaves / config.mini_batch)} updates of {config.mini_batch}",
-                   f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are {config.max_response:,} long)"],
-        "the run": [f"{config.steps} steps, up to {config.steps * tokens:,.0f} M tokens; {calls} generation calls and "
-                    f"{len(evaluated)} evaluations ({config.eval_samples} samples a problem)"],
+        "a step": [
+            (
+                f"{config.batch_size} problems{sizes * config.ads_batch} x {samples} responses ="
+                f" {initial:,}, and up to {continued:,} continuations"
+            ),
+            (
+                f"up to {leaves:,} leaves = training sequences{wanted * config.ads_batch} = "
+                f"{math.ceil(leaves / config.mini_batch)} updates of {config.mini_batch}"
+            ),
+            (
+                f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are"
+                f" {config.max_response:,} long)"
+            ),
+        ],
+        "the run": [
+            f"{config.steps} steps, up to {config.steps * tokens:,.0f} M tokens; {calls} generation"
+            f" calls and {len(evaluated)} evaluations ({config.eval_samples} samples a problem)"
+        ],
         "memory": memory_lines(config, shape, ranks, gpu_gib),
         "host": [host],
-        "disk": [f"{(config.keep + 2) * 12 * shape.parameters / GIB:.1f} GiB: {config.keep + 2} checkpoints of "
-                 f"{12 * shape.parameters / GIB:.1f} (--keep {config.keep}, the best, and a new one before an old one goes)"],
-        "command": [launch(argv, ranks)]}
-    return "\n".join(f"{'' if i else name:10}{text}" for name, texts in lines.items() for i, text in enumerate(texts))
+        "disk": [
+            f"{(config.keep + 2) * 12 * shape.parameters / GIB:.1f} GiB:"
+            f" {config.keep + 2} checkpoints of {12 * shape.parameters / GIB:.1f} (--keep"
+            f" {config.keep}, the best, and a new one before an old one goes)"
+        ],
+        "command": [launch(argv, ranks)],
+    }
+    return "\n".join(
+        f"{'' if i else name:10}{text}"
+        for name, texts in lines.items()
+        for i, text in enumerate(texts)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The README's table
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 QWEN2: dict[str, dict[str, Any]] = {
-    "1.5B": dict(hidden_size=1536, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936),
-    "7B": dict(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064)}
-MACHINES: dict[str, tuple[int, dict]] = {"ddp fp32, 1 GPU": (1, {}), "ddp fp32, 8 GPUs": (8, {}),
-            "fsdp bf16, 1 GPU": (1, dict(parallel="fsdp", dtype="bf16")),
-            "the same, cpu_offload": (1, dict(parallel="fsdp", dtype="bf16", cpu_offload=True)),
-            "fsdp bf16, 8 GPUs": (8, dict(parallel="fsdp", dtype="bf16"))}
+    "1.5B": dict(
+        hidden_size=1536,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        intermediate_size=8960,
+        vocab_size=151936,
+    ),
+    "7B": dict(
+        hidden_size=3584,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+    ),
+}
+MACHINES: dict[str, tuple[int, dict]] = {
+    "ddp fp32, 1 GPU": (1, {}),
+    "ddp fp32, 8 GPUs": (8, {}),
+    "fsdp bf16, 1 GPU": (1, dict(parallel="fsdp", dtype="bf16")),
+    "the same, cpu_offload": (1, dict(parallel="fsdp", dtype="bf16", cpu_offload=True)),
+    "fsdp bf16, 8 GPUs": (8, dict(parallel="fsdp", dtype="bf16")),
+}
 
 
 def table() -> str:
-    """Peak GiB per GPU without / with activation checkpointing, transformers engine, as Markdown; bold: more than 80."""
+    """Peak GiB per GPU without / with activation checkpointing, transformers engine, as Markdown;
+    bold: more than 80."""
     from attnrl import Config
 
     base = Config(parallel="ddp", dtype="fp32", engine="transformers")
@@ -285,17 +437,33 @@ def table() -> str:
         shape = count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=False, **sizes))
         cells = []
         for ranks, settings in MACHINES.values():
-            needs = [peak(replace(base, max_response=response, activation_checkpointing=on, **settings), shape, ranks, 80)[0]
-                     for on in (False, True)]
-            cells.append(" / ".join(f"**{gib:.0f}**" if gib > 80 else f"{gib:.0f}" for gib in needs))
+            needs = [
+                peak(
+                    replace(base, max_response=response, activation_checkpointing=on, **settings),
+                    shape,
+                    ranks,
+                    80,
+                )[0]
+                for on in (False, True)
+            ]
+            cells.append(
+                " / ".join(f"**{gib:.0f}**" if gib > 80 else f"{gib:.0f}" for gib in needs)
+            )
         lines.append(f"| {name} | {response // 1024}k | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("plan.py", "The README's table of memory; for the plan of one run: attnrl.py --dry_run.", "python plan.py")
+    parser = Parser(
+        "plan.py",
+        "The README's table of memory; for the plan of one run: attnrl.py --dry_run.",
+        "python plan.py",
+    )
     if unknown := parser.parse_known_args(argv)[1]:
-        raise UserError(f"{' '.join(unknown)}: plan.py takes no arguments; the plan of a run is python attnrl.py ... --dry_run")
+        raise UserError(
+            f"{' '.join(unknown)}: plan.py takes no arguments; the plan of a run is python"
+            " attnrl.py ... --dry_run"
+        )
     print(table())
 
 

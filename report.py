@@ -1,21 +1,28 @@
-r"""report.py: the files that an evaluation (eval.py) writes, and what can be said from them: tables with intervals, comparisons.
+r"""report.py: the files that an evaluation (eval.py) writes, and what can be said from them: tables
+with intervals, comparisons.
 
-    python report.py runs/eval-X/*.jsonl             one row per result file, and the mean over the sets
+    python report.py runs/eval-X/*.jsonl             one row per result file, and the mean over the
+                                                     sets
     python report.py --compare A.jsonl B.jsonl       the same questions, two models: B minus A
 
-A result file has one line of settings, then one line per response (`Sample`), the k of a question together.
+A result file has one line of settings, then one line per response (`Sample`), the k of a question
+together.
 
-    avg@k     = mean over questions of c / n                          c right of n samples (the mean reward)
-    pass@k    = mean over questions of 1 - C(n - c, k) / C(n, k)      unbiased, with n the actual number of samples
-    bootstrap:  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn anew, 10,000 times
-    interval  = the 2.5 % and 97.5 % quantiles of mean*
+    avg@k     = mean over questions of c / n                          c right of n samples (the mean
+                                                                      reward)
+    pass@k    = mean over questions of 1 - C(n - c, k) / C(n, k)      unbiased, with n the actual
+                                                                      number of samples
+    bootstrap:  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn anew,
+    10,000 times interval  = the 2.5 % and 97.5 % quantiles of mean*
 
-Drawn are questions, not samples: more samples of 30 AIME problems say nothing about the 31st, and the standard error from the
-choice of 30 is about 5 points even at k = 32: do not read a difference of 2 points as progress. Compared on the same questions
-(--compare) models differ by less noise: how hard a question is cancels. Left out: tests of significance.
+Drawn are questions, not samples: more samples of 30 AIME problems say nothing about the 31st, and
+the standard error from the choice of 30 is about 5 points even at k = 32: do not read a difference
+of 2 points as progress. Compared on the same questions (--compare) models differ by less noise: how
+hard a question is cancels. Left out: tests of significance.
 
     python -m pytest tests/test_report.py
 """
+
 import json
 import math
 import os
@@ -33,12 +40,13 @@ from errors import Parser, UserError, first_line, plain, stop_on_user_error
 from sampler import is_correct
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Result files
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class Sample:
     """One graded response: a line of a result file."""
+
     source: str  # "FILE, line 7"
     problem: str
     answers: list
@@ -55,6 +63,7 @@ class Sample:
 @dataclass
 class Results:
     """A result file: its settings, and its samples in order."""
+
     path: Path
     settings: dict
     samples: list[Sample] = field(default_factory=list)
@@ -62,11 +71,15 @@ class Results:
     half: int = 0  # bytes behind them: half a line of a process that was killed
 
     def questions(self) -> dict[str, list[Sample]]:
-        """The k samples of each question, by its problem and answers; a last one that lacks some is left out."""
+        """The k samples of each question, by its problem and answers; a last one that lacks some is
+        left out."""
         k = self.settings["k"]
-        whole = [self.samples[i:i + k] for i in range(0, len(self.samples) - k + 1, k)]
+        whole = [self.samples[i : i + k] for i in range(0, len(self.samples) - k + 1, k)]
         if not whole:
-            raise UserError(f"{self.path}: no question has its {k} samples yet; the eval.py command that wrote it goes on")
+            raise UserError(
+                f"{self.path}: no question has its {k} samples yet; the eval.py command that wrote"
+                " it goes on"
+            )
         found = {json.dumps([group[0].problem, *group[0].answers]): group for group in whole}
         if len(found) < len(whole):
             raise UserError(f"{self.path}: a question occurs twice in it")
@@ -92,7 +105,9 @@ def read_results(path: Path) -> Results:
             results.settings = row["settings"] if isinstance(row.get("settings"), dict) else {}
             for name in ("k", "questions"):
                 if type(results.settings.get(name)) is not int or results.settings[name] < 1:
-                    raise ValueError(f"no settings with a number {name!r}: not the result file of an evaluation")
+                    raise ValueError(
+                        f"no settings with a number {name!r}: not the result file of an evaluation"
+                    )
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {place + 2}: {first_line(error)}") from error
     return results
@@ -101,31 +116,47 @@ def read_results(path: Path) -> Results:
 def parse_sample(row: dict, place: int, results: Results) -> Sample:
     """The sample that stands at this place of the file. Raises ValueError."""
     for f in fields(Sample):
-        if type(row.get(f.name)) is not f.type or f.type is float and not math.isfinite(row[f.name]):
+        if (
+            type(row.get(f.name)) is not f.type
+            or f.type is float
+            and not math.isfinite(row[f.name])
+        ):
             kind = "finite number" if f.type is float else getattr(f.type, "__name__", "")
             raise ValueError(f"the field {f.name!r} is no {kind}")
     one, k = Sample(**{f.name: row[f.name] for f in fields(Sample)}), results.settings["k"]
     if one.sample != place % k:
         raise ValueError(f"sample {one.sample}, where sample {place % k} must stand (k = {k})")
-    if one.sample and (one.problem, one.answers) != (results.samples[-1].problem, results.samples[-1].answers):
-        raise ValueError("another problem or other answers than in the line before, a sample of the same question")
+    if one.sample and (one.problem, one.answers) != (
+        results.samples[-1].problem,
+        results.samples[-1].answers,
+    ):
+        raise ValueError(
+            "another problem or other answers than in the line before, a sample of the same"
+            " question"
+        )
     return one
 
 
 def resume(path: Path, settings: dict, expected: list[tuple[str, int]]) -> Results:
-    """What a result file has already, for an evaluation with these settings to go on with; writes nothing. Raises UserError that
-    names the settings which differ, or the line whose (problem, sample) is not the expected one."""
+    """What a result file has already, for an evaluation with these settings to go on with; writes
+    nothing. Raises UserError that names the settings which differ, or the line whose (problem,
+    sample) is not the expected one."""
     try:
-        if not path.exists() or header(settings).startswith(path.read_bytes()):  # or: killed in its first moment
+        # or: killed in its first moment
+        if not path.exists() or header(settings).startswith(path.read_bytes()):
             return Results(path, settings, half=path.stat().st_size if path.exists() else 0)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     results = read_results(path)
     if changed := differing(results.settings, settings):
-        raise UserError(f"{path}: was written with other settings ({changed}); use those, or give another --out")
+        raise UserError(
+            f"{path}: was written with other settings ({changed}); use those, or give another --out"
+        )
     for i, one in enumerate(results.samples):
-        if expected[i:i + 1] != [(one.problem, one.sample)]:
-            raise UserError(f"{path}, line {i + 2}: not the problem whose turn it is; were lines removed?")
+        if expected[i : i + 1] != [(one.problem, one.sample)]:
+            raise UserError(
+                f"{path}, line {i + 2}: not the problem whose turn it is; were lines removed?"
+            )
     return results
 
 
@@ -135,12 +166,16 @@ def header(settings: dict) -> bytes:
 
 def differing(old: dict, new: dict) -> str:
     """The settings that differ: "temperature 1.0 -> 0.6; ..."."""
-    return "; ".join(plain(f"{name} {old.get(name)!r:.100} -> {new.get(name)!r:.100}") for name in {**old, **new}
-                     if old.get(name) != new.get(name))
+    return "; ".join(
+        plain(f"{name} {old.get(name)!r:.100} -> {new.get(name)!r:.100}")
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    )
 
 
 def append(results: Results, samples: list[Sample]) -> None:
-    """Write these after the last whole line, and be sure that they are on the disk. Raises UserError."""
+    """Write these after the last whole line, and be sure that they are on the disk. Raises
+    UserError."""
     text = b"".join(json.dumps(asdict(s)).encode() + b"\n" for s in samples)
     try:
         with results.path.open("ab") as file:
@@ -153,33 +188,41 @@ def append(results: Results, samples: list[Sample]) -> None:
             os.fsync(file.fileno())
             results.size, results.half = file.seek(0, os.SEEK_END), 0
     except OSError as error:
-        raise UserError(f"{results.path}: cannot be written ({error.strerror}); the same command with --out "
-                        f"{results.path.parent} goes on after the last whole line") from error
+        raise UserError(
+            f"{results.path}: cannot be written ({error.strerror}); the same command with --out "
+            f"{results.path.parent} goes on after the last whole line"
+        ) from error
     results.samples += samples
 
 
 def make_folder(folder: Path, paths: list[Path]) -> None:
-    """The folder of an evaluation: a new one, an empty one, or one with some of these files. Raises UserError."""
+    """The folder of an evaluation: a new one, an empty one, or one with some of these files. Raises
+    UserError."""
     try:
         if folder.is_dir() and any(folder.iterdir()) and not any(path.exists() for path in paths):
-            raise UserError(f"--out {folder}: is not empty, and has no {paths[0].name} to go on with; give another name")
+            raise UserError(
+                f"--out {folder}: is not empty, and has no {paths[0].name} to go on with; give"
+                " another name"
+            )
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Statistics
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def avg_at_k(rewards: list[float]) -> float:
     """Mean accuracy over the samples of one problem: c / n."""
     return sum(rewards) / len(rewards)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that at least one of k samples is right, unbiased from n >= k samples of which c are right.
+    """Probability that at least one of k samples is right, unbiased from n >= k samples of which c
+    are right.
 
-    1 - C(n-c, k) / C(n, k) (Chen et al. 2021), with n the actual number of samples. Raises ValueError for k > n.
+    1 - C(n-c, k) / C(n, k) (Chen et al. 2021), with n the actual number of samples. Raises
+    ValueError for k > n.
     """
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"pass@{k} needs 1 <= k <= n and 0 <= c <= n, got n = {n}, c = {c}")
@@ -194,8 +237,11 @@ def powers(n: int) -> list[int]:
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> np.ndarray:
     """(draws, M) means over questions drawn anew, from the (Q, M) values of Q questions."""
     random, count = np.random.default_rng(seed), len(values)
-    blocks = [min(500, draws - i) for i in range(0, draws, 500)]  # not at once: 25,000 questions would need 2 GB
-    return np.concatenate([random.multinomial(count, [1 / count] * count, size) @ values / count for size in blocks])
+    # not at once: 25,000 questions would need 2 GB
+    blocks = [min(500, draws - i) for i in range(0, draws, 500)]
+    return np.concatenate(
+        [random.multinomial(count, [1 / count] * count, size) @ values / count for size in blocks]
+    )
 
 
 def estimate(mean: float, means: np.ndarray) -> str:
@@ -210,18 +256,25 @@ def measure(results: Results) -> dict[str, tuple[float, np.ndarray]]:
     rows = []
     for group in questions.values():
         right = sum(is_correct(s.reward) for s in group)
-        rows.append({"avg@k": avg_at_k([s.reward for s in group]), **{f"pass@{k}": pass_at_k(n, right, k) for k in powers(n)},
-                     "tokens": fmean(s.tokens for s in group), "cut off": fmean(not s.finished for s in group),
-                     "no box": fmean(not s.boxed for s in group)})
+        rows.append(
+            {
+                "avg@k": avg_at_k([s.reward for s in group]),
+                **{f"pass@{k}": pass_at_k(n, right, k) for k in powers(n)},
+                "tokens": fmean(s.tokens for s in group),
+                "cut off": fmean(not s.finished for s in group),
+                "no box": fmean(not s.boxed for s in group),
+            }
+        )
     values = np.array([list(row.values()) for row in rows])
-    # seeded by the questions: other sets are drawn independently, and a file's interval does not depend on its place
+    # seeded by the questions: other sets are drawn independently, and a file's interval does not
+    # depend on its place
     means = bootstrap(values, zlib.crc32("".join(questions).encode()))
     return {name: (values[:, i].mean(), means[:, i]) for i, name in enumerate(rows[0])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def markdown(rows: list[list[str]]) -> str:
     """Rows of equal length, the head first; padded, so that a terminal shows it well, too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -230,57 +283,108 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def table(files: list[Results]) -> str:
-    """One row per file and the mean over files: accuracy, lengths and shares; then pass@k. In %, with intervals."""
+    """One row per file and the mean over files: accuracy, lengths and shares; then pass@k. In %,
+    with intervals."""
     stems = Counter(f.path.stem for f in files)
-    names = [plain(f.path.stem if stems[f.path.stem] == 1 else str(f.path.with_suffix(""))) for f in files]
+    names = [
+        plain(f.path.stem if stems[f.path.stem] == 1 else str(f.path.with_suffix("")))
+        for f in files
+    ]
     rows: list[dict[str, Any]] = [measure(f) for f in files]
     sizes, notes = [[len(f.questions()), f.settings["k"]] for f in files], []
     for name, f, (count, _) in zip(names, files, sizes):
         if count < f.settings["questions"]:
             notes.append(f"{name}: only {count} of {f.settings['questions']} questions so far")
         errors = Counter(s.error for s in f.samples if s.error)
-        notes += [f"{name}: grading: {n} x {error} (counted as wrong)" for error, n in sorted(errors.items())]
-    if len(files) > 1:  # every set weighs the same, as in the paper; what one of them lacks has no mean
-        rows.append({name: tuple(sum(row[name][i] for row in rows) / len(rows) for i in (0, 1))
-                     for name in rows[0] if all(name in row for row in rows)})
+        notes += [
+            f"{name}: grading: {n} x {error} (counted as wrong)"
+            for error, n in sorted(errors.items())
+        ]
+    # every set weighs the same, as in the paper; what one of them lacks has no mean
+    if len(files) > 1:
+        rows.append(
+            {
+                name: tuple(sum(row[name][i] for row in rows) / len(rows) for i in (0, 1))
+                for name in rows[0]
+                if all(name in row for row in rows)
+            }
+        )
         names, sizes = [*names, f"mean of {len(files)}"], [*sizes, ["", ""]]
     ks = [f"pass@{k}" for k in sorted({k for f in files for k in powers(f.settings["k"])})]
-    first, second = [["set", "questions", "k", "avg@k", "tokens", "cut off", "no box"]], [["set", *ks]]
+    first, second = (
+        [["set", "questions", "k", "avg@k", "tokens", "cut off", "no box"]],
+        [["set", *ks]],
+    )
     for name, size, row in zip(names, sizes, rows):
-        first.append([name, *map(str, size), estimate(*row["avg@k"]), f"{row['tokens'][0]:.0f}",
-                      *(f"{100 * row[share][0]:.1f}" for share in ("cut off", "no box"))])
+        first.append(
+            [
+                name,
+                *map(str, size),
+                estimate(*row["avg@k"]),
+                f"{row['tokens'][0]:.0f}",
+                *(f"{100 * row[share][0]:.1f}" for share in ("cut off", "no box")),
+            ]
+        )
         second.append([name, *(estimate(*row[k]) if k in row else "-" for k in ks)])
     return "\n\n".join([markdown(first), markdown(second), *notes])
 
 
 def compare(a: Results, b: Results) -> str:
-    """B minus A on the same questions, in points of avg@k, and how often each is better. Raises UserError that names the common
-    questions if there are others."""
+    """B minus A on the same questions, in points of avg@k, and how often each is better. Raises
+    UserError that names the common questions if there are others."""
     one, two = a.questions(), b.questions()
     if one.keys() != two.keys():
         common = [plain(group[0].source) for question, group in one.items() if question in two]
         named = ": " + "; ".join(common[:5]) + "; ..." * (len(common) > 5) if common else ""
-        raise UserError(f"{a.path} and {b.path}: not the same questions ({len(one)} and {len(two)}, "
-                        f"{len(common)} in common{named})")
-    values = np.array([[avg_at_k([s.reward for s in group]) for group in (one[q], two[q])] for q in one])
+        raise UserError(
+            f"{a.path} and {b.path}: not the same questions ({len(one)} and {len(two)}, "
+            f"{len(common)} in common{named})"
+        )
+    values = np.array(
+        [[avg_at_k([s.reward for s in group]) for group in (one[q], two[q])] for q in one]
+    )
     values = np.column_stack([values, values[:, 1] - values[:, 0]])
     means, (_, _, difference) = bootstrap(values, zlib.crc32("".join(one).encode())), values.T
-    better = [f"{(difference < 0).sum()} better", f"{(difference > 0).sum()} better", f"{(difference == 0).sum()} equal"]
-    rows = [[name, k, estimate(values[:, i].mean(), means[:, i]), better[i]] for i, (name, k) in enumerate(
-        [(plain(f"A: {a.path}"), str(a.settings["k"])), (plain(f"B: {b.path}"), str(b.settings["k"])), ("B - A", "")])]
-    return (markdown([["", "k", "avg@k", f"of {len(one)} questions"], *rows])
-            + "\n\nsettings, A's -> B's: " + (differing(a.settings, b.settings) or "the same"))
+    better = [
+        f"{(difference < 0).sum()} better",
+        f"{(difference > 0).sum()} better",
+        f"{(difference == 0).sum()} equal",
+    ]
+    rows = [
+        [name, k, estimate(values[:, i].mean(), means[:, i]), better[i]]
+        for i, (name, k) in enumerate(
+            [
+                (plain(f"A: {a.path}"), str(a.settings["k"])),
+                (plain(f"B: {b.path}"), str(b.settings["k"])),
+                ("B - A", ""),
+            ]
+        )
+    ]
+    return (
+        markdown([["", "k", "avg@k", f"of {len(one)} questions"], *rows])
+        + "\n\nsettings, A's -> B's: "
+        + (differing(a.settings, b.settings) or "the same")
+    )
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("report.py", "The table of result files of eval.py, or their comparison.",
-                    "python report.py --compare runs/A/aime24.jsonl runs/B/aime24.jsonl")
+    parser = Parser(
+        "report.py",
+        "The table of result files of eval.py, or their comparison.",
+        "python report.py --compare runs/A/aime24.jsonl runs/B/aime24.jsonl",
+    )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
-    parser.add_argument("--compare", action="store_true", help="two files of the same questions: the second minus the first")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="two files of the same questions: the second minus the first",
+    )
     args = parser.parse_args(argv)
     if args.compare and len(args.files) != 2:
         raise UserError(f"--compare: takes two result files, got {len(args.files)}")
-    files = [read_results(path) for path in (args.files if args.compare else dict.fromkeys(args.files))]
+    files = [
+        read_results(path) for path in (args.files if args.compare else dict.fromkeys(args.files))
+    ]
     print(compare(*files) if args.compare else table(files))
 
 

@@ -1,25 +1,32 @@
-"""rollout.py: engines turn requests (token ids in) into completions (token ids and their log-probabilities out).
+"""rollout.py: engines turn requests (token ids in) into completions (token ids and their
+log-probabilities out).
 
-An engine is anything with the methods of `TransformersEngine`: `generate(requests)`, `sleep()` while the policy is
-updated, `sync_weights(weights)` after that, `close()`. Two of them:
+An engine is anything with the methods of `TransformersEngine`: `generate(requests)`, `sleep()`
+while the policy is updated, `sync_weights(weights)` after that, `close()`. Two of them:
 
-    TransformersEngine   the embedded default on plain transformers; samples with the policy itself, also on a laptop
-    VLLMEngine           vLLM inside the training process, one engine per rank: for real models (vllm_engine.py)
+    TransformersEngine   the embedded default on plain transformers; samples with the policy itself,
+                         also on a laptop
+    VLLMEngine           vLLM inside the training process, one engine per rank: for real models
+                         (vllm_engine.py)
 
 What the first takes care of, because sampling is most of the time of a training step:
-- a prefix shared by several requests is computed once: six samples of a problem, two continuations of one branch point,
-  and a branch point whose prefix begins the prefix of a later one;
+- a prefix shared by several requests is computed once: six samples of a problem, two continuations
+  of one branch point, and a branch point whose prefix begins the prefix of a later one;
 - requests of similar length run together; rows that are finished leave the batch;
-- a request's tokens depend on its own seed only. The random number of its t-th token comes from (seed, t), never from a
-  global generator, so neither the other requests nor their order matter (up to float rounding in the model).
+- a request's tokens depend on its own seed only. The random number of its t-th token comes from
+  (seed, t), never from a global generator, so neither the other requests nor their order matter (up
+  to float rounding in the model).
 
-Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature). An engine with weights
-of its own can silently sample from old ones: `engine_gap` (vllm_engine.py) looks after every sync.
+Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature).
+An engine with weights of its own can silently sample from old ones: `engine_gap` (vllm_engine.py)
+looks after every sync.
 
-Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a running batch.
+Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a
+running batch.
 
     python -m pytest tests/test_rollout.py
 """
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +41,7 @@ from fci import output_head, scoring_mode
 @dataclass
 class Request:
     """Sample after `prompt_ids` until an end token or `max_tokens`. Temperature 0 is greedy."""
+
     prompt_ids: list[int]
     max_tokens: int
     temperature: float
@@ -42,48 +50,60 @@ class Request:
 
 @dataclass
 class Completion:
-    """Sampled tokens (an end token included) and their log-probs; finished: ended by itself, not by `max_tokens`."""
+    """Sampled tokens (an end token included) and their log-probs; finished: ended by itself, not by
+    `max_tokens`."""
+
     tokens: list[int]
     logprobs: list[float]
     finished: bool
 
 
 def request_seed(*path: int) -> int:
-    """A 63-bit seed for one rollout from its place in the run: (run seed, step, problem, response, branch, continuation).
+    """A 63-bit seed for one rollout from its place in the run: (run seed, step, problem, response,
+    branch, continuation).
 
-    >>> request_seed(0, 1, 2) == request_seed(0, 1, 2), request_seed(0, 1, 2) == request_seed(0, 2, 1)
-    (True, False)
+    >>> request_seed(0, 1, 2) == request_seed(0, 1, 2)
+    True
+    >>> request_seed(0, 1, 2) == request_seed(0, 2, 1)
+    False
     """
     high, low = np.random.SeedSequence([len(path), *path]).generate_state(2)
     return (int(high) << 31 | int(low) >> 1) & (2**63 - 1)
 
 
 def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
-    """(longest, rides): indices of the prompts that must be computed, and for each prompt the one whose prefix it is.
+    """(longest, rides): indices of the prompts that must be computed, and for each prompt the one
+    whose prefix it is.
 
     >>> share_prefixes([[1, 2], [1, 2, 3], [4], [1, 2]])
     ([1, 2], [1, 1, 2, 1])
     """
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # a prefix sorts directly before its extensions
+    # a prefix sorts directly before its extensions
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
     rides = list(range(len(prompts)))
     for i, after in zip(reversed(order[:-1]), reversed(order[1:])):
-        if prompts[after][:len(prompts[i])] == prompts[i]:
+        if prompts[after][: len(prompts[i])] == prompts[i]:
             rides[i] = rides[after]
     return sorted(set(rides)), rides
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values (R, heads, P, D) with room for more: the parent class copies all of them for every token."""
-    room, spare = None, 64  # the tensors of which keys and values are the filled part; tokens that they grow by
+    """One layer's keys and values (R, heads, P, D) with room for more: the parent class copies all
+    of them for every token."""
+
+    # the tensors of which keys and values are the filled part; tokens that they grow by
+    room, spare = None, 64
 
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             return super().update(key_states, value_states)
         end = self.keys.shape[2] + 1  # after the prompts tokens come one at a time
         if self.room is None or end > self.room[0].shape[2]:
-            self.room = [torch.nn.functional.pad(x, (0, 0, 0, self.spare)) for x in (self.keys, self.values)]
+            self.room = [
+                torch.nn.functional.pad(x, (0, 0, 0, self.spare)) for x in (self.keys, self.values)
+            ]
         for room, new in zip(self.room, (key_states, value_states)):
-            room[:, :, end - 1:end] = new
+            room[:, :, end - 1 : end] = new
         self.keys, self.values = (room[:, :, :end] for room in self.room)
         return self.keys, self.values
 
@@ -93,16 +113,19 @@ class RoomyLayer(DynamicLayer):
 
 
 class TransformersEngine:
-    """The embedded engine: `model` (the policy itself, or a copy of it where the policy is sharded), with a KV cache.
-    `eos_ids` end a response; at most `token_budget` tokens (rows x longest prompt and completion) are in the cache at once.
+    """The embedded engine: `model` (the policy itself, or a copy of it where the policy is
+    sharded), with a KV cache. `eos_ids` end a response; at most `token_budget` tokens (rows x
+    longest prompt and completion) are in the cache at once.
     """
 
     def __init__(self, model, eos_ids: list[int], token_budget: int = 65536):
         self.model, self.eos_ids, self.token_budget = model, eos_ids, token_budget
-        self.prefilled = 0  # prompt tokens computed so far, for tests and bench: shared prefixes count once
+        # prompt tokens computed so far, for tests and bench: shared prefixes count once
+        self.prefilled = 0
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """After an update. Weights that are the policy's own are new already; a copy takes them over."""
+        """After an update. Weights that are the policy's own are new already; a copy takes them
+        over."""
         own = self.model.state_dict()
         for name, value in weights:
             if own[name].data_ptr() != value.data_ptr():
@@ -114,8 +137,11 @@ class TransformersEngine:
     def close(self) -> None:
         pass
 
-    def generate(self, requests: list[Request], on_token: Callable[[int, int], None] | None = None) -> list[Completion]:
-        """One Completion per request, in order. on_token(index, token) is called for every sampled token (streaming).
+    def generate(
+        self, requests: list[Request], on_token: Callable[[int, int], None] | None = None
+    ) -> list[Completion]:
+        """One Completion per request, in order. on_token(index, token) is called for every sampled
+        token (streaming).
 
         Raises ValueError for an empty prompt or a budget below one token.
         """
@@ -129,14 +155,17 @@ class TransformersEngine:
         return completions
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
-        """Indices grouped by length; requests that share a prefix stay together as long as they fit the budget."""
+        """Indices grouped by length; requests that share a prefix stay together as long as they fit
+        the budget."""
         _, rides = share_prefixes([r.prompt_ids for r in requests])
         prompt = [len(requests[i].prompt_ids) for i in rides]
         batches: list[list[int]] = []
-        longest = 0  # completion of the newest batch; its longest prompt is that of the newest request
+        # completion of the newest batch; its longest prompt is that of the newest request
+        longest = 0
         for i in sorted(range(len(requests)), key=lambda i: (prompt[i], rides[i])):
             longest = max(longest, requests[i].max_tokens)
-            # every row is as wide as the longest prompt AND the longest completion, which may be another row's
+            # every row is as wide as the longest prompt AND the longest completion, which may be
+            # another row's
             if not batches or (len(batches[-1]) + 1) * (prompt[i] + longest) > self.token_budget:
                 batches.append([])
                 longest = requests[i].max_tokens
@@ -144,39 +173,57 @@ class TransformersEngine:
         return batches
 
     def _prefill(self, requests: list[Request]):
-        """(cache, mask, hidden): prompts of all requests in the cache, right-aligned; mask (R, P); last states (R, d).
+        """(cache, mask, hidden): prompts of all requests in the cache, right-aligned; mask (R, P);
+        last states (R, d).
 
-        Only prompts that are no prefix of another are computed; the others take their part of that cache row. Aligned to
-        the right, so that distances between cache slots are distances between tokens (sliding windows stay right).
+        Only prompts that are no prefix of another are computed; the others take their part of that
+        cache row. Aligned to the right, so that distances between cache slots are distances between
+        tokens (sliding windows stay right).
         """
         device = self.model.device
         prompts = [r.prompt_ids for r in requests]
         longest, rides = share_prefixes(prompts)
         width = max(len(prompts[i]) for i in longest)
-        ids = torch.tensor([prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device)
+        ids = torch.tensor(
+            [prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device
+        )
         self.prefilled += sum(len(prompts[i]) for i in longest)
-        computed: Any = Cache(layer_class_to_replicate=DynamicLayer)  # keeps all tokens also for sliding-window layers
-        hidden = self.model.base_model(input_ids=ids, past_key_values=computed, use_cache=True).last_hidden_state
+        # keeps all tokens also for sliding-window layers
+        computed: Any = Cache(layer_class_to_replicate=DynamicLayer)
+        hidden = self.model.base_model(
+            input_ids=ids, past_key_values=computed, use_cache=True
+        ).last_hidden_state
         row = torch.tensor([longest.index(i) for i in rides], device=device)  # (R,)
         lengths = torch.tensor([len(p) for p in prompts], device=device)
-        slots = torch.arange(width, device=device)[None] - (width - lengths)[:, None]  # (R, P): token index, < 0 = none
+        # (R, P): token index, < 0 = none
+        slots = torch.arange(width, device=device)[None] - (width - lengths)[:, None]
         cache = Cache(layer_class_to_replicate=RoomyLayer)
         for index, layer in enumerate(computed.layers):
             pick = row[:, None], slice(None), slots.clamp(min=0)  # -> (R, P, heads, D)
-            cache.update(layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index)
+            cache.update(
+                layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index
+            )
         return cache, slots >= 0, hidden[row, lengths - 1]
 
-    def _sample(self, rows: list[int], requests: list[Request], completions: list[Completion], on_token) -> None:
-        """Fill the completions of one batch. `rows` lists the requests that are still in it, in the order of the cache."""
+    def _sample(
+        self, rows: list[int], requests: list[Request], completions: list[Completion], on_token
+    ) -> None:
+        """Fill the completions of one batch. `rows` lists the requests that are still in it, in the
+        order of the cache."""
         device, head = self.model.device, output_head(self.model)
         cache, mask, hidden = self._prefill([requests[i] for i in rows])
-        uniform = {i: np.random.default_rng(requests[i].seed).random(requests[i].max_tokens) for i in rows}  # [request][t]
+        # [request][t]
+        uniform = {
+            i: np.random.default_rng(requests[i].seed).random(requests[i].max_tokens) for i in rows
+        }
         temperature = torch.tensor([requests[i].temperature for i in rows], device=device)
         for t in range(max(requests[i].max_tokens for i in rows)):
             u = torch.tensor([uniform[i][min(t, len(uniform[i]) - 1)] for i in rows], device=device)
             tokens, logprobs = sample_tokens(head(hidden), temperature, u)
             done = []
-            for position, (i, token, logprob) in enumerate(zip(rows, tokens.tolist(), logprobs.tolist())):
+            for position, (i, token, logprob) in enumerate(
+                zip(rows, tokens.tolist(), logprobs.tolist())
+            ):
                 one = completions[i]
                 if not one.finished and len(one.tokens) < requests[i].max_tokens:
                     one.tokens.append(token)
@@ -188,26 +235,37 @@ class TransformersEngine:
                     done.append(position)
             if len(done) == len(rows):
                 break
-            if 8 * len(done) >= len(rows):  # leaving copies the cache: worth it for an eighth of the rows at a time
+            # leaving copies the cache: worth it for an eighth of the rows at a time
+            if 8 * len(done) >= len(rows):
                 stay = torch.tensor(sorted(set(range(len(rows))) - set(done)), device=device)
                 rows = [rows[i] for i in stay.tolist()]
                 tokens, temperature, mask = tokens[stay], temperature[stay], mask[stay]
                 cache.batch_select_indices(stay)
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            hidden = self.model.base_model(input_ids=tokens[:, None], attention_mask=mask.long(), use_cache=True,
-                                           position_ids=mask.sum(1, keepdim=True) - 1, past_key_values=cache,
-                                           ).last_hidden_state[:, -1]
+            hidden = self.model.base_model(
+                input_ids=tokens[:, None],
+                attention_mask=mask.long(),
+                use_cache=True,
+                position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+            ).last_hidden_state[:, -1]
 
 
-def sample_tokens(logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (R,) and log-probs (R,) from logits (R, V): the inverse of the cumulative distribution at u in [0, 1).
+def sample_tokens(
+    logits: torch.Tensor, temperature: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens (R,) and log-probs (R,) from logits (R, V): the inverse of the cumulative distribution
+    at u in [0, 1).
 
-    One uniform number a token makes sampling reproducible per request. Temperature 0 takes the most likely token.
+    One uniform number a token makes sampling reproducible per request. Temperature 0 takes the most
+    likely token.
     """
     greedy = temperature == 0
     logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     target = (u * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+    tokens = torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(
+        max=logits.shape[-1] - 1
+    )
     tokens = torch.where(greedy, logprobs.argmax(-1), tokens)
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]

@@ -1,19 +1,26 @@
-"""sampler.py: adaptive sampling (ADS): which problems to expand, how many trees each, how many problems a step.
+"""sampler.py: adaptive sampling (ADS): which problems to expand, how many trees each, how many
+problems a step.
 
-Monte Carlo continuations are wasted on problems that the policy always or never solves: their leaves agree and nothing
-is learnt. ADS looks at the G initial responses first. z = fraction of them that are correct, the problem's difficulty.
+Monte Carlo continuations are wasted on problems that the policy always or never solves: their
+leaves agree and nothing is learnt. ADS looks at the G initial responses first. z = fraction of them
+that are correct, the problem's difficulty.
 
 Equations (AttnRL):
-    Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is >= the running mean of that statistic over
-             all z = 1 problems so far. Low attention between steps = a solved routine; high = it may still go wrong.
+    Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is >= the running mean of
+             that statistic over
+             all z = 1 problems so far. Low attention between steps = a solved routine; high = it
+             may still go wrong.
     Eq. 9    trees = Round(exp(-z) * G): hard problems get more trees
-    Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' wanted, B'' kept training sequences
+    Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' wanted, B'' kept
+             training sequences
 
-Everything is a small function, or a small state that saves to and restores from plain numbers. Emptiness and collapse
-are named (runlog.notices), never silent. Left out: filters on difficulty other than z = 1 (the paper's ablation lost by them).
+Everything is a small function, or a small state that saves to and restores from plain numbers.
+Emptiness and collapse are named (runlog.notices), never silent. Left out: filters on difficulty
+other than z = 1 (the paper's ablation lost by them).
 
     python -m pytest tests/test_sampler.py
 """
+
 import math
 import random
 import statistics
@@ -21,16 +28,19 @@ from dataclasses import dataclass
 
 
 def round_half_up(x: float) -> int:
-    """Round as in the paper's formulas; Python's round() would take 0.5 and 2.5 to the even neighbour."""
+    """Round as in the paper's formulas; Python's round() would take 0.5 and 2.5 to the even
+    neighbour."""
     return math.floor(x + 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The problem stream
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class ProblemStream:
-    """Indices 0..size-1 for ever, shuffled anew each epoch by (seed, epoch): two counters are its whole state."""
+    """Indices 0..size-1 for ever, shuffled anew each epoch by (seed, epoch): two counters are its
+    whole state."""
+
     size: int
     seed: int = 0
     epoch: int = 0
@@ -39,16 +49,21 @@ class ProblemStream:
     def __post_init__(self):
         if self.size < 1:
             raise ValueError("the problem set is empty")
-        if not 0 <= self.position < self.size:  # resumed with a smaller set: take() would never reach its end
-            raise ValueError(f"position {self.position} is outside the set of {self.size}: another set than saved?")
+        # resumed with a smaller set: take() would never reach its end
+        if not 0 <= self.position < self.size:
+            raise ValueError(
+                f"position {self.position} is outside the set of {self.size}: another set than"
+                " saved?"
+            )
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices. An epoch that runs out in the middle of a batch is followed by the next one."""
+        """The next `count` indices. An epoch that runs out in the middle of a batch is followed by
+        the next one."""
         taken: list[int] = []
         while len(taken) < count:
             order = list(range(self.size))
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-            part = order[self.position:self.position + count - len(taken)]
+            part = order[self.position : self.position + count - len(taken)]
             taken += part
             self.position += len(part)
             if self.position == self.size:
@@ -56,11 +71,12 @@ class ProblemStream:
         return taken
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which problems, how many trees, which responses
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def is_correct(reward: float) -> bool:
-    """The default reward is 0 or 1; a graded reward of a fork counts as correct from one half on."""
+    """The default reward is 0 or 1; a graded reward of a fork counts as correct from one half
+    on."""
     return reward >= 0.5
 
 
@@ -76,20 +92,26 @@ def problem_fci(scores: list[list[float]]) -> float:
 
 @dataclass
 class EasyFilter:
-    """The running mean of the FCI of all z = 1 problems so far: `count` of them, adding up to `total`."""
+    """The running mean of the FCI of all z = 1 problems so far: `count` of them, adding up to
+    `total`."""
+
     count: int = 0
     total: float = 0.0
 
     def keep(self, rates: list[float], fcis: list[float]) -> list[bool]:
-        """AttnRL Eq. 8 for one batch: which problems may be expanded. Problems with z < 1 are never filtered here.
+        """AttnRL Eq. 8 for one batch: which problems may be expanded. Problems with z < 1 are never
+        filtered here.
 
-        The current batch enters the mean first (the authors' code), so the very first easy problem is kept.
+        The current batch enters the mean first (the authors' code), so the very first easy problem
+        is kept.
         """
-        easy = [y for z, y in zip(rates, fcis) if z == 1 and math.isfinite(y)]  # one NaN would close the filter for good
+        # one NaN would close the filter for good
+        easy = [y for z, y in zip(rates, fcis) if z == 1 and math.isfinite(y)]
         self.count += len(easy)
         self.total += math.fsum(easy)
         # isclose: n equal values may have a mean one rounding above them
-        return [z < 1 or y >= self.mean or math.isclose(y, self.mean) for z, y in zip(rates, fcis)]  # AttnRL Eq. 8
+        # AttnRL Eq. 8
+        return [z < 1 or y >= self.mean or math.isclose(y, self.mean) for z, y in zip(rates, fcis)]
 
     @property
     def mean(self) -> float:
@@ -97,7 +119,8 @@ class EasyFilter:
 
 
 def tree_count(rate: float, group_size: int) -> int:
-    """How many of the G initial responses are expanded. The authors' code rounds up; the paper rounds.
+    """How many of the G initial responses are expanded. The authors' code rounds up; the paper
+    rounds.
     >>> [tree_count(z, 6) for z in (0, 0.5, 1)]
     [6, 4, 2]
     """
@@ -105,7 +128,8 @@ def tree_count(rate: float, group_size: int) -> int:
 
 
 def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[int]:
-    """Which responses are expanded: the minority outcome first (at z = 0.5 the wrong ones), then random other ones.
+    """Which responses are expanded: the minority outcome first (at z = 0.5 the wrong ones), then
+    random other ones.
 
     Where all agree (z = 0 or 1) the choice is random. Indices in rising order.
     """
@@ -117,12 +141,14 @@ def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[i
     return sorted((first + then)[:count])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # How many problems a step
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class AdaptiveBatch:
-    """The number of problems B sampled a step, moved so that `target` (B') training sequences are left of them."""
+    """The number of problems B sampled a step, moved so that `target` (B') training sequences are
+    left of them."""
+
     size: int
     target: int
     low: int
@@ -130,13 +156,16 @@ class AdaptiveBatch:
     lam: float = 0.9
 
     def update(self, sampled: int, kept: int) -> int:
-        """Take in that `sampled` problems left `kept` (B'') training sequences; returns the new size, within bounds.
+        """Take in that `sampled` problems left `kept` (B'') training sequences; returns the new
+        size, within bounds.
 
-        In the one-step off-policy pipeline the size of batch m+1 is fixed before batch m is trained, so the newest pair
-        known is one step older than `size`: (B' / B'') * sampled is what would have met the target THEN, and the size
-        moves a tenth of the way towards it. Nothing kept: hold the size.
+        In the one-step off-policy pipeline the size of batch m+1 is fixed before batch m is
+        trained, so the newest pair known is one step older than `size`: (B' / B'') * sampled is
+        what would have met the target THEN, and the size moves a tenth of the way towards it.
+        Nothing kept: hold the size.
         """
         if kept > 0:
-            wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled  # AttnRL Eq. 10
+            # AttnRL Eq. 10
+            wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled
             self.size = min(self.high, max(self.low, round_half_up(wanted)))
         return self.size

@@ -1,17 +1,24 @@
-"""vllm_engine.py: vLLM as the rollout engine, for real models. The same methods as rollout.TransformersEngine.
+"""vllm_engine.py: vLLM as the rollout engine, for real models. The same methods as
+rollout.TransformersEngine.
 
     python attnrl.py --preset paper --model DIR ...         # or any run with --engine vllm
 
 What is done with care, each found out the hard way:
-- vLLM lives in the training process, one engine per rank, so that new weights are handed over without a copy on the disk;
-- it starts with random weights and gets the policy's before the first rollout: one way for weights to come, not two;
-- after new weights its prefix cache is emptied, else prefixes would be continued with the KV of the old policy;
+- vLLM lives in the training process, one engine per rank, so that new weights are handed over
+  without a copy on the disk;
+- it starts with random weights and gets the policy's before the first rollout: one way for weights
+  to come, not two;
+- after new weights its prefix cache is emptied, else prefixes would be continued with the KV of the
+  old policy;
 - seeds are per request: two ranks with engine seeds would sample the same rollouts;
-- log-probs are "processed", of the distribution that is sampled; the raw ones ignore the temperature.
-`engine_gap`, at the end, is for every engine with weights of its own: a few tokens prove that new weights arrived.
+- log-probs are "processed", of the distribution that is sampled; the raw ones ignore the
+  temperature.
+`engine_gap`, at the end, is for every engine with weights of its own: a few tokens prove that new
+weights arrived.
 
     make test-vllm
 """
+
 import logging
 import os
 import warnings
@@ -29,70 +36,134 @@ from rollout import Completion, Request
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine per rank. `path`: a model directory, of which only the configuration is read: the
-    weights come from the trainer (`sync_weights` before the first `generate`).
+    """vLLM in this process, one engine per rank. `path`: a model directory, of which only the
+    configuration is read: the weights come from the trainer (`sync_weights` before the first
+    `generate`).
 
-    memory: share of the GPU for weights and KV cache. On the CPU the cache holds `token_budget` tokens. Must be made after
-    the process group and, on a GPU, before the policy goes there. Raises UserError where vLLM is not installed.
+    memory: share of the GPU for weights and KV cache. On the CPU the cache holds `token_budget`
+    tokens. Must be made after the process group and, on a GPU, before the policy goes there. Raises
+    UserError where vLLM is not installed.
     """
 
-    def __init__(self, path: str, eos_ids: list[int], max_tokens: int, dtype: str = "fp32", device: str = "cpu",
-                 memory: float = 0.4, token_budget: int = 65536):
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that weights need not travel
+    def __init__(
+        self,
+        path: str,
+        eos_ids: list[int],
+        max_tokens: int,
+        dtype: str = "fp32",
+        device: str = "cpu",
+        memory: float = 0.4,
+        token_budget: int = 65536,
+    ):
+        # in this process, so that weights need not travel
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        if not device.startswith("cuda"):  # else small kernels are compiled, which takes seconds and a C++ compiler
+        # else small kernels are compiled, which takes seconds and a C++ compiler
+        if not device.startswith("cuda"):
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
             from vllm import LLM, SamplingParams
         except ImportError as error:
-            raise UserError(f"--engine vllm: vLLM is not installed here ({error}); GPU: pip install -r requirements-gpu.txt, "
-                            "CPU: make .venv-vllm/ready, then .venv-vllm/bin/python") from error
-        self.eos_ids, self.params, self.gpu, self.asleep = eos_ids, SamplingParams, device.startswith("cuda"), False
+            raise UserError(
+                f"--engine vllm: vLLM is not installed here ({error}); GPU: pip install -r"
+                " requirements-gpu.txt, CPU: make .venv-vllm/ready, then .venv-vllm/bin/python"
+            ) from error
+        self.eos_ids, self.params, self.gpu, self.asleep = (
+            eos_ids,
+            SamplingParams,
+            device.startswith("cuda"),
+            False,
+        )
         settings: dict[str, Any]
         if self.gpu:
             settings = dict(gpu_memory_utilization=memory, enable_sleep_mode=True)
         else:
             config = AutoConfig.from_pretrained(path).get_text_config()
-            head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            one = 2 * config.num_hidden_layers * config.num_key_value_heads * head * DTYPES[dtype].itemsize
-            # Prefixes are shared in whole blocks. Chunked prefill and per-request seeds do not go together on the CPU.
-            settings = dict(kv_cache_memory_bytes=one * max(token_budget, 2 * max_tokens), block_size=32, enforce_eager=True,
-                            enable_chunked_prefill=False, max_num_batched_tokens=max(max_tokens, 8192))
+            head = (
+                getattr(config, "head_dim", None)
+                or config.hidden_size // config.num_attention_heads
+            )
+            one = (
+                2
+                * config.num_hidden_layers
+                * config.num_key_value_heads
+                * head
+                * DTYPES[dtype].itemsize
+            )
+            # Prefixes are shared in whole blocks. Chunked prefill and per-request seeds do not go
+            # together on the CPU.
+            settings = dict(
+                kv_cache_memory_bytes=one * max(token_budget, 2 * max_tokens),
+                block_size=32,
+                enforce_eager=True,
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(max_tokens, 8192),
+            )
         if world() > 1:  # the plain executor would put every rank's engine on the first GPU
             settings |= dict(distributed_executor_backend="external_launcher")
-        threads, count = torch.set_num_threads, torch.get_num_threads()  # vLLM disables the first and changes the second
-        self.llm = LLM(path, dtype=str(DTYPES[dtype]).removeprefix("torch."), load_format="dummy", skip_tokenizer_init=True,
-                       generation_config="vllm", max_model_len=max_tokens, tensor_parallel_size=1, seed=0,
-                       enable_prefix_caching=True, logprobs_mode="processed_logprobs", **settings)
+        # vLLM disables the first and changes the second
+        threads, count = torch.set_num_threads, torch.get_num_threads()
+        self.llm = LLM(
+            path,
+            dtype=str(DTYPES[dtype]).removeprefix("torch."),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            max_model_len=max_tokens,
+            tensor_parallel_size=1,
+            seed=0,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            **settings,
+        )
         torch.set_num_threads = threads
         threads(count)
 
     def generate(self, requests: list[Request]) -> list[Completion]:
-        """One Completion per request, in order. Each request has its own seed: engine seeds are not enough, two ranks
-        would sample the same rollouts."""
+        """One Completion per request, in order. Each request has its own seed: engine seeds are not
+        enough, two ranks would sample the same rollouts."""
         outputs = self.llm.generate(
             [{"prompt_token_ids": r.prompt_ids} for r in requests],
-            [self.params(temperature=r.temperature, max_tokens=r.max_tokens, seed=r.seed, stop_token_ids=self.eos_ids,
-                         logprobs=0, flat_logprobs=True, detokenize=False) for r in requests], use_tqdm=False)
-        return [Completion(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
-                for output in outputs for o in output.outputs]
+            [
+                self.params(
+                    temperature=r.temperature,
+                    max_tokens=r.max_tokens,
+                    seed=r.seed,
+                    stop_token_ids=self.eos_ids,
+                    logprobs=0,
+                    flat_logprobs=True,
+                    detokenize=False,
+                )
+                for r in requests
+            ],
+            use_tqdm=False,
+        )
+        return [
+            Completion(list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
+            for output in outputs
+            for o in output.outputs
+        ]
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the update: the KV cache and the weights are dropped (level 2)."""
+        """Give the GPU's memory to the update: the KV cache and the weights are dropped (level
+        2)."""
         if self.gpu:
             self.llm.sleep(level=2)
             torch.cuda.empty_cache()
             self.asleep = True
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load new weights, and forget the KV cache of the old ones: prefixes would be continued as if nothing had changed."""
+        """Load new weights, and forget the KV cache of the old ones: prefixes would be continued as
+        if nothing had changed."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not forget the KV cache of the old weights: it still holds requests")
+            raise RuntimeError(
+                "vLLM did not forget the KV cache of the old weights: it still holds requests"
+            )
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.asleep = False
@@ -103,29 +174,49 @@ class VLLMEngine:
 
 
 def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
-    """A few tokens more, from the middle of the first completions: prefixes that the engine has in its cache."""
-    return [Request(r.prompt_ids + c.tokens[:len(c.tokens) // 2], min(16, r.max_tokens - len(c.tokens) // 2), r.temperature,
-                    r.seed) for r, c in zip(requests[:4], completions)]
+    """A few tokens more, from the middle of the first completions: prefixes that the engine has in
+    its cache."""
+    return [
+        Request(
+            r.prompt_ids + c.tokens[: len(c.tokens) // 2],
+            min(16, r.max_tokens - len(c.tokens) // 2),
+            r.temperature,
+            r.seed,
+        )
+        for r, c in zip(requests[:4], completions)
+    ]
 
 
 def engine_gap(engine, policy, requests: list[Request], tolerance: float) -> float:
-    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a few tokens that it samples
-    now. Raises UserError with both log-probs above the tolerance. Every rank must call it (`policy` may be sharded).
+    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a
+    few tokens that it samples now. Raises UserError with both log-probs above the tolerance. Every
+    rank must call it (`policy` may be sharded).
 
-    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix cache shows as well.
+    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix
+    cache shows as well.
     """
     completions = engine.generate(requests) if requests else []
-    scores = score(policy, [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
-                   requests[0].temperature if requests else 1.0)
-    sampled, learnt = [lp for c in completions for lp in c.logprobs], [lp for s in scores for lp in s.logprobs]
+    scores = score(
+        policy,
+        [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
+        requests[0].temperature if requests else 1.0,
+    )
+    sampled, learnt = (
+        [lp for c in completions for lp in c.logprobs],
+        [lp for s in scores for lp in s.logprobs],
+    )
     gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
     means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
-    ranks = everyone([(gap, *means, len(sampled))])  # all stop or none: nobody waits for one that has left
+    # all stop or none: nobody waits for one that has left
+    ranks = everyone([(gap, *means, len(sampled))])
     if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
         gap, engine_mean, learner_mean, tokens = bad[0]
         raise UserError(
-            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's mean log-prob is "
-            f"{engine_mean:.4f}, the learner's {learner_mean:.4f}, mean |difference| {gap:.4g}, above --sync_tolerance "
-            f"{tolerance:g}. Likely causes: weights that did not arrive (a tied output head, a new version of vLLM), KV of the "
-            "old weights in the prefix cache, another dtype or temperature, weights that are not finite")
+            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's"
+            f" mean log-prob is {engine_mean:.4f}, the learner's {learner_mean:.4f}, mean"
+            f" |difference| {gap:.4g}, above --sync_tolerance {tolerance:g}. Likely causes: weights"
+            " that did not arrive (a tied output head, a new version of vLLM), KV of the old"
+            " weights in the prefix cache, another dtype or temperature, weights that are not"
+            " finite"
+        )
     return max(found[0] for found in ranks)

@@ -1,28 +1,34 @@
-"""bench/fci.py: what FCI costs, next to a plain forward pass and to the other ways of reading attention.
+"""bench/fci.py: what FCI costs, next to a plain forward pass and to the other ways of reading
+attention.
 
     plain   forward pass with SDPA: the floor, what a scoring pass costs without FCI
     fci     the same pass with StepAttention (fci.py): alpha @ E instead of alpha
-    rows    the same, but alpha of 32 queries at a time is computed and reduced (AttnRL Eq. 4 as matrix products)
+    rows    the same, but alpha of 32 queries at a time is computed and reduced (AttnRL Eq. 4 as
+            matrix products)
     layer   the same with all queries at once: heads x T x T exist for one layer
-    naive   eager attention with output_attentions=True, then Eq. 4-6 on the stored matrices of all layers
+    naive   eager attention with output_attentions=True, then Eq. 4-6 on the stored matrices of all
+            layers
 
-Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension 128, MLP 8960),
-random weights, batch 1, no output head. Seconds are medians of interleaved repeats in one process. Peak extra memory is
-measured in a fresh process for every number: the peak during one pass, less what was there before it (model included).
-Left out: the output head, which is the same for all; on a long batch over 150k words it hides FCI's share.
+Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension
+128, MLP 8960), random weights, batch 1, no output head. Seconds are medians of interleaved repeats
+in one process. Peak extra memory is measured in a fresh process for every number: the peak during
+one pass, less what was there before it (model included). Left out: the output head, which is the
+same for all; on a long batch over 150k words it hides FCI's share.
 
-Why fci.py does not do what `rows` does, whose cost does not grow with the steps: it is no faster, it would have to read the
-masks of sliding windows itself, and on a GPU it would write every attention weight to memory, which the fused kernel never does.
+Why fci.py does not do what `rows` does, whose cost does not grow with the steps: it is no faster,
+it would have to read the masks of sliding windows itself, and on a GPU it would write every
+attention weight to memory, which the fused kernel never does.
 
-    python bench/fci.py                                   # CPU, or the GPU if there is one (bf16 there)
+    python bench/fci.py                                   # CPU, or the GPU if there is one (bf16
+                                                          there)
     python bench/fci.py --lengths 512 4096 --repeats 5
 """
+
 import argparse
 
 import torch
-from transformers import Qwen2Config, Qwen2Model
-
 from measure import command, cost, extra_bytes, gain, in_new_process, interleave, positive, record
+from transformers import Qwen2Config, Qwen2Model
 
 from errors import stop_on_user_error
 from fci import StepAttention, scoring_mode
@@ -34,21 +40,34 @@ DELTA = 4
 def build_model(device: str):
     """Two layers; few words in the vocabulary, for the embedding is not what is measured."""
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=512, hidden_size=1536, intermediate_size=8960, num_hidden_layers=2,
-                         num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=32768,
-                         bos_token_id=None, eos_token_id=None)
-    return Qwen2Model(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return (
+        Qwen2Model(config).to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    )
 
 
 @torch.no_grad()
 def naive_fci(attentions, bounds: list[int]) -> torch.Tensor:
     """AttnRL Eq. 4-6 from stored attention, as matrix products: E^T alpha E per head. (K,)"""
-    step = torch.zeros(bounds[-1] + 1, len(bounds) - 1, device=attentions[0].device)  # (T, K); token 0 is the prompt
+    # (T, K); token 0 is the prompt
+    step = torch.zeros(bounds[-1] + 1, len(bounds) - 1, device=attentions[0].device)
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
-        step[1 + a:1 + b, k] = 1 / (b - a)
+        step[1 + a : 1 + b, k] = 1 / (b - a)
     index = torch.arange(step.shape[1], device=step.device)
     later = (index[:, None] >= index[None] + DELTA).float()
-    return torch.stack([((step.T @ alpha[0].float() @ step) * later).sum(1).amax(0) for alpha in attentions]).amax(0)
+    return torch.stack(
+        [((step.T @ alpha[0].float() @ step) * later).sum(1).amax(0) for alpha in attentions]
+    ).amax(0)
 
 
 class Materialised(StepAttention):
@@ -61,30 +80,40 @@ class Materialised(StepAttention):
     def add(self, module, query, key, attention_mask, **_):
         self.layers += 1
         batch, heads, width, depth = query.shape
-        grouped = (query * depth ** -0.5).view(batch, key.shape[1], -1, width, depth)  # heads of one key-value head together
+        # heads of one key-value head together
+        grouped = (query * depth**-0.5).view(batch, key.shape[1], -1, width, depth)
         step_attention = torch.zeros(batch, heads, *self.later.shape, device=key.device)
         for a in range(0, width, self.queries):
-            b = min(width, a + self.queries)  # nobody looks ahead: keys end with the last query of the block
+            # nobody looks ahead: keys end with the last query of the block
+            b = min(width, a + self.queries)
             logits = grouped[..., a:b, :].flatten(2, 3) @ key[:, :, :b].transpose(-1, -2)
             logits = logits.view(batch, heads, b - a, b).float()
             future = torch.ones(b - a, b - a, dtype=torch.bool, device=key.device).triu(1)
             logits[..., a:].masked_fill_(future, -torch.inf)
             alpha = logits.softmax(-1)  # (B, H, queries, b)
             queries_of = self.query_mean[:, None, :, a:b]
-            found = queries_of.sum((0, 1, 3)).nonzero()[:, 0].tolist() or [0]  # the few steps that these queries are in
+            # the few steps that these queries are in
+            found = queries_of.sum((0, 1, 3)).nonzero()[:, 0].tolist() or [0]
             j = slice(found[0], found[-1] + 1)
-            step_attention[:, :, j] += queries_of[:, :, j] @ alpha @ (self.keys[:, :b] * self.key_mean[:, None])[:, None]
+            step_attention[:, :, j] += (
+                queries_of[:, :, j] @ alpha @ (self.keys[:, :b] * self.key_mean[:, None])[:, None]
+            )
         self.fci = torch.maximum(self.fci, (step_attention * self.later).sum(2).amax(1))
 
 
 def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
-    """One pass over one prompt token and `length` - 1 response tokens in `steps` equal steps; FCI (K,) or None."""
-    ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length)).to(model.device)
+    """One pass over one prompt token and `length` - 1 response tokens in `steps` equal steps; FCI
+    (K,) or None."""
+    ids = torch.randint(0, 512, (1, length), generator=torch.Generator().manual_seed(length)).to(
+        model.device
+    )
     bounds = [(length - 1) * k // steps for k in range(steps + 1)]
     setup = [1], [bounds], length, DELTA, model.device
     queries = {"rows": 32, "layer": length}
     if case == "fci" or case in queries:
-        collector = StepAttention(*setup) if case == "fci" else Materialised(*setup, queries=queries[case])
+        collector = (
+            StepAttention(*setup) if case == "fci" else Materialised(*setup, queries=queries[case])
+        )
         with scoring_mode(model, collector):
             model(input_ids=ids, use_cache=False)
         return collector.fci[0]
@@ -96,49 +125,125 @@ def run_case(model, case: str, length: int, steps: int) -> torch.Tensor | None:
 
 def memory(case: str, length: int, steps: int, threads: int) -> float | None:
     """Extra bytes of one pass, in a fresh process."""
-    return in_new_process(__file__, "--child", case, "--lengths", length, "--steps", steps, "--threads", threads)
+    return in_new_process(
+        __file__, "--child", case, "--lengths", length, "--steps", steps, "--threads", threads
+    )
 
 
 def compare(model, cases, length: int, steps: int, args) -> dict:
-    """A row of a table: seconds and extra MiB of every case, and the largest difference between the FCIs."""
+    """A row of a table: seconds and extra MiB of every case, and the largest difference between the
+    FCIs."""
     scores: dict[str, torch.Tensor | None] = {}
-    seconds = interleave({case: lambda case=case: scores.update({case: run_case(model, case, length, steps)})
-                          for case in cases}, args.repeats)
+    seconds = interleave(
+        {
+            case: lambda case=case: scores.update({case: run_case(model, case, length, steps)})
+            for case in cases
+        },
+        args.repeats,
+    )
     mib = {case: memory(case, length, steps, args.threads) for case in cases}
     row = {"T": length, "steps": steps} | {f"{case}, s": seconds[case] for case in cases}
     row |= {f"{case}, MiB": mib[case] and mib[case] / 2**20 for case in cases}
-    return row | {"largest difference": max((s - scores["fci"]).abs().max().item() for s in scores.values() if s is not None)}
+    return row | {
+        "largest difference": max(
+            (s - scores["fci"]).abs().max().item() for s in scores.values() if s is not None
+        )
+    }
 
 
 def main() -> None:
     parser = command(__doc__, "--lengths 512 4096 --repeats 5")
-    parser.add_argument("--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--steps", type=positive, nargs="+", default=[200, 16, 64, 400],
-                        help="steps of the response; all ways are compared with the first number, and plain, fci and rows "
-                             "with the others, at the greatest length but one")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed rounds; the median counts")
+    parser.add_argument(
+        "--lengths", type=positive, nargs="+", default=[512, 1024, 2048, 4096, 8192]
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        nargs="+",
+        default=[200, 16, 64, 400],
+        help=(
+            "steps of the response; all ways are compared with the first number, and plain, fci and"
+            " rows with the others, at the greatest length but one"
+        ),
+    )
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="timed rounds; the median counts"
+    )
     parser.add_argument("--child", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if min(args.steps) < DELTA + 2 or min(args.lengths) <= max(args.steps):
-        parser.error(f"--repeats must be at least 1, --steps at least {DELTA + 2} and --lengths above --steps")
+        parser.error(
+            f"--repeats must be at least 1, --steps at least {DELTA + 2} and --lengths above"
+            " --steps"
+        )
     torch.set_num_threads(args.threads)
     model = build_model("cuda" if torch.cuda.is_available() else "cpu")
     if args.child:
         run_case(model, args.child, 64, 8)  # libraries and thread pools are not what is measured
-        return print(extra_bytes(lambda: run_case(model, args.child, args.lengths[0], args.steps[0])))
-    rows, ratios = [compare(model, CASES, length, args.steps[0], args) for length in args.lengths], []  # None: out of memory
+        return print(
+            extra_bytes(lambda: run_case(model, args.child, args.lengths[0], args.steps[0]))
+        )
+    # None: out of memory
+    rows, ratios = (
+        [compare(model, CASES, length, args.steps[0], args) for length in args.lengths],
+        [],
+    )
     for row in rows:
-        at, goal = f"FCI, T = {row['T']}, {row['steps']} steps", (row["T"], row["steps"]) == (8192, 200)
-        ratios.append(cost(f"{at}: plain pass, time", row["fci, s"], row["plain, s"], "s", 1.5 if goal else None))
+        at, goal = (
+            f"FCI, T = {row['T']}, {row['steps']} steps",
+            (row["T"], row["steps"])
+            == (
+                8192,
+                200,
+            ),
+        )
+        ratios.append(
+            cost(
+                f"{at}: plain pass, time",
+                row["fci, s"],
+                row["plain, s"],
+                "s",
+                1.5 if goal else None,
+            )
+        )
         if row["plain, MiB"] and row["fci, MiB"]:
-            ratios.append(cost(f"{at}: plain pass, memory", row["fci, MiB"], row["plain, MiB"], "MiB", 1.2 if goal else None))
-        ratios.append(gain(f"{at}: naive, time", row["fci, s"], row["naive, s"], "s", 5 if row["T"] == 4096 else None))
+            ratios.append(
+                cost(
+                    f"{at}: plain pass, memory",
+                    row["fci, MiB"],
+                    row["plain, MiB"],
+                    "MiB",
+                    1.2 if goal else None,
+                )
+            )
+        ratios.append(
+            gain(
+                f"{at}: naive, time",
+                row["fci, s"],
+                row["naive, s"],
+                "s",
+                5 if row["T"] == 4096 else None,
+            )
+        )
         if row["naive, MiB"] and row["fci, MiB"]:
             ratios.append(gain(f"{at}: naive, memory", row["fci, MiB"], row["naive, MiB"], "MiB"))
     record("fci/lengths", rows, ratios)
-    rows = [compare(model, CASES[:3], args.lengths[-2:][0], steps, args) for steps in args.steps[1:]]
-    record("fci/steps", rows, [cost(f"FCI, T = {row['T']}, {row['steps']} steps: plain pass, time",
-                                    row["fci, s"], row["plain, s"], "s") for row in rows])
+    rows = [
+        compare(model, CASES[:3], args.lengths[-2:][0], steps, args) for steps in args.steps[1:]
+    ]
+    record(
+        "fci/steps",
+        rows,
+        [
+            cost(
+                f"FCI, T = {row['T']}, {row['steps']} steps: plain pass, time",
+                row["fci, s"],
+                row["plain, s"],
+                "s",
+            )
+            for row in rows
+        ],
+    )
 
 
 if __name__ == "__main__":

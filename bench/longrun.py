@@ -1,11 +1,14 @@
-"""bench/longrun.py: does a long run leak? Many steps of the toy, watched from outside: memory, open files, processes.
+"""bench/longrun.py: does a long run leak? Many steps of the toy, watched from outside: memory, open
+files, processes.
 
     python bench/longrun.py                 # 300 steps, about half an hour on one core
     python bench/longrun.py --steps 30
 
-Every step is logged, every tenth evaluated and saved, so that the whole loop is watched. The slope is a least-squares line
-through the main process's memory (RSS) over the last two thirds of the steps: before that, caches fill.
+Every step is logged, every tenth evaluated and saved, so that the whole loop is watched. The slope
+is a least-squares line through the main process's memory (RSS) over the last two thirds of the
+steps: before that, caches fill.
 """
+
 import subprocess
 import sys
 import tempfile
@@ -21,30 +24,52 @@ from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 
 def family(pid: int) -> list[int]:
     """The process and all that descend from it."""
-    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+    children = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in task.read_text().split()
+    ]
     return [pid, *(member for child in children for member in family(child))]
 
 
 def look(pid: int) -> tuple[float, float, int, int]:
     """MiB of the process, MiB of its children, its open files, number of processes."""
+
     def resident(member):
         lines = Path(f"/proc/{member}/status").read_text().splitlines()
         return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
 
     members = family(pid)
-    return resident(pid), sum(map(resident, members[1:])), len(list(Path(f"/proc/{pid}/fd").iterdir())), len(members)
+    return (
+        resident(pid),
+        sum(map(resident, members[1:])),
+        len(list(Path(f"/proc/{pid}/fd").iterdir())),
+        len(members),
+    )
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("bench/longrun.py", "Memory, open files and processes of a long run on the toy.",
-                    "python bench/longrun.py --steps 30")
+    parser = Parser(
+        "bench/longrun.py",
+        "Memory, open files and processes of a long run on the toy.",
+        "python bench/longrun.py --steps 30",
+    )
     parser.add_argument("--steps", type=int, default=300, help="training steps")
     steps = parser.parse_args(argv).steps
     if steps < 3:
         raise UserError(f"--steps {steps}: must be at least 3, for a slope")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "run" / "metrics.jsonl"
-        command = [sys.executable, "attnrl.py", "--steps", str(steps), "--eval_every", "10", "--out", f"{folder}/run"]
+        command = [
+            sys.executable,
+            "attnrl.py",
+            "--steps",
+            str(steps),
+            "--eval_every",
+            "10",
+            "--out",
+            f"{folder}/run",
+        ]
         started, seen = time.monotonic(), {}
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
             while run.poll() is None:
@@ -58,15 +83,24 @@ def main(argv: list[str]) -> None:
         if run.returncode:
             raise UserError(f"attnrl.py ended with exit code {run.returncode}")
         minutes = (time.monotonic() - started) / 60
-        disk = sum(path.stat().st_size for path in Path(folder).rglob("*") if not path.is_symlink()) / 2**20
+        disk = (
+            sum(path.stat().st_size for path in Path(folder).rglob("*") if not path.is_symlink())
+            / 2**20
+        )
     print("| step | MiB | MiB of children | open files | processes |\n|---|---|---|---|---|")
-    shown = [step for step in seen if step == min(seen) or step == max(seen) or step % max(1, steps // 10) == 0]
+    shown = [
+        step
+        for step in seen
+        if step == min(seen) or step == max(seen) or step % max(1, steps // 10) == 0
+    ]
     for step in shown:
         print("| {} | {:.0f} | {:.0f} | {} | {} |".format(step, *seen[step]))
     late = [step for step in seen if step > steps / 3]
     slope = np.polyfit(late, [seen[step][0] for step in late], 1)[0]
-    print(f"\n{steps} steps in {minutes:.1f} minutes; memory over the last two thirds: {100 * slope:+.2f} MiB per 100 steps; "
-          f"run folder {disk:.0f} MiB")
+    print(
+        f"\n{steps} steps in {minutes:.1f} minutes; memory over the last two thirds:"
+        f" {100 * slope:+.2f} MiB per 100 steps; run folder {disk:.0f} MiB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """bench/measure.py: what all timings here share, and the table of all ratios.
 
-    make bench                      # fci, rollout, update, pipeline, scale, then the table; about 40 minutes
+    make bench                      # fci, rollout, update, pipeline, scale, then the table; about
+                                    40 minutes
     python bench/measure.py         # only the table, from results.json
 
-Both sides of a ratio come from one run and are interleaved, so that other load on the machine hits both alike; the median
-counts. Peak memory is measured in a fresh process for every number. results.json holds the machine, the versions, both
-sides of every ratio and the tables they come from, one entry per script and part.
+Both sides of a ratio come from one run and are interleaved, so that other load on the machine hits
+both alike; the median counts. Peak memory is measured in a fresh process for every number.
+results.json holds the machine, the versions, both sides of every ratio and the tables they come
+from, one entry per script and part.
 """
+
 import argparse
 import json
 import os
@@ -30,11 +33,11 @@ RESULTS = Path(__file__).resolve().parent / "results.json"
 
 
 def interleave(cases: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each case; of a case that returns a number (tokens, say) seconds per unit. The first round warms
-    up and is not counted; the order turns from round to round."""
+    """Median seconds of each case; of a case that returns a number (tokens, say) seconds per unit.
+    The first round warms up and is not counted; the order turns from round to round."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(repeats + 1):
-        for name in list(cases)[::1 if repeat % 2 else -1]:
+        for name in list(cases)[:: 1 if repeat % 2 else -1]:
             synchronise()
             started = time.perf_counter()
             units = cases[name]()
@@ -50,7 +53,8 @@ def synchronise() -> None:
 
 
 def extra_bytes(run: Callable[[], object]) -> int:
-    """Peak memory during run(), less what was there before: of the GPU if there is one, else resident bytes."""
+    """Peak memory during run(), less what was there before: of the GPU if there is one, else
+    resident bytes."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -75,17 +79,33 @@ def peak_mib() -> float:
 
 def in_new_process(script: str, *options) -> float | None:
     """The number that the script prints last; None where it died (out of memory)."""
-    done = subprocess.run([sys.executable, script, *map(str, options)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script, *map(str, options)], capture_output=True, text=True
+    )
     return float(done.stdout.split()[-1]) if done.returncode == 0 else None
 
 
 def machine() -> dict:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-                 platform.machine())
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {torch.get_num_threads()} threads of " \
-        f"{os.cpu_count()} cores"
-    return {"device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-            "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.machine(),
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    )
+    return {
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def positive(given: str) -> int:
@@ -96,33 +116,66 @@ def positive(given: str) -> int:
 
 def command(doc: str | None, example: str) -> Parser:
     """The command line of a script here, with what all of them have."""
-    parser = Parser(f"bench/{Path(sys.argv[0]).name}", doc or "", f"python bench/{Path(sys.argv[0]).name} {example}".rstrip())
+    parser = Parser(
+        f"bench/{Path(sys.argv[0]).name}",
+        doc or "",
+        f"python bench/{Path(sys.argv[0]).name} {example}".rstrip(),
+    )
     parser.add_argument("--threads", type=positive, default=2, help="of PyTorch on a CPU")
     return parser
 
 
-def gain(what: str, ours: float, other: float, unit: str, goal: float | None = None, more: bool = False) -> dict:
-    """A line of the table: how many times less of the unit (seconds, MiB) we need than the other side; with `more`
-    (tokens per second) how many times more we get. The goal is the least that will do."""
+def gain(
+    what: str, ours: float, other: float, unit: str, goal: float | None = None, more: bool = False
+) -> dict:
+    """A line of the table: how many times less of the unit (seconds, MiB) we need than the other
+    side; with `more` (tokens per second) how many times more we get. The goal is the least that
+    will do."""
     times = ours / other if more else other / ours
-    return {"what": what, "ours": ours, "other": other, "unit": unit, "ratio": times, "is": "gain",
-            "goal": goal and f">= {goal}", "reached": goal and ("yes" if times >= goal else "no")}
+    return {
+        "what": what,
+        "ours": ours,
+        "other": other,
+        "unit": unit,
+        "ratio": times,
+        "is": "gain",
+        "goal": goal and f">= {goal}",
+        "reached": goal and ("yes" if times >= goal else "no"),
+    }
 
 
 def cost(what: str, ours: float, other: float, unit: str, goal: float | None = None) -> dict:
-    """The same for something that has its price: how many times what the other side needs. The goal is the most."""
-    return {"what": what, "ours": ours, "other": other, "unit": unit, "ratio": ours / other, "is": "cost",
-            "goal": goal and f"<= {goal}", "reached": goal and ("yes" if ours / other <= goal else "no")}
+    """The same for something that has its price: how many times what the other side needs. The goal
+    is the most."""
+    return {
+        "what": what,
+        "ours": ours,
+        "other": other,
+        "unit": unit,
+        "ratio": ours / other,
+        "is": "cost",
+        "goal": goal and f"<= {goal}",
+        "reached": goal and ("yes" if ours / other <= goal else "no"),
+    }
 
 
 def share(what: str, ours: float, other: float, goal: float) -> dict:
     """The same for two shares, in %, of which ours should be below the goal."""
-    return {"what": what, "ours": ours, "other": other, "unit": "%", "ratio": None, "is": "share", "goal": f"< {goal} %",
-            "reached": "yes" if ours < goal else "no"}
+    return {
+        "what": what,
+        "ours": ours,
+        "other": other,
+        "unit": "%",
+        "ratio": None,
+        "is": "share",
+        "goal": f"< {goal} %",
+        "reached": "yes" if ours < goal else "no",
+    }
 
 
 def record(name: str, rows: list[dict], ratios: list[dict]) -> None:
-    """Print the rows, and put them and the ratios into results.json under the name; other entries stay."""
+    """Print the rows, and put them and the ratios into results.json under the name; other entries
+    stay."""
     print(f"{name}: {machine()['device']}, torch {torch.__version__}")
     show(rows)
     print(f"-> {RESULTS.relative_to(ROOT)}\n", flush=True)
@@ -145,17 +198,30 @@ def show(rows: list[dict]) -> None:
     lines = [names] + [[text(row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     for line in lines:
-        words = [word.rjust(width) if i else word.ljust(width) for i, (word, width) in enumerate(zip(line, widths))]
+        words = [
+            word.rjust(width) if i else word.ljust(width)
+            for i, (word, width) in enumerate(zip(line, widths))
+        ]
         print("  ".join(words).rstrip())
 
 
 def markdown() -> str:
     """The README's table: every ratio that has a goal."""
     lines = ["| against | ours | theirs | | goal | reached |", "|---|---|---|---|---|---|"]
-    for line in (line for part in json.loads(RESULTS.read_text()).values() for line in part["ratios"] if line["goal"]):
-        times = {"gain": "{} times better", "cost": "{} times the cost"}.get(line["is"], "").format(text(line["ratio"]))
-        lines.append(f"| {line['what']} | {text(line['ours'])} {line['unit']} | {text(line['other'])} {line['unit']} | {times} | "
-                     f"{line['goal']} | {line['reached']} |")
+    for line in (
+        line
+        for part in json.loads(RESULTS.read_text()).values()
+        for line in part["ratios"]
+        if line["goal"]
+    ):
+        times = {"gain": "{} times better", "cost": "{} times the cost"}.get(line["is"], "").format(
+            text(line["ratio"])
+        )
+        lines.append(
+            f"| {line['what']} | {text(line['ours'])} {line['unit']} |"
+            f" {text(line['other'])} {line['unit']} | {times} | {line['goal']} |"
+            f" {line['reached']} |"
+        )
     return "\n".join(lines)
 
 
@@ -172,4 +238,6 @@ if __name__ == "__main__":
             found = json.loads(RESULTS.read_text())
             show([line for part in found.values() for line in part["ratios"]])
             for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
-                print("\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items()))
+                print(
+                    "\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items())
+                )

@@ -1,14 +1,19 @@
-"""bench/scale.py: what a step costs as it grows, measured on the toy; and what one would cost on 8 GPUs, computed.
+"""bench/scale.py: what a step costs as it grows, measured on the toy; and what one would cost on 8
+GPUs, computed.
 
-    python bench/scale.py                # problems, response length, ranks: measured, beside the straight line
-    python bench/scale.py --model        # only the computed table of bench/scale.md: seconds, tokens, GiB for 1.5B and 7B
+    python bench/scale.py                # problems, response length, ranks: measured, beside the
+                                         straight line
+    python bench/scale.py --model        # only the computed table of bench/scale.md: seconds,
+                                         tokens, GiB for 1.5B and 7B
 
-A step is AttnRL's without adaptive sampling, so that work is constant: G = 6, N = 2, T = 2, lr 0. For the lengths the
-policy has no end token, so every response is as long as allowed, and a coin is the reward, so nearly all leaves are trained.
-For the ranks every process has one thread. Straight line: the first row's seconds times problems, or tokens, or divided by
-ranks. Attention grows with the square of the length, and what a step costs whatever its size makes small steps dearer than
-the line: both are what the columns show.
+A step is AttnRL's without adaptive sampling, so that work is constant: G = 6, N = 2, T = 2, lr 0.
+For the lengths the policy has no end token, so every response is as long as allowed, and a coin is
+the reward, so nearly all leaves are trained. For the ranks every process has one thread. Straight
+line: the first row's seconds times problems, or tokens, or divided by ranks. Attention grows with
+the square of the length, and what a step costs whatever its size makes small steps dearer than the
+line: both are what the columns show.
 """
+
 import argparse
 import json
 import shutil
@@ -19,21 +24,31 @@ import zlib
 from pathlib import Path
 
 import torch
-
 from measure import ROOT, command, positive, record
-
-from errors import stop_on_user_error
-import dist
-import plan
 from pipeline import Side
 
-WORK = ["--ads_filter", "none", "--ads_expansion", "false", "--ads_batch", "false", "--lr", "0", "--test_problems", "toy:8:4:2"]
+import dist
+import plan
+from errors import stop_on_user_error
+
+WORK = [
+    "--ads_filter",
+    "none",
+    "--ads_expansion",
+    "false",
+    "--ads_batch",
+    "false",
+    "--lr",
+    "0",
+    "--test_problems",
+    "toy:8:4:2",
+]
 SHOWN = ("generate", "score", "train", "exchange", "sync")
 
 
 def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> list[dict]:
-    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes take turns, so that load
-    on the machine hits all alike. The first step is not counted."""
+    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes
+    take turns, so that load on the machine hits all alike. The first step is not counted."""
     sides = [Side("attnrl", WORK + options, endless) for options in sizes]
     for _ in range(steps + 1):
         for side in sides:
@@ -41,13 +56,23 @@ def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> l
     return [side.medians() for side in sides]
 
 
-def rows_with_line(name: str, sizes: list[int], found: list[dict], down: bool = False) -> list[dict]:
+def rows_with_line(
+    name: str, sizes: list[int], found: list[dict], down: bool = False
+) -> list[dict]:
     """Adds the straight line through the first row (`down`: divided instead of multiplied)."""
     rows = []
     for size, step in zip(sizes, found):
         line = found[0]["step"] * (sizes[0] / size if down else size / sizes[0])
-        rows.append({name: size, "step, s": step["step"], "straight line, s": line, "step / line": step["step"] / line}
-                    | {f"{phase}, s": step[phase] for phase in SHOWN} | {"tokens": int(step["tokens"])})
+        rows.append(
+            {
+                name: size,
+                "step, s": step["step"],
+                "straight line, s": line,
+                "step / line": step["step"] / line,
+            }
+            | {f"{phase}, s": step[phase] for phase in SHOWN}
+            | {"tokens": int(step["tokens"])}
+        )
     return rows
 
 
@@ -65,26 +90,51 @@ def by_length(steps: int, sizes: list[int]) -> None:
         model = Path(shutil.copytree(ROOT / "toy/model", f"{folder}/model"))
         config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
         (model / "config.json").write_text(json.dumps(config))
-        options = ["--batch_size", "4", "--model", str(model), "--reward", "scale:coin", "--rollout_tokens", "1000000"]
-        found = median_steps(steps, [[*options, "--max_response", str(size)] for size in sizes], endless=True)
+        options = [
+            "--batch_size",
+            "4",
+            "--model",
+            str(model),
+            "--reward",
+            "scale:coin",
+            "--rollout_tokens",
+            "1000000",
+        ]
+        found = median_steps(
+            steps, [[*options, "--max_response", str(size)] for size in sizes], endless=True
+        )
     record("scale/length", rows_with_line("response", sizes, found), [])
 
 
 def by_ranks(steps: int, sizes: list[int]) -> None:
     found = []
     for size in sizes:
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(size), __file__, "--child",
-                               "--steps", str(steps)], capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                str(size),
+                __file__,
+                "--child",
+                "--steps",
+                str(steps),
+            ],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             sys.exit(done.stderr)
         found.append(json.loads(done.stdout.split("RESULT")[1]))
     record("scale/ranks", rows_with_line("ranks", sizes, found, down=True), [])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eight GPUs, computed: every number here is explained in bench/scale.md
-# ---------------------------------------------------------------------------------------------------------------------
-PEAK, BANDWIDTH = 989e12, 3.35e12  # H100 SXM, dense bf16 FLOP/s and bytes/s, as its maker states them
+# --------------------------------------------------------------------------------------------------
+# H100 SXM, dense bf16 FLOP/s and bytes/s, as its maker states them
+PEAK, BANDWIDTH = 989e12, 3.35e12
 TRAIN_SHARE, SCORE_SHARE, DECODE_SHARE = 0.4, 0.5, 0.6  # of these that is reached: assumptions
 DECODE_FLOOR = 0.006  # seconds of one decoding step whatever it computes: assumption
 FCI_COST = 1.18  # a scoring pass with FCI against one without: bench/fci.py, T = 8192, 200 steps
@@ -92,29 +142,50 @@ PROMPT, GPUS = 150, 8
 
 
 def seconds(shape: plan.Shape, config, mean: int) -> dict[str, float]:
-    """Seconds of one step's phases on each of 8 GPUs for responses of `mean` tokens; AttnRL's work without ADS."""
+    """Seconds of one step's phases on each of 8 GPUs for responses of `mean` tokens; AttnRL's work
+    without ADS."""
     responses = config.batch_size * config.group_size / GPUS
     continued = responses * config.branch_points * config.continuations
     suffix = 0.6 * mean  # a branch point lies at 40 % of its response on average: assumption
     kv = plan.kv_per_token(shape, 2)
     at_once = min(responses + continued, plan.vllm_tokens(config, shape, 80) / (PROMPT + mean / 2))
 
-    def forward(tokens: float, width: float) -> float:  # FLOP: the weights, and the causal half of attention
-        return tokens * (2 * shape.parameters + 2 * shape.layers * shape.heads * shape.head_dim * width)
+    # FLOP: the weights, and the causal half of attention
+    def forward(tokens: float, width: float) -> float:
+        return tokens * (
+            2 * shape.parameters + 2 * shape.layers * shape.heads * shape.head_dim * width
+        )
 
-    def decode(tokens: float) -> float:  # weights are read once a decoding step, each row's keys and values for every token
-        count = max(tokens / at_once, config.max_response)  # the longest response needs that many, alone or not
-        return count * (DECODE_FLOOR + 2 * shape.parameters / (BANDWIDTH * DECODE_SHARE)) \
-            + tokens * (PROMPT + mean / 2) * kv / (BANDWIDTH * DECODE_SHARE)
+    # weights are read once a decoding step, each row's keys and values for every token
+    def decode(tokens: float) -> float:
+        # the longest response needs that many, alone or not
+        count = max(tokens / at_once, config.max_response)
+        return count * (
+            DECODE_FLOOR + 2 * shape.parameters / (BANDWIDTH * DECODE_SHARE)
+        ) + tokens * (PROMPT + mean / 2) * kv / (BANDWIDTH * DECODE_SHARE)
+
     whole = PROMPT + mean
     sampled = [responses * mean, continued * suffix]
-    prefill = forward(responses * PROMPT + continued / config.continuations * (whole - suffix), mean) / (PEAK * SCORE_SHARE)
+    prefill = forward(
+        responses * PROMPT + continued / config.continuations * (whole - suffix), mean
+    ) / (PEAK * SCORE_SHARE)
     score = (responses * FCI_COST + continued) * forward(whole, whole) / (PEAK * SCORE_SHARE)
-    passes = 4 if config.activation_checkpointing else 3  # forward, backward (two), and forward again
+    # forward, backward (two), and forward again
+    passes = 4 if config.activation_checkpointing else 3
     reference = 1 if config.kl_coef else 0
-    train = (responses + continued) * forward(whole, whole) * (passes / TRAIN_SHARE + reference / SCORE_SHARE) / PEAK
-    return {"one call": decode(sum(sampled)) + prefill, "two calls": sum(map(decode, sampled)) + prefill, "score": score,
-            "train": train, "tokens": GPUS * sum(sampled)}
+    train = (
+        (responses + continued)
+        * forward(whole, whole)
+        * (passes / TRAIN_SHARE + reference / SCORE_SHARE)
+        / PEAK
+    )
+    return {
+        "one call": decode(sum(sampled)) + prefill,
+        "two calls": sum(map(decode, sampled)) + prefill,
+        "score": score,
+        "train": train,
+        "tokens": GPUS * sum(sampled),
+    }
 
 
 def model_table() -> str:
@@ -122,24 +193,39 @@ def model_table() -> str:
     from transformers import Qwen2Config
 
     from attnrl import PRESETS, Config
-    lines = ["| model | responses, mean (longest) | generate s | the same in two calls | score s | train s | step s | M tokens | "
-             "GPU hours of 500 steps | GiB per GPU |", "|---|---|---|---|---|---|---|---|---|---|"]
+
+    lines = [
+        (
+            "| model | responses, mean (longest) | generate s | the same in two calls | score s |"
+            " train s | step s | M tokens | GPU hours of 500 steps | GiB per GPU |"
+        ),
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, sizes in plan.QWEN2.items():
-        shape = plan.count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=name == "1.5B", **sizes))
+        shape = plan.count(
+            Qwen2Config(num_hidden_layers=28, tie_word_embeddings=name == "1.5B", **sizes)
+        )
         for mean, longest in ((1000, 4096), (3000, 8192), (8000, 16384)):
             config = Config(**PRESETS["paper"] | dict(parallel="fsdp", max_response=longest))
             s = seconds(shape, config, mean)
             step = s["one call"] + s["score"] + s["train"]
             gib = plan.peak(config, shape, GPUS, 80)[0]
-            numbers = *(f"{s[key]:.0f}" for key in ("one call", "two calls", "score", "train")), f"{step:.0f}", \
-                f"{s['tokens'] / 1e6:.1f}", f"{500 * GPUS * step / 3600:,.0f}", f"{gib:.0f}"
+            numbers = (
+                *(f"{s[key]:.0f}" for key in ("one call", "two calls", "score", "train")),
+                f"{step:.0f}",
+                f"{s['tokens'] / 1e6:.1f}",
+                f"{500 * GPUS * step / 3600:,.0f}",
+                f"{gib:.0f}",
+            )
             lines.append(f"| {name} | {mean:,} ({longest:,}) | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = command(__doc__, "--problems 4 8 --steps 2")
-    parser.add_argument("--steps", type=positive, default=3, help="measured steps; the median counts")
+    parser.add_argument(
+        "--steps", type=positive, default=3, help="measured steps; the median counts"
+    )
     parser.add_argument("--problems", type=positive, nargs="+", default=[6, 12, 24, 48])
     parser.add_argument("--lengths", type=positive, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
@@ -150,7 +236,7 @@ def main() -> None:
         print(model_table())
     elif args.child:
         torch.set_num_threads(1)
-        found, = median_steps(args.steps, [["--batch_size", "24"]])
+        (found,) = median_steps(args.steps, [["--batch_size", "24"]])
         if dist.rank() == 0:
             print("RESULT", json.dumps(found), "RESULT")
         dist.stop(lambda: None)

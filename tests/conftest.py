@@ -1,4 +1,6 @@
-"""Shared by all tests: the repository's root is importable, and torch uses one thread (CI machines have few cores)."""
+"""Shared by all tests: the repository's root is importable, and torch uses one thread (CI machines
+have few cores)."""
+
 import sys
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The training loop and the command line, run for real on the toy: pipeline order, determinism, files, settings."""
+"""The training loop and the command line, run for real on the toy: pipeline order, determinism,
+files, settings."""
+
 import dataclasses
 import json
 import random
@@ -6,21 +8,35 @@ import typing
 
 import pytest
 import torch
+from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
+from test_eval import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 from attnrl import METHODS, Config, Trainer, parse_config, train
 from errors import UserError, stop_on_user_error
 from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
 from rollout import Request, TransformersEngine, request_seed
 from runlog import Display
-from test_eval import run
 from toy.programs import toy_solution
 from tree import Response, choose_branch_points, tree_sequences
 
-TINY = ["--steps", "2", "--batch_size", "4", "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2",
-        "--eval_samples", "2", "--eval_every", "1", "--mini_batch", "64"]
+TINY = [
+    "--steps",
+    "2",
+    "--batch_size",
+    "4",
+    "--problems",
+    "toy:6:50:1",
+    "--test_problems",
+    "toy:6:5:2",
+    "--eval_samples",
+    "2",
+    "--eval_every",
+    "1",
+    "--mini_batch",
+    "64",
+]
 
 
 def tiny(tmp_path, *options, name="run") -> Config:
@@ -31,83 +47,167 @@ def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration
+# --------------------------------------------------------------------------------------------------
 def test_presets_and_command_line_in_this_order():
     assert parse_config([]).delta == 1 and parse_config([]).lr == 5e-5  # toy
     paper = parse_config(["--preset", "paper"])
-    assert (paper.delta, paper.lr, paper.batch_size, paper.group_size, paper.max_response) == (4, 1e-6, 64, 6, 8192)
-    assert (paper.min_branch_gap, paper.mini_batch, paper.kl_coef, paper.rho) == (512, 192, 0.001, 0.2)
-    assert paper.one_step_off_policy and paper.ads_filter == "fci" and paper.ads_expansion and paper.ads_batch
-    assert parse_config(["--method", "prl"]).prl_steps == "blank", "on the toy every response would be one step, and PRL would be GRPO"
+    assert (paper.delta, paper.lr, paper.batch_size, paper.group_size, paper.max_response) == (
+        4,
+        1e-6,
+        64,
+        6,
+        8192,
+    )
+    assert (paper.min_branch_gap, paper.mini_batch, paper.kl_coef, paper.rho) == (
+        512,
+        192,
+        0.001,
+        0.2,
+    )
+    assert (
+        paper.one_step_off_policy
+        and paper.ads_filter == "fci"
+        and paper.ads_expansion
+        and paper.ads_batch
+    )
+    assert parse_config(["--method", "prl"]).prl_steps == "blank", (
+        "on the toy every response would be one step, and PRL would be GRPO"
+    )
     assert paper.target_sequences == 1920  # B', the authors' 64 * 6 * 5
-    assert parse_config(["--delta", "3", "--preset=paper", "--one_step_off_policy", "false"]).delta == 3
+    assert (
+        parse_config(["--delta", "3", "--preset=paper", "--one_step_off_policy", "false"]).delta
+        == 3
+    )
     assert not parse_config(["--one_step_off_policy", "false"]).one_step_off_policy
     grpo = parse_config(["--advantage", "grpo"])
     assert grpo.samples_per_problem() == 30 and parse_config([]).samples_per_problem() == 6
-    assert parse_config(["--advantage", "grpo", "--grpo_samples", "8", "--batch_size", "4"]).target_sequences == 32
+    assert (
+        parse_config(
+            ["--advantage", "grpo", "--grpo_samples", "8", "--batch_size", "4"]
+        ).target_sequences
+        == 32
+    )
 
 
 def test_a_method_is_attnrl_but_for_a_few_settings():
     names = list(METHODS)
-    assert list(typing.get_args(Config.__annotations__["method"])) == names  # what the command line takes
+    # what the command line takes
+    assert list(typing.get_args(Config.__annotations__["method"])) == names
     usual = vars(parse_config([]))
-    changed = {name: {key: value for key, value in vars(parse_config(["--method", name])).items() if value != usual[key]}
-               for name in names}
+    changed = {
+        name: {
+            key: value
+            for key, value in vars(parse_config(["--method", name])).items()
+            if value != usual[key]
+        }
+        for name in names
+    }
     off = {"ads_filter": "none", "ads_expansion": False, "ads_batch": False}
     synchronous = {"one_step_off_policy": False}
-    assert {name: {key: value for key, value in settings.items() if key != "method"} for name, settings in changed.items()} == {
-        "attnrl": {}, "atb_ads_nofilter": {"ads_filter": "none"}, "atb_ads_noexpand": {"ads_expansion": False},
-        "atb_drop_easy": {"ads_filter": "easy"}, "atb": off | synchronous, "treerl_off": off | {"branch": "entropy"},
-        "treerl": off | synchronous | {"branch": "entropy"}, "grpo": off | synchronous | {"advantage": "grpo"},
-        "prl": off | synchronous | {"advantage": "prl"}}
+    assert {
+        name: {key: value for key, value in settings.items() if key != "method"}
+        for name, settings in changed.items()
+    } == {
+        "attnrl": {},
+        "atb_ads_nofilter": {"ads_filter": "none"},
+        "atb_ads_noexpand": {"ads_expansion": False},
+        "atb_drop_easy": {"ads_filter": "easy"},
+        "atb": off | synchronous,
+        "treerl_off": off | {"branch": "entropy"},
+        "treerl": off | synchronous | {"branch": "entropy"},
+        "grpo": off | synchronous | {"advantage": "grpo"},
+        "prl": off | synchronous | {"advantage": "prl"},
+    }
     assert parse_config(["--method=prl", "--preset", "paper"]).kl_coef == 0.0  # its script has none
     assert parse_config(["--kl_coef", "0.1", "--method=prl", "--preset", "paper"]).kl_coef == 0.1
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--steps", "0"], "--steps 0: must be a number, at least 1"), (["--lr", "nan"], "--lr nan"),
-    (["--lr", "-1"], "--lr -1"), (["--temperature", "0"], "--temperature 0"), (["--rho", "2"], "--rho 2"),
-    (["--max_grad_norm", "0"], "--max_grad_norm 0"), (["--device", "cud"], "argument --device: invalid choice: 'cud'"), (["--branch", "best"], "--branch"), (["--preset", "mine"], "--preset"), (["--step", "3"], "--step"),
-    (["--batch_size", "x"], "--batch_size"), (["--one_step_off_policy", "maybe"], "--one_step_off_policy"),
-    (["--model", "nowhere"], "--model nowhere: cannot be loaded"), (["--problems", "nowhere.jsonl"], "no such problem file"),
-    (["--problems", "toy:99"], "toy:99"), (["--reward", "no:thing"], "--reward no:thing"),
-    (["--max_response", "100000"], "more than the model's"), (["--out", "/dev/null/x"], "--out"), (["--out", "tests"], "--out"),
-])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--steps", "0"], "--steps 0: must be a number, at least 1"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "-1"], "--lr -1"),
+        (["--temperature", "0"], "--temperature 0"),
+        (["--rho", "2"], "--rho 2"),
+        (["--max_grad_norm", "0"], "--max_grad_norm 0"),
+        (["--device", "cud"], "argument --device: invalid choice: 'cud'"),
+        (["--branch", "best"], "--branch"),
+        (["--preset", "mine"], "--preset"),
+        (["--step", "3"], "--step"),
+        (["--batch_size", "x"], "--batch_size"),
+        (["--one_step_off_policy", "maybe"], "--one_step_off_policy"),
+        (["--model", "nowhere"], "--model nowhere: cannot be loaded"),
+        (["--problems", "nowhere.jsonl"], "no such problem file"),
+        (["--problems", "toy:99"], "toy:99"),
+        (["--reward", "no:thing"], "--reward no:thing"),
+        (["--max_response", "100000"], "more than the model's"),
+        (["--out", "/dev/null/x"], "--out"),
+        (["--out", "tests"], "--out"),
+    ],
+)
 def test_bad_settings_are_one_line_and_exit_code_2(args, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "file").touch()
-    with pytest.raises(SystemExit) as stop:
-        with stop_on_user_error("attnrl.py"):
-            attnrl.main([*TINY, *args])
+    with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
+        attnrl.main([*TINY, *args])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1, error
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+# --- whole runs
+# --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return train(tiny(tmp_path_factory.mktemp("runs")))
 
 
 def test_a_run_writes_its_folder(finished):
-    assert {p.name.split("-0")[0] for p in finished.iterdir()} == {"config.json", "metrics.jsonl", "batches.jsonl",
-                                                                   "samples.jsonl", "curves.png", "explorer.html", "last", "best", "step"}
+    assert {p.name.split("-0")[0] for p in finished.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "batches.jsonl",
+        "samples.jsonl",
+        "curves.png",
+        "explorer.html",
+        "last",
+        "best",
+        "step",
+    }
     config = json.loads((finished / "config.json").read_text())
-    assert config["out"] == str(finished) and config["target_sequences"] == 4 * 30 and config["device"] in ("cpu", "cuda")
-    assert config["steps"] == 2 and config["branch"] == "fci" and set(config) == {f.name for f in dataclasses.fields(Config)} | {"versions"}
+    assert (
+        config["out"] == str(finished)
+        and config["target_sequences"] == 4 * 30
+        and config["device"] in ("cpu", "cuda")
+    )
+    assert (
+        config["steps"] == 2
+        and config["branch"] == "fci"
+        and set(config) == {f.name for f in dataclasses.fields(Config)} | {"versions"}
+    )
     records = metrics_of(finished)
     assert [m["step"] for m in records] == [0, 1, 2] and all("test_accuracy" in m for m in records)
     assert records[2]["generated_tokens"] > records[1]["generated_tokens"] > 0
-    assert records[1]["logprob_gap/max"] < 1e-4 and records[1]["train/tokens"] == records[1]["valid_tokens"] > 0
+    assert (
+        records[1]["logprob_gap/max"] < 1e-4
+        and records[1]["train/tokens"] == records[1]["valid_tokens"] > 0
+    )
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [1, 1, 2, 2]
     for s in samples:
         for r in s["responses"]:
-            assert [c["at"] for c in r["continuations"]] == [at for at in r["branch_points"] for _ in range(2)]
-            assert set(r["branch_points"]) < set(r["bounds"]) and len(r["fci"]) == len(r["bounds"]) - 1
+            assert [c["at"] for c in r["continuations"]] == [
+                at for at in r["branch_points"] for _ in range(2)
+            ]
+            assert (
+                set(r["branch_points"]) < set(r["bounds"]) and len(r["fci"]) == len(r["bounds"]) - 1
+            )
             for end in [r, *r["continuations"]]:
-                assert len(end["tokens"]) == len(end["logprobs"]) == len(end["entropies"]) and end["reward"] in (0, 1)
+                assert len(end["tokens"]) == len(end["logprobs"]) == len(end["entropies"]) and end[
+                    "reward"
+                ] in (0, 1)
     assert (finished / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -116,7 +216,9 @@ def test_models_load_and_the_last_one_was_trained(finished):
     last = AutoModelForCausalLM.from_pretrained(finished / "last").state_dict()
     assert any(not torch.equal(first[name], last[name]) for name in first)
     text = "b=3+4=7\n\n\\boxed{7}"
-    assert AutoTokenizer.from_pretrained(finished / "best").encode(text) == AutoTokenizer.from_pretrained(TOY_MODEL).encode(text)
+    assert AutoTokenizer.from_pretrained(finished / "best").encode(
+        text
+    ) == AutoTokenizer.from_pretrained(TOY_MODEL).encode(text)
 
 
 def test_every_metric_is_explained_in_the_readme(finished):
@@ -130,20 +232,36 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     other = train(tiny(tmp_path, "--seed", "1", name="other"))
 
     def without_times(folder):
-        return [{key: value for key, value in m.items() if not key.startswith("seconds")} for m in metrics_of(folder)]
+        return [
+            {key: value for key, value in m.items() if not key.startswith("seconds")}
+            for m in metrics_of(folder)
+        ]
 
     assert without_times(finished) == without_times(again) != without_times(other)
     same_file(finished / "samples.jsonl", again / "samples.jsonl")
     same_file(finished / "last/model.safetensors", again / "last/model.safetensors")
 
 
-@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", "8"],
-                                     *(pytest.param(o, marks=pytest.mark.full) for o in (["--method", "treerl"], ["--branch", "random"])),
-                                     ["--method", "prl", "--grpo_samples", "8"], ["--kl_coef", "0.01", "--temperature", "0.8"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "grpo", "--grpo_samples", "8"],
+        *(
+            pytest.param(o, marks=pytest.mark.full)
+            for o in (["--method", "treerl"], ["--branch", "random"])
+        ),
+        ["--method", "prl", "--grpo_samples", "8"],
+        ["--kl_coef", "0.01", "--temperature", "0.8"],
+    ],
+)
 def test_every_method_runs(tmp_path, options):
     records = metrics_of(train(tiny(tmp_path, *options)))
     assert len(records) == 3 and records[2]["train/updates"] >= 1
-    assert records[2]["leaves"] == 4 * 8 if "--grpo_samples" in options else records[2]["leaves"] > 4 * 6
+    assert (
+        records[2]["leaves"] == 4 * 8
+        if "--grpo_samples" in options
+        else records[2]["leaves"] > 4 * 6
+    )
     if "--kl_coef" in options:
         assert records[1]["train/kl"] == pytest.approx(0, abs=1e-6) and records[2]["train/kl"] > 0
 
@@ -154,16 +272,34 @@ def test_grpo_has_no_branch_points_and_says_nothing_of_them(tmp_path, capsys):
 
 
 def test_prl_steps_and_process_rewards_in_a_run(tmp_path, monkeypatch):
-    """The first step starts at the initial policy, so the log-ratios are 0 (up to rounding); in the second they are not, and
-    the advantage is another one in every step of a response. Groups whose rewards agree are trained, too."""
+    """The first step starts at the initial policy, so the log-ratios are 0 (up to rounding); in the
+    second they are not, and the advantage is another one in every step of a response. Groups whose
+    rewards agree are trained, too."""
     seen = []
     real = Trainer.sequences
-    monkeypatch.setattr(Trainer, "sequences", lambda self, batch: seen.append((batch, real(self, batch))) or seen[-1][1])
-    options = ["--method", "prl", "--grpo_samples", "8", "--prl_steps", "blank", "--prl_eta", "2", "--lr", "1e-3"]
+    monkeypatch.setattr(
+        Trainer,
+        "sequences",
+        lambda self, batch: seen.append((batch, real(self, batch))) or seen[-1][1],
+    )
+    options = [
+        "--method",
+        "prl",
+        "--grpo_samples",
+        "8",
+        "--prl_steps",
+        "blank",
+        "--prl_eta",
+        "2",
+        "--lr",
+        "1e-3",
+    ]
     train(tiny(tmp_path, *options))
     for step, (batch, sequences) in enumerate(seen, 1):
         responses = [r for group in batch.groups for r in group.responses]
-        ratios = [abs(a - b) for r in responses for a, b in zip(r.logprobs, r.ref_logprobs, strict=True)]
+        ratios = [
+            abs(a - b) for r in responses for a, b in zip(r.logprobs, r.ref_logprobs, strict=True)
+        ]
         assert max(ratios) < 1e-4 if step == 1 else max(ratios) > 0.01
         assert all(len(r.bounds) > 4 for r in responses), "programs of 6 lines have blank lines"
     agreeing = [group for group in batch.groups if len({r.reward for r in group.responses}) == 1]
@@ -175,8 +311,15 @@ def test_prl_steps_and_process_rewards_in_a_run(tmp_path, monkeypatch):
 def test_easy_problems_are_all_expanded_or_none(choice, expanded, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "all_right.py").write_text("def always(response, answers):\n    return 1.0\n")
-    record = metrics_of(train(tiny(tmp_path, "--ads_filter", choice, "--reward", "all_right:always", "--steps", "1")))[1]
-    assert record["filtered_ratio"] == (0 if expanded else 1) and (record["leaves"] > 4 * 6) == expanded
+    record = metrics_of(
+        train(
+            tiny(tmp_path, "--ads_filter", choice, "--reward", "all_right:always", "--steps", "1")
+        )
+    )[1]
+    assert (
+        record["filtered_ratio"] == (0 if expanded else 1)
+        and (record["leaves"] > 4 * 6) == expanded
+    )
 
 
 def test_inert_fci_is_named(tmp_path, capsys):
@@ -185,10 +328,14 @@ def test_inert_fci_is_named(tmp_path, capsys):
 
 
 def test_answers_after_the_thought_score_zero_everywhere():
-    """FCI of the step with the last </think> (token 7) and of all later ones is 0, not only left out of branching."""
+    """FCI of the step with the last </think> (token 7) and of all later ones is 0, not only left
+    out of branching."""
     separators = Separators(frozenset({9}), frozenset(), think_end=7)
     tokens, bounds = [1, 9, 2, 9, 7, 9, 3, 9, 4], [0, 2, 4, 6, 8, 9]
-    assert without_answer([0.0, 0.5, 0.4, 0.3, 0.2], tokens, bounds, separators) == ([0.0, 0.5, 0.0, 0.0, 0.0], 2)
+    assert without_answer([0.0, 0.5, 0.4, 0.3, 0.2], tokens, bounds, separators) == (
+        [0.0, 0.5, 0.0, 0.0, 0.0],
+        2,
+    )
     assert without_answer([0.0, 0.5], [1, 9, 2], [0, 2, 3], separators) == ([0.0, 0.5], 2)
 
 
@@ -198,7 +345,8 @@ def test_without_adaptive_sampling_every_response_is_expanded(tmp_path):
         assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (4, 6, 0, 4 * 30)
 
 
-# --- the pipeline -----------------------------------------------------------------------------------------------------
+# --- the pipeline
+# --------------------------------------------------------------------------------------------------
 class CountingEngine(TransformersEngine):
     """The real engine, which also remembers what it was asked."""
 
@@ -231,14 +379,25 @@ def test_one_step_off_policy_needs_one_call_a_step_and_one_warm_up(tmp_path, mon
     config = tiny(tmp_path, "--steps", "3", "--ads_batch", "false")
     calls = calls_of_a_run(monkeypatch, config)
     initial = [sum(r.max_tokens == config.max_response for r in call) for call in calls]
-    assert initial == [24, 24, 24, 0]  # warm-up; steps 1 and 2 sample the next batch too; nothing for a batch after the last
-    assert all(len(call) > n for call, n in zip(calls[1:], initial[1:]))  # and each step has continuations
+    # warm-up; steps 1 and 2 sample the next batch too; nothing for a batch after the last
+    assert initial == [24, 24, 24, 0]
+    # and each step has continuations
+    assert all(len(call) > n for call, n in zip(calls[1:], initial[1:]))
 
 
 def test_synchronous_mode_needs_two_calls_a_step(tmp_path, monkeypatch):
-    config = tiny(tmp_path, "--steps", "3", "--ads_batch", "false", "--one_step_off_policy", "false")
+    config = tiny(
+        tmp_path, "--steps", "3", "--ads_batch", "false", "--one_step_off_policy", "false"
+    )
     calls = calls_of_a_run(monkeypatch, config)
-    assert [sum(r.max_tokens == config.max_response for r in call) for call in calls] == [24, 0, 24, 0, 24, 0]
+    assert [sum(r.max_tokens == config.max_response for r in call) for call in calls] == [
+        24,
+        0,
+        24,
+        0,
+        24,
+        0,
+    ]
 
 
 def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):
@@ -251,27 +410,41 @@ def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):
     def scored(policy, group, tokens):
         return torch.tensor(score(policy, [Sequence(group.problem.prompt_ids, tokens)])[0].logprobs)
 
-    before = {(j, i): scored(trainer.policy, g, r.tokens) for j, g in enumerate(second.groups) for i, r in enumerate(g.responses)}
+    before = {
+        (j, i): scored(trainer.policy, g, r.tokens)
+        for j, g in enumerate(second.groups)
+        for i, r in enumerate(g.responses)
+    }
     trainer.update(1, trainer.sequences(first))
     trainer.sample(second, None)  # continuations come from the updated policy
     for j, group in enumerate(second.groups):
         for i, r in enumerate(group.responses):
             now = scored(trainer.policy, group, r.tokens)
-            assert torch.allclose(torch.tensor(r.logprobs), before[j, i], atol=1e-5)  # the older policy's
+            # the older policy's
+            assert torch.allclose(torch.tensor(r.logprobs), before[j, i], atol=1e-5)
             assert not torch.allclose(now, before[j, i], atol=1e-3)
             for c in r.continuations:
-                whole = scored(trainer.policy, group, r.tokens[:c.at] + c.tokens)
-                assert torch.allclose(torch.tensor(c.logprobs), whole[c.at:], atol=1e-5)  # the newer policy's
-        # and so they reach training: the shared prefix with the older, the suffix with the newer log-probs
-        trained = {(tuple(s.tokens), tuple(s.logprobs)) for s in tree_sequences(group.problem.prompt_ids, group.responses)}
+                whole = scored(trainer.policy, group, r.tokens[: c.at] + c.tokens)
+                # the newer policy's
+                assert torch.allclose(torch.tensor(c.logprobs), whole[c.at :], atol=1e-5)
+        # and so they reach training: the shared prefix with the older, the suffix with the newer
+        # log-probs
+        trained = {
+            (tuple(s.tokens), tuple(s.logprobs))
+            for s in tree_sequences(group.problem.prompt_ids, group.responses)
+        }
         for r in group.responses:
             for c in r.continuations:
-                assert (tuple(r.tokens[:c.at] + c.tokens), tuple(r.logprobs[:c.at] + c.logprobs)) in trained
+                assert (
+                    tuple(r.tokens[: c.at] + c.tokens),
+                    tuple(r.logprobs[: c.at] + c.logprobs),
+                ) in trained
     assert any(r.continuations for g in second.groups for r in g.responses)
 
 
 def test_a_rollout_depends_on_its_place_in_the_run_only(tmp_path):
-    """Same (seed, step, problem, response) -> same tokens, whatever the batch size and however it is cut up."""
+    """Same (seed, step, problem, response) -> same tokens, whatever the batch size and however it
+    is cut up."""
     tokens = []
     for options in (["--batch_size", "4"], ["--batch_size", "2", "--rollout_tokens", "300"]):
         trainer = Trainer(tiny(tmp_path, *options), Display(1))
@@ -283,7 +456,9 @@ def test_a_rollout_depends_on_its_place_in_the_run_only(tmp_path):
 
 
 def test_one_generation_call_samples_what_two_calls_sample(tmp_path):
-    """With weights that stay the same, batch m's leaves do not depend on what else is in its call."""
+    """With weights that stay the same, batch m's leaves do not depend on what else is in its
+    call."""
+
     def whole(sequence):
         return sequence.prompt_ids, sequence.tokens, sequence.advantages
 
@@ -292,24 +467,48 @@ def test_one_generation_call_samples_what_two_calls_sample(tmp_path):
         trainer = Trainer(tiny(tmp_path, "--lr", "0"), Display(1))
         first, second = trainer.new_batch(1), trainer.new_batch(2)
         trainer.sample(None, first)
-        for call in [(first, second), (second, None)] if one_call else [(first, None), (None, second), (second, None)]:
+        for call in (
+            [(first, second), (second, None)]
+            if one_call
+            else [(first, None), (None, second), (second, None)]
+        ):
             trainer.sample(*call)
-        leaves.append([s for batch in (first, second) for group in batch.groups for s in trainer.leaves(group)])
+        leaves.append(
+            [
+                s
+                for batch in (first, second)
+                for group in batch.groups
+                for s in trainer.leaves(group)
+            ]
+        )
     assert list(map(whole, leaves[0])) == list(map(whole, leaves[1])) and len(leaves[0]) > 50
     for one, two in zip(*leaves):
         assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(two.logprobs), atol=1e-5)
 
 
-# --- the toy checkpoint: FCI must matter -------------------------------------------------------------------------------
+# --- the toy checkpoint: FCI must matter
+# -------------------------------------------------------------------------------
 def test_toy_branch_points_chosen_by_fci_differ_from_the_earliest_two():
     config = parse_config([])
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(TOY_MODEL), AutoTokenizer.from_pretrained(TOY_MODEL)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(TOY_MODEL),
+        AutoTokenizer.from_pretrained(TOY_MODEL),
+    )
     from data import load_problems
+
     problems = load_problems("toy:8:60:7", tokenizer, max_prompt=100)
-    requests = [Request(p.prompt_ids, config.max_response, 1.0, request_seed(7, i, j)) for i, p in enumerate(problems) for j in range(2)]
+    requests = [
+        Request(p.prompt_ids, config.max_response, 1.0, request_seed(7, i, j))
+        for i, p in enumerate(problems)
+        for j in range(2)
+    ]
     completions = TransformersEngine(model, [tokenizer.eos_token_id]).generate(requests)
     bounds = [split_steps(c.tokens, separator_tokens(tokenizer)) for c in completions]
-    scores = score(model, [Sequence(r.prompt_ids, c.tokens, b) for r, c, b in zip(requests, completions, bounds)], delta=config.delta)
+    scores = score(
+        model,
+        [Sequence(r.prompt_ids, c.tokens, b) for r, c, b in zip(requests, completions, bounds)],
+        delta=config.delta,
+    )
     different = 0
     for c, b, s in zip(completions, bounds, scores):
         response = Response(c.tokens, s.logprobs, 0.0, s.entropies, b, s.fci, len(b) - 1)
@@ -320,9 +519,15 @@ def test_toy_branch_points_chosen_by_fci_differ_from_the_earliest_two():
 
 @pytest.mark.full
 def test_the_toy_is_learnt_in_minutes(tmp_path):
-    """What the README's table shows: +20 points of test accuracy, and no fall from the best, mean of 3 seeds."""
-    runs = [train(parse_config(["--seed", str(seed), "--out", str(tmp_path / str(seed))])) for seed in range(3)]
-    tested = [[100 * m["test_accuracy"] for m in metrics_of(run) if "test_accuracy" in m] for run in runs]
+    """What the README's table shows: +20 points of test accuracy, and no fall from the best, mean
+    of 3 seeds."""
+    runs = [
+        train(parse_config(["--seed", str(seed), "--out", str(tmp_path / str(seed))]))
+        for seed in range(3)
+    ]
+    tested = [
+        [100 * m["test_accuracy"] for m in metrics_of(run) if "test_accuracy" in m] for run in runs
+    ]
     assert sum(row[-1] - row[0] for row in tested) / 3 >= 20
     assert all(row[-1] >= max(row) - 3 for row in tested)
     assert all(metrics_of(run)[-1]["seconds/total"] < 300 for run in runs)
@@ -333,49 +538,126 @@ def test_fci_command_marks_branch_points_and_draws(tmp_path):
     problem = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
     (tmp_path / "r.txt").write_text(toy_solution(problem))
     for extra in ([], ["--response", tmp_path / "r.txt"]):
-        text, _ = run("fci.py", "--model", TOY_MODEL, "--problem", problem, "--delta", 1, "--plot", plot, *extra)
+        text, _ = run(
+            "fci.py",
+            "--model",
+            TOY_MODEL,
+            "--problem",
+            problem,
+            "--delta",
+            1,
+            "--plot",
+            plot,
+            *extra,
+        )
         lines = [line for line in text.splitlines() if line.startswith("step")]
-        assert len(lines) == 9 and sum("<- branch" in line for line in lines) == 2 and "FCI 0.0000" in lines[0]
+        assert (
+            len(lines) == 9
+            and sum("<- branch" in line for line in lines) == 2
+            and "FCI 0.0000" in lines[0]
+        )
         assert plot.read_bytes()[:4] == b"\x89PNG"
 
 
-# --- real input -------------------------------------------------------------------------------------------------------
+# --- real input
+# --------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}")
 def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_learnt(tmp_path):
     model = save_real_model(tmp_path / "model")
-    text, _ = run("attnrl.py", "--model", model, "--problems", REAL_DATA / "math500.parquet", "--test_problems",
-                  REAL_DATA / "aime24.parquet", "--steps", 2, "--batch_size", 4, "--max_response", 48,
-                  "--eval_samples", 1, "--drop_bad_rows", "--out", tmp_path / "run")
+    text, _ = run(
+        "attnrl.py",
+        "--model",
+        model,
+        "--problems",
+        REAL_DATA / "math500.parquet",
+        "--test_problems",
+        REAL_DATA / "aime24.parquet",
+        "--steps",
+        2,
+        "--batch_size",
+        4,
+        "--max_response",
+        48,
+        "--eval_samples",
+        1,
+        "--drop_bad_rows",
+        "--out",
+        tmp_path / "run",
+    )
     records = metrics_of(tmp_path / "run")
     assert [m["step"] for m in records] == [0, 1, 2]
-    assert all(m["initial/solve_none"] == 1 and m["sequences"] == 0 and m["train/updates"] == 0 for m in records[1:])
+    assert all(
+        m["initial/solve_none"] == 1 and m["sequences"] == 0 and m["train/updates"] == 0
+        for m in records[1:]
+    )
     assert text.count("empty batch: all leaves of all") == 2
-    first, last = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (model, tmp_path / "run" / "last"))
+    first, last = (
+        AutoModelForCausalLM.from_pretrained(d).state_dict()
+        for d in (model, tmp_path / "run" / "last")
+    )
     assert all(torch.equal(first[name], last[name]) for name in first)
 
 
-# --- what is shown, and where metrics go --------------------------------------------------------------------------------
+# --- what is shown, and where metrics go
+# --------------------------------------------------------------------------------
 def test_levels_of_the_display(tmp_path, capsys):
     """Each shows what the one before shows, and more."""
     shown = {}
-    levels = {"quiet": ["--quiet"], "warning": ["--log_level", "warning"], "info": [], "debug": ["--log_level", "debug"]}
+    levels = {
+        "quiet": ["--quiet"],
+        "warning": ["--log_level", "warning"],
+        "info": [],
+        "debug": ["--log_level", "debug"],
+    }
     for name, options in levels.items():
-        train(tiny(tmp_path, "--steps", "1", "--batch_size", "1", "--eval_every", "0", *options, name=name))
+        train(
+            tiny(
+                tmp_path,
+                "--steps",
+                "1",
+                "--batch_size",
+                "1",
+                "--eval_every",
+                "0",
+                *options,
+                name=name,
+            )
+        )
         shown[name] = capsys.readouterr().out.splitlines()
-    assert shown["quiet"] == shown["warning"] and not any(line.startswith(("before", "step    1   reward")) for line in shown["quiet"])
-    assert sum("reward" in line for line in shown["info"]) == 1 and [line[:12] for line in shown["info"][:2]] == ["run folder: ", "before train"]
-    assert set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
+    assert shown["quiet"] == shown["warning"] and not any(
+        line.startswith(("before", "step    1   reward")) for line in shown["quiet"]
+    )
+    assert sum("reward" in line for line in shown["info"]) == 1 and [
+        line[:12] for line in shown["info"][:2]
+    ] == ["run folder: ", "before train"]
+    assert (
+        set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
+    )
     assert any(line.strip().startswith("generate ") and "train " in line for line in shown["debug"])
 
 
 def test_tensorboard_gets_every_metric(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = train(tiny(tmp_path, "--track", "tensorboard"))
-    train(tiny(tmp_path, "--track", "tensorboard", "--steps", "3", "--resume", "auto", "--resume_changed", "true"))
+    train(
+        tiny(
+            tmp_path,
+            "--track",
+            "tensorboard",
+            "--steps",
+            "3",
+            "--resume",
+            "auto",
+            "--resume_changed",
+            "true",
+        )
+    )
     events = reader.EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     records = metrics_of(run)
-    assert len(records) == 4 and set(events.Tags()["scalars"]) == {key for m in records for key in m}
+    assert len(records) == 4 and set(events.Tags()["scalars"]) == {
+        key for m in records for key in m
+    }
     for key in ("initial/reward", "train/grad_norm", "test_accuracy"):
         wanted = [(m["step"], pytest.approx(m[key], rel=1e-6)) for m in records if key in m]
         assert [(e.step, e.value) for e in events.Scalars(key)] == wanted
@@ -383,6 +665,7 @@ def test_tensorboard_gets_every_metric(tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
     import sys
+
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
     with pytest.raises(UserError, match="--track wandb: pip install wandb"):
         train(tiny(tmp_path, "--track", "wandb"))
@@ -394,6 +677,14 @@ def test_help_is_grouped_with_defaults_and_an_example(capsys):
         parse_config(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "example: python attnrl.py" in text
-    assert all(f"\n{group}:\n" in text for group in ("sampling", "branching", "adaptive sampling", "update", "machine"))
-    assert all(f"--{f.name}" in text for f in dataclasses.fields(Config)) and "top rho of FCI (default: 0.2)" in " ".join(text.split())
-    assert parse_config(["--ads_batch", "False"]).ads_batch is False and parse_config(["--dry_run"]).dry_run is True
+    assert all(
+        f"\n{group}:\n" in text
+        for group in ("sampling", "branching", "adaptive sampling", "update", "machine")
+    )
+    assert all(
+        f"--{f.name}" in text for f in dataclasses.fields(Config)
+    ) and "top rho of FCI (default: 0.2)" in " ".join(text.split())
+    assert (
+        parse_config(["--ads_batch", "False"]).ads_batch is False
+        and parse_config(["--dry_run"]).dry_run is True
+    )

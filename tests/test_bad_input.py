@@ -1,8 +1,11 @@
-"""Bad input to every command: one line that names the culprit, exit code 2, nothing written, nothing run.
+"""Bad input to every command: one line that names the culprit, exit code 2, nothing written,
+nothing run.
 
-One table, in one process (each command's main inside stop_on_user_error, as its last lines have it); a few of the same as
-real subprocesses. {w} is a folder of bad files and model directories, which `world` builds once.
+One table, in one process (each command's main inside stop_on_user_error, as its last lines have
+it); a few of the same as real subprocesses. {w} is a folder of bad files and model directories,
+which `world` builds once.
 """
+
 import importlib.util
 import json
 import os
@@ -12,8 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import ROOT, TOY_MODEL, save_real_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Lfm2Config, Lfm2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    CohereConfig,
+    CohereForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 import attnrl
 import eval as evaluation
@@ -21,33 +33,57 @@ import plan
 import report
 import view
 from errors import stop_on_user_error
-from fixtures import ROOT, TOY_MODEL, save_real_model
 
 
 def main_of(script: str):
     """The main of a script that is no module of the flat ones."""
-    spec = importlib.util.spec_from_file_location(script.replace("/", "_").removesuffix(".py"), ROOT / script)
+    spec = importlib.util.spec_from_file_location(
+        script.replace("/", "_").removesuffix(".py"), ROOT / script
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 
 
-MAINS = {"attnrl.py": attnrl.main, "eval.py": evaluation.main, "fci.py": view.show_fci, "view.py": view.main, "plan.py": plan.main,
-         "report.py": report.main}
-MAINS |= {script: main_of(script) for script in ("experiments/methods.py", "experiments/what_fci_finds.py", "toy/build.py",
-                                                 "bench/exchange.py", "bench/longrun.py")}
+MAINS = {
+    "attnrl.py": attnrl.main,
+    "eval.py": evaluation.main,
+    "fci.py": view.show_fci,
+    "view.py": view.main,
+    "plan.py": plan.main,
+    "report.py": report.main,
+}
+MAINS |= {
+    script: main_of(script)
+    for script in (
+        "experiments/methods.py",
+        "experiments/what_fci_finds.py",
+        "toy/build.py",
+        "bench/exchange.py",
+        "bench/longrun.py",
+    )
+}
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;?d"
 GOOD = {"step": 0, "test_accuracy": 0.5, "generated_tokens": 0, "seconds/total": 0.0}
 
 
 def variant(folder: Path, **files) -> Path:
-    """The toy's model directory with some files replaced (dict: keys changed, None: removed). Weights are a link."""
+    """The toy's model directory with some files replaced (dict: keys changed, None: removed).
+    Weights are a link."""
     folder.mkdir()
     for path in TOY_MODEL.iterdir():
         (folder / path.name).symlink_to(path)
     for name, content in files.items():
-        path = folder / {"config": "config.json", "generation": "generation_config.json", "tokenizer": "tokenizer.json",
-                         "tokenizer_config": "tokenizer_config.json", "weights": "model.safetensors"}[name]
+        path = (
+            folder
+            / {
+                "config": "config.json",
+                "generation": "generation_config.json",
+                "tokenizer": "tokenizer.json",
+                "tokenizer_config": "tokenizer_config.json",
+                "weights": "model.safetensors",
+            }[name]
+        )
         if isinstance(content, dict):
             content = json.dumps(json.loads(path.read_text()) | content)
         path.unlink()
@@ -62,27 +98,61 @@ class Evil:
 
 
 def no_eos(folder: Path) -> None:
-    variant(folder, config={"eos_token_id": None}, generation=None, tokenizer_config={"eos_token": None})
+    variant(
+        folder, config={"eos_token_id": None}, generation=None, tokenizer_config={"eos_token": None}
+    )
 
 
 def small_vocabulary(folder: Path) -> None:
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, bos_token_id=None,
-                                 num_attention_heads=2, num_key_value_heads=2, eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=8,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            bos_token_id=None,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
     AutoTokenizer.from_pretrained(TOY_MODEL).save_pretrained(folder)
 
 
 def rescaled_logits(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
-    CohereForCausalLM(CohereConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, bos_token_id=0,
-                                   num_attention_heads=2, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)).save_pretrained(folder)
+    CohereForCausalLM(
+        CohereConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            bos_token_id=0,
+            num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def without_attention(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOY_MODEL)
-    Lfm2ForCausalLM(Lfm2Config(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-                               num_key_value_heads=2, layer_types=["conv", "full_attention"], bos_token_id=0,
-                               eos_token_id=tokenizer.eos_token_id, pad_token_id=0)).save_pretrained(folder)
+    Lfm2ForCausalLM(
+        Lfm2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+            bos_token_id=0,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -91,25 +161,49 @@ def world(tmp_path_factory) -> Path:
     w = tmp_path_factory.mktemp("world")
     good = b'{"problem": "%s", "answer": "7"}\n' % PROGRAM.encode()
     for name, content in {
-            "file": b"x", "good.jsonl": good, "latin1.jsonl": good + '{"problem": "ü", "answer": "1"}'.encode("latin-1"),
-            "deep.jsonl": good + b"[" * 10**6, "deep.json": b"[" * 10**6, "number.jsonl": good + b"7",
-            "half.json": b'[{"problem": "a", ', "object.json": b"{}", "empty.json": b"[]", "latin1.json": b'["\xff"]',
-            "empty.parquet": b"", "half.parquet": b"PAR1" + b"\0" * 100, "blank.jsonl": b"\n \n\t\n",
-            "nan.jsonl": good + b'{"problem": NaN, "answer": "1"}', "utf16.jsonl": good.decode().encode("utf-16"),
-            "nul.jsonl": good + b"\0" * 1000, "bigint.jsonl": good + b'{"problem": "a", "answer": %s}' % (b"9" * 5000),
-            "emptytext.txt": b"", "latin1.txt": b"\xff\xfe\xfa", "long.txt": b"a=1\n\n" * 5000,
-            "broken_reward.py": b"def f(:\n", "raising_reward.py": b"raise RuntimeError('two\\nlines')\n"}.items():
+        "file": b"x",
+        "good.jsonl": good,
+        "latin1.jsonl": good + '{"problem": "ü", "answer": "1"}'.encode("latin-1"),
+        "deep.jsonl": good + b"[" * 10**6,
+        "deep.json": b"[" * 10**6,
+        "number.jsonl": good + b"7",
+        "half.json": b'[{"problem": "a", ',
+        "object.json": b"{}",
+        "empty.json": b"[]",
+        "latin1.json": b'["\xff"]',
+        "empty.parquet": b"",
+        "half.parquet": b"PAR1" + b"\0" * 100,
+        "blank.jsonl": b"\n \n\t\n",
+        "nan.jsonl": good + b'{"problem": NaN, "answer": "1"}',
+        "utf16.jsonl": good.decode().encode("utf-16"),
+        "nul.jsonl": good + b"\0" * 1000,
+        "bigint.jsonl": good + b'{"problem": "a", "answer": %s}' % (b"9" * 5000),
+        "emptytext.txt": b"",
+        "latin1.txt": b"\xff\xfe\xfa",
+        "long.txt": b"a=1\n\n" * 5000,
+        "broken_reward.py": b"def f(:\n",
+        "raising_reward.py": b"raise RuntimeError('two\\nlines')\n",
+    }.items():
         (w / name).write_bytes(content)
-    with (w / "huge.jsonl").open("wb") as file:  # one line of 100 MB, of which the disk holds nothing
+    # one line of 100 MB, of which the disk holds nothing
+    with (w / "huge.jsonl").open("wb") as file:
         file.write(good + b'{"problem": "')
         file.truncate(100 << 20)
     (w / "folder.jsonl").mkdir()
     (w / "curves" / "curves.png").mkdir(parents=True)
     for name, lines in {
-            "halfline": [json.dumps(GOOD), '{"step": 1, "tes'], "nometrics": None, "emptymetrics": [], "list": ["[1]"],
-            "nostep": ['{"test_accuracy": 1.0}'], "words": [json.dumps(GOOD | {"test_accuracy": "high"})],
-            "deepline": ["[" * 10**6], "lacking": [json.dumps(GOOD), json.dumps({"step": 1, "test_accuracy": 0.5})],
-            "untested": ['{"step": 1}'], "curves": [json.dumps(GOOD)], "nulls": [json.dumps(GOOD | {"step": None})]}.items():
+        "halfline": [json.dumps(GOOD), '{"step": 1, "tes'],
+        "nometrics": None,
+        "emptymetrics": [],
+        "list": ["[1]"],
+        "nostep": ['{"test_accuracy": 1.0}'],
+        "words": [json.dumps(GOOD | {"test_accuracy": "high"})],
+        "deepline": ["[" * 10**6],
+        "lacking": [json.dumps(GOOD), json.dumps({"step": 1, "test_accuracy": 0.5})],
+        "untested": ['{"step": 1}'],
+        "curves": [json.dumps(GOOD)],
+        "nulls": [json.dumps(GOOD | {"step": None})],
+    }.items():
         (w / name).mkdir(exist_ok=True)
         if lines is not None:
             (w / name / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
@@ -135,19 +229,38 @@ def world(tmp_path_factory) -> Path:
     variant(w / "badtokenizer", tokenizer="{")
     variant(w / "short", config={"max_position_embeddings": 16})
     variant(w / "badtemplate", tokenizer_config={"chat_template": "{% for m in"})
-    variant(w / "raisingtemplate", tokenizer_config={"chat_template": "{{ raise_exception('no user here') }}"})
+    variant(
+        w / "raisingtemplate",
+        tokenizer_config={"chat_template": "{{ raise_exception('no user here') }}"},
+    )
     no_eos(w / "noeos")
     small_vocabulary(w / "smallvocab")
     rescaled_logits(w / "cohere")
     without_attention(w / "lfm2")
     variant(w / "lacksweights", weights=None)
-    save_file({k: v for k, v in tensors.items() if "layers.0.mlp" not in k}, w / "lacksweights" / "model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "layers.0.mlp" not in k},
+        w / "lacksweights" / "model.safetensors",
+        {"format": "pt"},
+    )
     # code in a model directory: it would make the folder evil-ran-* beside itself
-    code = "import os\nos.makedirs(%r, exist_ok=True)\n" + "from transformers import *\nclass E(PretrainedConfig):\n    model_type = 'evil'\n"
+    code = (
+        "import os\nos.makedirs(%r, exist_ok=True)\n"
+        + "from transformers import *\nclass E(PretrainedConfig):\n    model_type = 'evil'\n"
+    )
     code += "class T(PreTrainedTokenizerFast): pass\nclass M(Qwen2ForCausalLM): pass\n"
-    variant(w / "automap", config={"model_type": "evil", "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.M"}})
-    variant(w / "automaptokenizer", tokenizer_config={"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "evil.T"]}},
-            config={"model_type": "evil"})
+    variant(
+        w / "automap",
+        config={
+            "model_type": "evil",
+            "auto_map": {"AutoConfig": "evil.E", "AutoModelForCausalLM": "evil.M"},
+        },
+    )
+    variant(
+        w / "automaptokenizer",
+        tokenizer_config={"tokenizer_class": "T", "auto_map": {"AutoTokenizer": [None, "evil.T"]}},
+        config={"model_type": "evil"},
+    )
     for name in ("automap", "automaptokenizer"):
         (w / name / "evil.py").write_text(code % str(w / f"evil-ran-{name}"))
     variant(w / "pickle", weights=None)
@@ -156,10 +269,28 @@ def world(tmp_path_factory) -> Path:
     return w
 
 
-# (command, arguments, words that the one line must hold). A command's usual arguments come first (USUAL).
-USUAL = {"attnrl.py": ["--steps", "1", "--batch_size", "2", "--problems", "toy:6:20:1", "--test_problems", "toy:6:3:2", "--out", "out"],
-         "eval.py": ["--k", "1", "--out", "out"], "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM], "view.py": [], "plan.py": [],
-         "report.py": [], "toy/build.py": ["--out", "out"]} | {script: [] for script in MAINS if script[:3] in ("exp", "ben")}
+# (command, arguments, words that the one line must hold). A command's usual arguments come first
+# (USUAL).
+USUAL = {
+    "attnrl.py": [
+        "--steps",
+        "1",
+        "--batch_size",
+        "2",
+        "--problems",
+        "toy:6:20:1",
+        "--test_problems",
+        "toy:6:3:2",
+        "--out",
+        "out",
+    ],
+    "eval.py": ["--k", "1", "--out", "out"],
+    "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM],
+    "view.py": [],
+    "plan.py": [],
+    "report.py": [],
+    "toy/build.py": ["--out", "out"],
+} | {script: [] for script in MAINS if script[:3] in ("exp", "ben")}
 TOY = f"--model {TOY_MODEL}"
 CASES = [
     # settings of a training run
@@ -206,44 +337,113 @@ CASES = [
     ("attnrl.py", "--dry_run --model {w}/automap", "automap: cannot be loaded"),
     ("attnrl.py", "--dry_run --batch_range 1e308", "--batch_range"),
     # model directories
-    *[(command, f"--model {{w}}/{model} " + ("--ask x" if command == "eval.py" else ""), f"--model {{w}}/{model}: |cannot be loaded")
-      for command in ("attnrl.py", "eval.py") for model in ("nothing", "emptymodel", "halfweights", "badtokenizer")],
-    *[("eval.py", f"--model {{w}}/{model} --ask x", f"--model {{w}}/{model}: cannot be loaded") for model in (
-        "file", "noconfig", "badconfig", "deepconfig", "listconfig", "latin1config", "wrongtype", "negative", "unknowntype", "othersize",
-        "noweights", "zeroweights", "notokenizer", "automap", "automaptokenizer", "pickle")],
+    *[
+        (
+            command,
+            f"--model {{w}}/{model} " + ("--ask x" if command == "eval.py" else ""),
+            f"--model {{w}}/{model}: |cannot be loaded",
+        )
+        for command in ("attnrl.py", "eval.py")
+        for model in ("nothing", "emptymodel", "halfweights", "badtokenizer")
+    ],
+    *[
+        ("eval.py", f"--model {{w}}/{model} --ask x", f"--model {{w}}/{model}: cannot be loaded")
+        for model in (
+            "file",
+            "noconfig",
+            "badconfig",
+            "deepconfig",
+            "listconfig",
+            "latin1config",
+            "wrongtype",
+            "negative",
+            "unknowntype",
+            "othersize",
+            "noweights",
+            "zeroweights",
+            "notokenizer",
+            "automap",
+            "automaptokenizer",
+            "pickle",
+        )
+    ],
     ("eval.py", "--model {w}/lacksweights --ask x", "lacksweights|model.layers.0.mlp"),
     ("eval.py", "--model {w}/noeos --ask x", "noeos|end-of-sequence"),
     ("attnrl.py", "--model {w}/noeos", "noeos|end-of-sequence"),
     ("eval.py", "--model {w}/smallvocab --ask x", "smallvocab|the model only 8"),
     ("attnrl.py", "--model {w}/smallvocab", "smallvocab|the model only 8"),
-    ("attnrl.py", "--model {w}/short --max_response 1", "--max_response 1|toy:6:20:1, program|16 positions"),
+    (
+        "attnrl.py",
+        "--model {w}/short --max_response 1",
+        "--max_response 1|toy:6:20:1, program|16 positions",
+    ),
     ("eval.py", "--model {w}/short --problems toy:6:3", "toy:6:3, program|16 positions"),
     ("eval.py", "--model {w}/short --ask a=1;b=2;c=3;d=4;e=5;?e", "--ask|16 positions"),
     ("eval.py", "--model {w}/badtemplate --ask x", "--ask|chat template"),
     ("fci.py", "--model {w}/raisingtemplate", "--problem|no user here"),
-    ("eval.py", "--model {w}/badtemplate --problems {w}/good.jsonl", "good.jsonl: bad rows (1 malformed)"),
+    (
+        "eval.py",
+        "--model {w}/badtemplate --problems {w}/good.jsonl",
+        "good.jsonl: bad rows (1 malformed)",
+    ),
     ("fci.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
     ("attnrl.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
-    ("eval.py", "--model {w}/curves --ask x", "--model {w}/curves|the folder of a run; give one of its models, {w}/curves/last or best"),
+    (
+        "eval.py",
+        "--model {w}/curves --ask x",
+        "--model {w}/curves|the folder of a run; give one of its models, {w}/curves/last or best",
+    ),
     ("eval.py", f"{TOY} --ask x --k 3", "--k: is for --problems, not for --ask"),
-    ("eval.py", "--model {w}/lfm2 --ask x", "--model {w}/lfm2|layers without softmax attention (conv)"),
+    (
+        "eval.py",
+        "--model {w}/lfm2 --ask x",
+        "--model {w}/lfm2|layers without softmax attention (conv)",
+    ),
     # problem files
-    *[("eval.py", f"{TOY} --problems {{w}}/{name}", f"{{w}}/{name}: {words}") for name, words in {
-        "nothing.jsonl": "no such problem file", "folder.jsonl": "no such problem file", "latin1.jsonl": "bad rows (1 malformed)",
-        "deep.jsonl": "bad rows (1 malformed)", "number.jsonl": "bad rows (1 malformed)", "deep.json": "not JSON in UTF-8",
-        "half.json": "not JSON in UTF-8", "object.json": "not an array", "empty.json": "no usable problem", "latin1.json": "not JSON in UTF-8",
-        "empty.parquet": "not a readable parquet file", "half.parquet": "not a readable parquet file", "blank.jsonl": "no usable problem",
-        "nan.jsonl": "bad rows (1 malformed)", "utf16.jsonl": "bad rows (", "nul.jsonl": "bad rows (1 malformed)",
-        "bigint.jsonl": "bad rows (1 malformed)", "huge.jsonl": "bad rows (1 malformed)"}.items()],
-    ("eval.py", f"{TOY} --problems {{w}}/utf16.jsonl --drop_bad_rows", "utf16.jsonl: no usable problem"),
+    *[
+        ("eval.py", f"{TOY} --problems {{w}}/{name}", f"{{w}}/{name}: {words}")
+        for name, words in {
+            "nothing.jsonl": "no such problem file",
+            "folder.jsonl": "no such problem file",
+            "latin1.jsonl": "bad rows (1 malformed)",
+            "deep.jsonl": "bad rows (1 malformed)",
+            "number.jsonl": "bad rows (1 malformed)",
+            "deep.json": "not JSON in UTF-8",
+            "half.json": "not JSON in UTF-8",
+            "object.json": "not an array",
+            "empty.json": "no usable problem",
+            "latin1.json": "not JSON in UTF-8",
+            "empty.parquet": "not a readable parquet file",
+            "half.parquet": "not a readable parquet file",
+            "blank.jsonl": "no usable problem",
+            "nan.jsonl": "bad rows (1 malformed)",
+            "utf16.jsonl": "bad rows (",
+            "nul.jsonl": "bad rows (1 malformed)",
+            "bigint.jsonl": "bad rows (1 malformed)",
+            "huge.jsonl": "bad rows (1 malformed)",
+        }.items()
+    ],
+    (
+        "eval.py",
+        f"{TOY} --problems {{w}}/utf16.jsonl --drop_bad_rows",
+        "utf16.jsonl: no usable problem",
+    ),
     ("attnrl.py", "--problems {w}/deep.json", "deep.json: not JSON in UTF-8"),
     ("attnrl.py", "--test_problems {w}/latin1.jsonl", "latin1.jsonl: bad rows (1 malformed)"),
-    ("attnrl.py", "--problems {w}/good.jsonl --test_problems {w}/good.jsonl", "bad rows (1 in the evaluation set)"),
-    ("attnrl.py", "--problems {w}/good.jsonl --test_problems {w}/good.jsonl --drop_bad_rows", "no usable problem"),
+    (
+        "attnrl.py",
+        "--problems {w}/good.jsonl --test_problems {w}/good.jsonl",
+        "bad rows (1 in the evaluation set)",
+    ),
+    (
+        "attnrl.py",
+        "--problems {w}/good.jsonl --test_problems {w}/good.jsonl --drop_bad_rows",
+        "no usable problem",
+    ),
     ("attnrl.py", "--problems toy:6:1:1 --test_problems toy:6:1:1", "toy:6:1:1"),
     ("eval.py", f"{TOY} --problems toy:4:99999999999", "toy:4:99999999999"),
     ("eval.py", f"{TOY} --problems toys", "toys: no such problem file"),
-    ("eval.py", f"{TOY} --problems toy:6:3 --max_prompt 2", "bad rows (3 over-long prompt)") ,
+    ("eval.py", f"{TOY} --problems toy:6:3 --max_prompt 2", "bad rows (3 over-long prompt)"),
     # the other options of an evaluation
     ("eval.py", f"{TOY} --problems toy:6:3 --k 0", "--k 0"),
     ("eval.py", f"{TOY} --problems toy:6:3 --k 2.5", "--k"),
@@ -256,29 +456,94 @@ CASES = [
     ("eval.py", f"{TOY} --problems toy:6:3 --colour red", "--colour"),
     ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}", "--out {w}: is not empty"),
     ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}/file", "--out {w}/file: cannot be written"),
-    ("eval.py", f"{TOY} --problems {{w}}/good.jsonl --out {{w}}", "{w}/good.jsonl, line 1: no settings"),  # the problem file itself
-    ("eval.py", f"{TOY} --problems toy:6:3 {{w}}/nothing.jsonl", "nothing.jsonl: no such problem file"),
-    ("eval.py", f"{TOY} --problems toy:6:3 toy:6:3", "--problems toy:6:3: toy:6:3 is called toy-6-3, too"),
-    ("eval.py", f"{TOY} --problems a=toy:6:3 a=toy:6:4", "--problems a=toy:6:4: toy:6:3 is called a, too"),
+    # the problem file itself
+    (
+        "eval.py",
+        f"{TOY} --problems {{w}}/good.jsonl --out {{w}}",
+        "{w}/good.jsonl, line 1: no settings",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --problems toy:6:3 {{w}}/nothing.jsonl",
+        "nothing.jsonl: no such problem file",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --problems toy:6:3 toy:6:3",
+        "--problems toy:6:3: toy:6:3 is called toy-6-3, too",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --problems a=toy:6:3 a=toy:6:4",
+        "--problems a=toy:6:4: toy:6:3 is called a, too",
+    ),
     ("eval.py", f"{TOY} --problems a=", "a=: no such problem file"),
     ("eval.py", f"{TOY} --problems", "--problems"),
     ("eval.py", f"{TOY} --suite papers --problems toy:6:3", "--suite|papers"),
-    ("eval.py", f"{TOY} --suite paper --problems toy:6:3", "--problems toy:6:3: write NAME=FILE|aime24, aime25, amc23, math500, minerva"),
-    ("eval.py", f"{TOY} --suite paper --problems aime=toy:6:3", "--problems aime=toy:6:3: write NAME=FILE"),
-    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 minerva=toy:6:3", "no file for aime25, amc23, math500, olympiad|--subset"),
-    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 aime24=toy:6:4 --subset", "--problems aime24=toy:6:4: toy:6:3 is called"),
-    ("eval.py", f"{TOY} --suite paper --problems aime24=toy:6:3 --subset", "--max_response 32768: |toy:6:3"),  # the toy has not the room
-    ("eval.py", f"{TOY} --suite paper --problems aime24={{w}}/nothing.jsonl --subset", "nothing.jsonl: no such problem file"),
-    ("eval.py", f"{TOY} --problems toy:6:3 --out {{w}}/file/x", "--out {w}/file/x: cannot be written"),
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems toy:6:3",
+        "--problems toy:6:3: write NAME=FILE|aime24, aime25, amc23, math500, minerva",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems aime=toy:6:3",
+        "--problems aime=toy:6:3: write NAME=FILE",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems aime24=toy:6:3 minerva=toy:6:3",
+        "no file for aime25, amc23, math500, olympiad|--subset",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems aime24=toy:6:3 aime24=toy:6:4 --subset",
+        "--problems aime24=toy:6:4: toy:6:3 is called",
+    ),
+    # the toy has not the room
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems aime24=toy:6:3 --subset",
+        "--max_response 32768: |toy:6:3",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --suite paper --problems aime24={{w}}/nothing.jsonl --subset",
+        "nothing.jsonl: no such problem file",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --problems toy:6:3 --out {{w}}/file/x",
+        "--out {w}/file/x: cannot be written",
+    ),
     ("eval.py", f"{TOY} --problems toy:6:3 --out " + "n" * 300, "--out nnn|: cannot be written"),
-    ("eval.py", f"{TOY} --problems toy:6:3 --reward broken_reward:f", "--reward broken_reward:f: cannot be imported"),
-    ("eval.py", f"{TOY} --problems toy:6:3 --reward raising_reward:f", "--reward raising_reward:f: cannot be imported"),
+    (
+        "eval.py",
+        f"{TOY} --problems toy:6:3 --reward broken_reward:f",
+        "--reward broken_reward:f: cannot be imported",
+    ),
+    (
+        "eval.py",
+        f"{TOY} --problems toy:6:3 --reward raising_reward:f",
+        "--reward raising_reward:f: cannot be imported",
+    ),
     ("eval.py", f"{TOY} --problems toy:6:3 --reward .x:f", "--reward .x:f: cannot be imported"),
     ("eval.py", f"{TOY} --problems toy:6:3 --reward :", "--reward :: cannot be imported"),
     ("eval.py", f"{TOY} --ask \udcff", "--ask"),
     # the folder of a run
-    ("attnrl.py", "--out {w}", "--out {w}: is not empty; give another folder, remove it, or (if it is this run's) --resume auto"),
-    ("attnrl.py", "--out {w} --resume auto", "--out {w}: is not empty, and has no config.json of a run to go on with"),
+    (
+        "attnrl.py",
+        "--out {w}",
+        (
+            "--out {w}: is not empty; give another folder, remove it, or (if it is this run's)"
+            " --resume auto"
+        ),
+    ),
+    (
+        "attnrl.py",
+        "--out {w} --resume auto",
+        "--out {w}: is not empty, and has no config.json of a run to go on with",
+    ),
     ("attnrl.py", "--out {w}/file", "--out {w}/file: cannot be made a folder"),
     ("attnrl.py", "--out {w}/file/x", "--out {w}/file/x: cannot be made a folder"),
     ("attnrl.py", "--out " + "n" * 300, "--out nnn|: cannot be made a folder"),
@@ -302,32 +567,77 @@ CASES = [
     # curves and tables
     ("view.py", "", "the following arguments are required: runs/NAME"),
     ("view.py", "{w}/curves --help-me", "--help-me"),
-    *[("view.py", f"{{w}}/{name}", f"{{w}}/{name}/metrics.jsonl{words}") for name, words in {
-        "nothing": ": cannot be read", "file": ": cannot be read", "nometrics": ": cannot be read", "emptymetrics": ": no test_accuracy",
-        "halfline": ", line 2: ", "list": ", line 1: ", "nostep": ", line 1: |step", "words": ", line 1: |test_accuracy",
-        "deepline": ", line 1: ", "lacking": ", line 2: |generated_tokens", "untested": "", "latin1run": ": cannot be read",
-        "nulls": ", line 1: |step"}.items()],
+    *[
+        ("view.py", f"{{w}}/{name}", f"{{w}}/{name}/metrics.jsonl{words}")
+        for name, words in {
+            "nothing": ": cannot be read",
+            "file": ": cannot be read",
+            "nometrics": ": cannot be read",
+            "emptymetrics": ": no test_accuracy",
+            "halfline": ", line 2: ",
+            "list": ", line 1: ",
+            "nostep": ", line 1: |step",
+            "words": ", line 1: |test_accuracy",
+            "deepline": ", line 1: ",
+            "lacking": ", line 2: |generated_tokens",
+            "untested": "",
+            "latin1run": ": cannot be read",
+            "nulls": ", line 1: |step",
+        }.items()
+    ],
     ("view.py", "{w}/curves", "{w}/curves/curves.png: cannot be written"),
-    ("view.py", "{w}/curves/metrics.jsonl", "metrics.jsonl: cannot be read (Not a directory); give the folder of a run"),
+    (
+        "view.py",
+        "{w}/curves/metrics.jsonl",
+        "metrics.jsonl: cannot be read (Not a directory); give the folder of a run",
+    ),
     ("plan.py", "--gpus 8", "--gpus"),
     ("plan.py", "1.5B", "1.5B"),
     # results of evaluations
     ("report.py", "", "FILE.jsonl"),
     ("report.py", "--compares x", "--compares"),
     ("report.py", "{w}/nothing.jsonl", "{w}/nothing.jsonl: cannot be read"),
-    ("report.py", "{w}/folder.jsonl", "{w}/folder.jsonl: cannot be read (Is a directory); give its files, {w}/folder.jsonl/*.jsonl"),
+    (
+        "report.py",
+        "{w}/folder.jsonl",
+        (
+            "{w}/folder.jsonl: cannot be read (Is a directory); give its files,"
+            " {w}/folder.jsonl/*.jsonl"
+        ),
+    ),
     ("report.py", "--compare {w}/good.jsonl", "--compare: takes two result files, got 1"),
-    *[("report.py", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
-      for name in ("file", "good.jsonl", "blank.jsonl", "utf16.jsonl", "empty.parquet", "deep.json")],
+    *[
+        ("report.py", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
+        for name in (
+            "file",
+            "good.jsonl",
+            "blank.jsonl",
+            "utf16.jsonl",
+            "empty.parquet",
+            "deep.json",
+        )
+    ],
     # experiments, the toy, timings
     ("experiments/methods.py", "--tokens nan", "--tokens nan: must be a number above 0"),
-    ("experiments/methods.py", "--folder {w}/file", "--folder {w}/file: cannot be written (Not a directory)"),
+    (
+        "experiments/methods.py",
+        "--folder {w}/file",
+        "--folder {w}/file: cannot be written (Not a directory)",
+    ),
     ("experiments/what_fci_finds.py", "--quik", "unrecognized arguments: --quik"),
-    ("experiments/what_fci_finds.py", "--model {w}/nothing", "--model {w}/nothing: cannot be loaded"),
+    (
+        "experiments/what_fci_finds.py",
+        "--model {w}/nothing",
+        "--model {w}/nothing: cannot be loaded",
+    ),
     ("toy/build.py", "--steps x", "--steps: invalid int value: 'x'"),
     ("toy/build.py", "--steps -1", "--steps -1: must be between 0 and"),
     ("toy/build.py", "--slip 7", "--slip 7.0: must be between 0 and 1"),
-    ("toy/build.py", "--start {w}/nothing", "--start {w}/nothing: cannot be loaded (no such directory)"),
+    (
+        "toy/build.py",
+        "--start {w}/nothing",
+        "--start {w}/nothing: cannot be loaded (no such directory)",
+    ),
     ("toy/build.py", "--start {w}/badconfig", "--start {w}/badconfig: cannot be loaded"),
     ("toy/build.py", "--out {w}/file", "--out {w}/file: cannot be made a folder (File exists)"),
     ("bench/exchange.py", "--tokens x", "--tokens: invalid int value: 'x'"),
@@ -336,55 +646,93 @@ CASES = [
 ]
 
 
-
 def files(*folders: Path) -> set:
-    return {(str(p), p.lstat().st_size) for folder in folders for p in folder.rglob("*") if "__pycache__" not in p.parts}
+    return {
+        (str(p), p.lstat().st_size)
+        for folder in folders
+        for p in folder.rglob("*")
+        if "__pycache__" not in p.parts
+    }
 
 
-@pytest.mark.parametrize("command, args, words", [
-    pytest.param(*case, id=f"{case[0]} {case[1][-60:]!a}")
-    for case in CASES])
-def test_bad_input_is_one_line_and_exit_code_2(command, args, words, world, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(
+    "command, args, words",
+    [pytest.param(*case, id=f"{case[0]} {case[1][-60:]!a}") for case in CASES],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    command, args, words, world, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a directory that is missing is no reason to ask a hub
-    argv = [*(USUAL[command] if "--ask" not in args else []), *args.replace("{w}", str(world)).split()]
+    # a directory that is missing is no reason to ask a hub
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    argv = [
+        *(USUAL[command] if "--ask" not in args else []),
+        *args.replace("{w}", str(world)).split(),
+    ]
     before = files(world)
-    with pytest.raises(SystemExit) as stop:
-        with stop_on_user_error(command):
-            MAINS[command](argv)
+    with pytest.raises(SystemExit) as stop, stop_on_user_error(command):
+        MAINS[command](argv)
     out, error = capfd.readouterr()
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error[-3000:]
     assert error.startswith(f"{command}: ") and "Traceback" not in out + error
-    assert all(word.replace("{w}", str(world)) in error for word in words.split("|")) and len(error) < 1500, error
+    assert (
+        all(word.replace("{w}", str(world)) in error for word in words.split("|"))
+        and len(error) < 1500
+    ), error
     assert files(world) == before and not files(tmp_path), "something was written"
 
 
 @pytest.mark.parametrize("command", MAINS)
-def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_copy(command, capsys, monkeypatch):
+def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_copy(
+    command, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
         MAINS[command](["--help"])
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and text.startswith(f"usage: python {command} ") and text.count("example: ") == 1
-    assert command in text.splitlines()[-1] and text.splitlines()[-1].startswith("example: ")  # one line, however long
+    assert (
+        stop.value.code == 0
+        and text.startswith(f"usage: python {command} ")
+        and text.count("example: ") == 1
+    )
+    # one line, however long
+    assert command in text.splitlines()[-1] and text.splitlines()[-1].startswith("example: ")
     assert "default: None" not in text and "default: )" not in text
 
 
-@pytest.mark.parametrize("command, args, words", [
-    ("attnrl.py", "--steps 0", "--steps 0"), ("eval.py", "--model {w}/automap --ask x", "cannot be loaded"),
-    ("view.py", "{w}/halfline", "line 2"), ("plan.py", "x", "plan.py takes no arguments"),
-    ("report.py", "{w}/good.jsonl", "good.jsonl, line 1: no settings")])
+@pytest.mark.parametrize(
+    "command, args, words",
+    [
+        ("attnrl.py", "--steps 0", "--steps 0"),
+        ("eval.py", "--model {w}/automap --ask x", "cannot be loaded"),
+        ("view.py", "{w}/halfline", "line 2"),
+        ("plan.py", "x", "plan.py takes no arguments"),
+        ("report.py", "{w}/good.jsonl", "good.jsonl, line 1: no settings"),
+    ],
+)
 def test_the_same_as_real_commands(command, args, words, world, tmp_path):
     before = files(world)
-    done = subprocess.run([sys.executable, str(ROOT / command), *args.replace("{w}", str(world)).split()], cwd=tmp_path, input="y\n",
-                          capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
-    assert files(world) == before and not files(tmp_path)  # "y" on the standard input: no question was asked, no code run
+    done = subprocess.run(
+        [sys.executable, str(ROOT / command), *args.replace("{w}", str(world)).split()],
+        cwd=tmp_path,
+        input="y\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, (
+        done.stderr
+    )
+    # "y" on the standard input: no question was asked, no code run
+    assert files(world) == before and not files(tmp_path)
 
 
 def test_a_model_without_chat_template_is_asked_in_plain_text(tmp_path, capsys):
     model = save_real_model(tmp_path / "model", chat=False)
     capsys.readouterr()  # transformers' own progress bar
-    evaluation.main(["--model", str(model), "--ask", "1+1?", "--max_response", "4", "--temperature", "0"])
+    evaluation.main(
+        ["--model", str(model), "--ask", "1+1?", "--max_response", "4", "--temperature", "0"]
+    )
     assert capsys.readouterr().err == ""

@@ -1,8 +1,10 @@
-"""test_checkpoint.py: a run that was stopped, killed or out of disk space ends as if nothing had happened. Real runs, real
-signals, real full disks.
+"""test_checkpoint.py: a run that was stopped, killed or out of disk space ends as if nothing had
+happened. Real runs, real signals, real full disks.
 
-    python -m pytest tests/test_checkpoint.py -m "not full"     # without it: also 50 x kill -9, FSDP, other numbers of ranks
+    python -m pytest tests/test_checkpoint.py -m "not full"     # without it: also 50 x kill -9,
+                                                                FSDP, other numbers of ranks
 """
+
 import json
 import os
 import random
@@ -17,22 +19,56 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures import ROOT, TOY_MODEL, same_file
+from test_dist import (
+    Launched,
+    assert_same,
+    lines,
+    metrics,
+    one_node,
+    same_run,
+    steps_done,
+    torchrun,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 import checkpoint
 from attnrl import Trainer, parse_config, train
 from errors import UserError, stop_on_user_error
-from fixtures import ROOT, TOY_MODEL, same_file
 from runlog import Display
 from sampler import ProblemStream
-from test_dist import Launched, assert_same, lines, metrics, one_node, same_run, steps_done, torchrun
 from toy.programs import toy_set
 
-# Small, and all that a checkpoint must carry is at work (asserted below): the KL to a reference, a batch size that follows
-# Eq. 10, the filter of Eq. 8, several updates a step, a stream of 16 problems that begins a second epoch.
-RUN = ["--steps", 4, "--batch_size", 4, "--group_size", 3, "--eval_every", 2, "--eval_samples", 1, "--test_problems", "toy:8:4:2",
-       "--problems", "toy:8:16:1", "--mini_batch", 15, "--kl_coef", 0.001, "--batch_lam", 0.2, "--save_every", 1, "--keep", 9]
+# Small, and all that a checkpoint must carry is at work (asserted below): the KL to a reference, a
+# batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a stream of 16
+# problems that begins a second epoch.
+RUN = [
+    "--steps",
+    4,
+    "--batch_size",
+    4,
+    "--group_size",
+    3,
+    "--eval_every",
+    2,
+    "--eval_samples",
+    1,
+    "--test_problems",
+    "toy:8:4:2",
+    "--problems",
+    "toy:8:16:1",
+    "--mini_batch",
+    15,
+    "--kl_coef",
+    0.001,
+    "--batch_lam",
+    0.2,
+    "--save_every",
+    1,
+    "--keep",
+    9,
+]
 MODES = {"off-policy": [], "synchronous": ["--one_step_off_policy", "false"]}
 SEED = ["--seed", 3]  # one of those with which the filter acts
 
@@ -51,13 +87,17 @@ def state_of(folder: Path) -> dict:
 
 
 def cut(run: Path, step: int, to: Path) -> Path:
-    """The run as a kill at a bad moment leaves it: the newest checkpoint is of `step`, but the links are those of the one before;
-    the logs are further, and end with half a line. Also half a checkpoint lies around."""
+    """The run as a kill at a bad moment leaves it: the newest checkpoint is of `step`, but the
+    links are those of the one before; the logs are further, and end with half a line. Also half a
+    checkpoint lies around."""
     shutil.copytree(run, to, symlinks=True)
     for folder in checkpoint.checkpoints(to):
         if folder.name > f"step-{step:06}":
             shutil.rmtree(folder)
-    for link, leads in (("last", step - 1), ("best", state_of(to / f"step-{step - 1:06}")["best"][1])):
+    for link, leads in (
+        ("last", step - 1),
+        ("best", state_of(to / f"step-{step - 1:06}")["best"][1]),
+    ):
         (to / link).unlink()
         (to / link).symlink_to(f"step-{leads:06}")
     half = to / f".step-{step + 1:06}.new"
@@ -92,20 +132,27 @@ def whole(tmp_path_factory):
     return train(config_of(tmp_path_factory.mktemp("whole") / "run"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # N + N = 2 N
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_the_run_has_all_that_a_checkpoint_must_carry(whole):
     steps = metrics(whole)[1:]
     assert len({m["problems"] for m in steps}) > 1, "the batch size did not adapt"
     assert all(m["train/updates"] >= 2 for m in steps) and steps[-1]["train/kl"] > 0
-    assert any(m["filtered_ratio"] > 0 for m in steps), "the filter did nothing: choose another seed"
+    assert any(m["filtered_ratio"] > 0 for m in steps), (
+        "the filter did nothing: choose another seed"
+    )
     assert state_of(whole / "last")["stream"][0] == 1, "no second epoch"
     assert state_of(whole / "step-000002")["groups"] and state_of(whole / "last")["groups"] is None
 
 
-@pytest.mark.parametrize("mode, step", [*(pytest.param("off-policy", step, marks=pytest.mark.full) for step in (1, 2, 3)),
-                                        ("synchronous", 2)])
+@pytest.mark.parametrize(
+    "mode, step",
+    [
+        *(pytest.param("off-policy", step, marks=pytest.mark.full) for step in (1, 2, 3)),
+        ("synchronous", 2),
+    ],
+)
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, step, whole, tmp_path):
     options = MODES[mode]
     if options:
@@ -115,9 +162,17 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, step, whole, tmp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("options", [["--method", "grpo", "--grpo_samples", 6], ["--method", "prl", "--grpo_samples", 6], ["--behaviour", "engine"], ["--tis_cap", 2],
-                                     ["--branch", "entropy", "--lr_schedule", "cosine", "--warmup_steps", 2],
-                                     ["--parallel", "fsdp"]])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "grpo", "--grpo_samples", 6],
+        ["--method", "prl", "--grpo_samples", 6],
+        ["--behaviour", "engine"],
+        ["--tis_cap", 2],
+        ["--branch", "entropy", "--lr_schedule", "cosine", "--warmup_steps", 2],
+        ["--parallel", "fsdp"],
+    ],
+)
 def test_other_methods_resume_bit_for_bit(options, tmp_path):
     try:
         whole = train(config_of(tmp_path / "whole", *options))
@@ -134,7 +189,9 @@ def test_stopping_after_every_step_changes_nothing(whole, tmp_path):
         assert (tmp_path / "run" / "last").readlink() == Path(f"step-{step:06}")
     identical(tmp_path / "run", whole)
     totals = [m["seconds/total"] for m in lines(tmp_path / "run" / "metrics.jsonl")]
-    assert totals[0] == 0 and all(a < b for a, b in zip(totals, totals[1:])), "the clock of a resumed run starts anew"
+    assert totals[0] == 0 and all(a < b for a, b in zip(totals, totals[1:])), (
+        "the clock of a resumed run starts anew"
+    )
 
 
 def other_logprobs(state):
@@ -144,10 +201,16 @@ def other_logprobs(state):
 
 
 CHANGES = {
-    "moments": lambda state: [m.mul_(0.5) for name, m in state["moments"].items() if name.endswith("exp_avg")],
-    "AdamW's count of steps": lambda state: [m.fill_(1) for name, m in state["moments"].items() if name.endswith("/step")],
+    "moments": lambda state: [
+        m.mul_(0.5) for name, m in state["moments"].items() if name.endswith("exp_avg")
+    ],
+    "AdamW's count of steps": lambda state: [
+        m.fill_(1) for name, m in state["moments"].items() if name.endswith("/step")
+    ],
     "behaviour log-probs": other_logprobs,
-    "branch points": lambda state: [group["branch_points"].clear() for group in state["groups"][:1]],
+    "branch points": lambda state: [
+        group["branch_points"].clear() for group in state["groups"][:1]
+    ],
     "groups": lambda state: state["groups"].pop(),
     "filter": lambda state: state.update(easy_filter={"count": 1, "total": 9.0}),
     "batch size": lambda state: state.update(batch_size=state["batch_size"] - 1),
@@ -157,10 +220,20 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", [name if name in ("moments", "behaviour log-probs", "branch points") else
-                                  pytest.param(name, marks=pytest.mark.full) for name in CHANGES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        (
+            name
+            if name in ("moments", "behaviour log-probs", "branch points")
+            else pytest.param(name, marks=pytest.mark.full)
+        )
+        for name in CHANGES
+    ],
+)
 def test_nothing_in_a_checkpoint_is_for_nothing(name, whole, tmp_path):
-    """Every part of training.pt, the in-flight half of the pipeline above all, matters: the tests above could fail."""
+    """Every part of training.pt, the in-flight half of the pipeline above all, matters: the tests
+    above could fail."""
     run = cut(whole, 2, tmp_path / "run")
     state = state_of(run / "last")
     CHANGES[name](state)
@@ -171,13 +244,16 @@ def test_nothing_in_a_checkpoint_is_for_nothing(name, whole, tmp_path):
 
 
 def test_sampling_the_in_flight_half_anew_is_another_run(whole, tmp_path, monkeypatch):
-    """What a checkpoint without it would come to: responses of the resumed policy, which is one update newer."""
+    """What a checkpoint without it would come to: responses of the resumed policy, which is one
+    update newer."""
     real = checkpoint.restore
 
     def anew(path, trainer, batch_of):
         step, best, saved = real(path, trainer, batch_of)
         filter_ = dict(vars(trainer.easy_filter))
-        upcoming = attnrl.Batch(step + 1, [attnrl.Group(g.index, g.number, g.problem) for g in saved.groups])
+        upcoming = attnrl.Batch(
+            step + 1, [attnrl.Group(g.index, g.number, g.problem) for g in saved.groups]
+        )
         trainer.sample(None, upcoming)
         vars(trainer.easy_filter).update(filter_)
         trainer.generated_tokens = state_of(path)["generated_tokens"]
@@ -186,23 +262,31 @@ def test_sampling_the_in_flight_half_anew_is_another_run(whole, tmp_path, monkey
     run = cut(whole, 2, tmp_path / "run")
     monkeypatch.setattr(checkpoint, "restore", anew)
     resume(run, stop=lambda: True)
-    got, expected = ((folder / "step-000003" / "model.safetensors").read_bytes() for folder in (run, whole))
+    got, expected = (
+        (folder / "step-000003" / "model.safetensors").read_bytes() for folder in (run, whole)
+    )
     assert got != expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several ranks
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def together(folder: Path, *options, ranks: int = 2) -> Path:
     torchrun(ranks, "attnrl.py", *RUN, *SEED, *options, "--out", folder)
     return folder
 
 
-@pytest.mark.parametrize("options, step", [
-    pytest.param(["--steps", 3], 2, marks=pytest.mark.full),
-    *(pytest.param(["--parallel", parallel, *mode], step, marks=pytest.mark.full)
-      for parallel in ("ddp", "fsdp") for mode, step in ((MODES["off-policy"], 1), (MODES["synchronous"], 3))),
-])
+@pytest.mark.parametrize(
+    "options, step",
+    [
+        pytest.param(["--steps", 3], 2, marks=pytest.mark.full),
+        *(
+            pytest.param(["--parallel", parallel, *mode], step, marks=pytest.mark.full)
+            for parallel in ("ddp", "fsdp")
+            for mode, step in ((MODES["off-policy"], 1), (MODES["synchronous"], 3))
+        ),
+    ],
+)
 def test_two_ranks_resume_bit_for_bit(options, step, tmp_path):
     whole = together(tmp_path / "whole", *options)
     identical(together(cut(whole, step, tmp_path / "run"), *options, "--resume", "auto"), whole)
@@ -211,7 +295,8 @@ def test_two_ranks_resume_bit_for_bit(options, step, tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_ranks(parallel, whole, tmp_path):
-    """Equal up to the rounding of sums in another order. First 1 -> 2 -> 1, then a run of 2 that is continued by 1."""
+    """Equal up to the rounding of sums in another order. First 1 -> 2 -> 1, then a run of 2 that is
+    continued by 1."""
     options = ["--parallel", parallel, "--resume_changed", "true"]
     run = cut(whole, 1, tmp_path / "grows")
     together(run, *options, "--resume", "auto")
@@ -220,9 +305,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(parallel, whole, tmp_path):
     same_run(resume(run, "--resume_changed", "true"), whole)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def types_in(value) -> set:
     if isinstance(value, dict):
         return {dict}.union(*(types_in(x) for x in (*value, *value.values())))
@@ -233,9 +318,16 @@ def test_a_checkpoint_is_a_model_and_plain_data(whole):
     assert len(checkpoint.checkpoints(whole)) == 5
     for folder in checkpoint.checkpoints(whole):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not loading["missing_keys"] and not loading["unexpected_keys"] and {p.dtype for p in model.parameters()} == {torch.float32}
+        assert (
+            not loading["missing_keys"]
+            and not loading["unexpected_keys"]
+            and {p.dtype for p in model.parameters()} == {torch.float32}
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        assert tokenizer("(3+4)")["input_ids"] == AutoTokenizer.from_pretrained(TOY_MODEL)("(3+4)")["input_ids"]
+        assert (
+            tokenizer("(3+4)")["input_ids"]
+            == AutoTokenizer.from_pretrained(TOY_MODEL)("(3+4)")["input_ids"]
+        )
     allowed = {dict, list, str, int, float, bool, type(None), torch.Tensor}
     for folder in checkpoint.checkpoints(whole):
         assert types_in(state_of(folder)) <= allowed, types_in(state_of(folder)) - allowed
@@ -247,8 +339,12 @@ def test_links_lead_to_whole_folders_and_only_as_many_checkpoints_are_kept(whole
     run = resume(cut(whole, 2, tmp_path / "run"), "--keep", 1)
     tested = {m["step"]: m["test_accuracy"] for m in metrics(run) if "test_accuracy" in m}
     best = max(step for step in tested if tested[step] == max(tested.values()))
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == [f"step-{step:06}" for step in sorted({best, 4})]
-    assert (run / "last").readlink() == Path("step-000004") and (run / "best").readlink() == Path(f"step-{best:06}")
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == [
+        f"step-{step:06}" for step in sorted({best, 4})
+    ]
+    assert (run / "last").readlink() == Path("step-000004") and (run / "best").readlink() == Path(
+        f"step-{best:06}"
+    )
     assert not list(run.glob(".*")), "half a checkpoint of the killed run"
     shutil.move(run, tmp_path / "moved")  # relative links
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "last").num_parameters() > 0
@@ -263,21 +359,28 @@ def test_the_best_checkpoint_outlives_the_newest_and_a_removed_one_is_found_anew
     assert (run / "best").readlink() == Path("step-000001")
     shutil.rmtree(run / "step-000001")  # what a person does
     resume(run, "--steps", 5, "--resume_changed", "true", "--eval_every", 1)
-    assert (run / "best").readlink() == Path("step-000005") and (run / "best" / "config.json").exists()
+    assert (run / "best").readlink() == Path("step-000005") and (
+        run / "best" / "config.json"
+    ).exists()
 
 
 def test_what_is_no_checkpoint_is_not_taken_for_one(whole, tmp_path):
     run = cut(whole, 2, tmp_path / "run")
     for name in (".step-000009.new", "steps", "step-new", "step-000009.bak"):
         (run / name).mkdir()
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000000", "step-000001", "step-000002"]
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == [
+        "step-000000",
+        "step-000001",
+        "step-000002",
+    ]
 
 
 FILE_EVENTS = ("open", "os.", "shutil.", "pathlib.")
 
 
 def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, tmp_path):
-    """A forked copy of this process saves and leaves, without cleaning up, at its n-th file operation, for every n."""
+    """A forked copy of this process saves and leaves, without cleaning up, at its n-th file
+    operation, for every n."""
     run = cut(whole, 2, tmp_path / "run")
     config = config_of(run, "--resume", "auto")
     trainer = Trainer(config, Display(4))
@@ -295,6 +398,7 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
                     left[0] -= 1
                     if left[0] == 0:
                         os._exit(9)
+
             sys.addaudithook(count)
             try:
                 checkpoint.save(run, 3, trainer, None, (0.5, 1), keep=1)
@@ -304,7 +408,9 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert code in (0, 9), f"saving failed with exit code {code} before operation {n}"
         for folder in (checkpoint.checkpoints(run)[-1], run / "last", run / "best"):
-            assert {path.name for path in folder.iterdir()} == names, f"{folder.name} is not whole after death at operation {n}"
+            assert {path.name for path in folder.iterdir()} == names, (
+                f"{folder.name} is not whole after death at operation {n}"
+            )
         newest.append(checkpoint.checkpoints(run)[-1].name)
         if (run / "last").readlink() == Path("step-000002"):
             assert_same(state_of(run / "last"), saved)
@@ -312,27 +418,53 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
             assert_same(state_of(run / "step-000003")["moments"], saved["moments"])
         if code == 0:
             break
-        if newest[-1] == "step-000003":  # back to the moment before, so that the next one has the same way
+        # back to the moment before, so that the next one has the same way
+        if newest[-1] == "step-000003":
             shutil.rmtree(run)
             cut(whole, 2, run)
             checkpoint.link_and_drop(run, 2, 1, keep=9)
-    print(f"{n - 1} file operations, {newest.count('step-000003')} of them after the new one was there")
-    assert code == 0 and n > 30 and newest.count("step-000002") > 20 and newest.count("step-000003") > 5
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000001", "step-000003"] and not list(run.glob(".*"))
+    print(
+        f"{n - 1} file operations, {newest.count('step-000003')} of them after the new one was"
+        " there"
+    )
+    assert (
+        code == 0
+        and n > 30
+        and newest.count("step-000002") > 20
+        and newest.count("step-000003") > 5
+    )
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == [
+        "step-000001",
+        "step-000003",
+    ] and not list(run.glob(".*"))
 
 
-@pytest.mark.parametrize("limit", [pytest.param(1_000_000, id="model", marks=pytest.mark.full), pytest.param(3_000_000, id="training.pt")])
-def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays(limit, whole, tmp_path):
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(1_000_000, id="model", marks=pytest.mark.full),
+        pytest.param(3_000_000, id="training.pt"),
+    ],
+)
+def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays(
+    limit, whole, tmp_path
+):
     """A limit on the size of files: writing fails in the middle of one, for real."""
     run = cut(whole, 2, tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(UserError, match="run/step-000003: cannot be written .*; older checkpoints are whole"):
+        with pytest.raises(
+            UserError, match="run/step-000003: cannot be written .*; older checkpoints are whole"
+        ):
             resume(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [folder.name for folder in checkpoint.checkpoints(run)] == ["step-000000", "step-000001", "step-000002"]
+    assert [folder.name for folder in checkpoint.checkpoints(run)] == [
+        "step-000000",
+        "step-000001",
+        "step-000002",
+    ]
     for name in ("last", "step-000001", "step-000002"):
         same_checkpoint(run / name, whole / ("step-000002" if name == "last" else name))
     identical(resume(run), whole)
@@ -355,28 +487,51 @@ cp -a {disk}/run {log}/run
 def test_a_full_disk_ends_the_run_and_with_space_it_goes_on(size, whole, tmp_path):
     """A tiny tmpfs of the test's own: ENOSPC, somewhere in a save or in the logs."""
     (tmp_path / "disk").mkdir()
-    script = FULL_DISK.format(size=size, disk=tmp_path / "disk", python=sys.executable, log=tmp_path, run=" ".join(map(str, (*RUN, *SEED))))
+    script = FULL_DISK.format(
+        size=size,
+        disk=tmp_path / "disk",
+        python=sys.executable,
+        log=tmp_path,
+        run=" ".join(map(str, (*RUN, *SEED))),
+    )
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # as here: the same rounding
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # as here: the same rounding
     if done.returncode == 99:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr}")
-    code1, code2, error = ((tmp_path / name).read_text().strip() for name in ("code1", "code2", "err1"))
-    print(f"{size} KiB: exit code {code1}, last: {(tmp_path / 'last').read_text().strip()}, {error.splitlines()[-1]}")
-    assert code1 == "2" and re.search("cannot be (written|made a folder) ", error.splitlines()[-1]) and "Traceback" not in error, error
+    code1, code2, error = (
+        (tmp_path / name).read_text().strip() for name in ("code1", "code2", "err1")
+    )
+    print(
+        f"{size} KiB: exit code {code1}, last: {(tmp_path / 'last').read_text().strip()},"
+        f" {error.splitlines()[-1]}"
+    )
+    assert (
+        code1 == "2"
+        and re.search("cannot be (written|made a folder) ", error.splitlines()[-1])
+        and "Traceback" not in error
+    ), error
     for folder in checkpoint.checkpoints(tmp_path / "full"):
         same_checkpoint(folder, whole / folder.name)
     assert code2 == "0", (tmp_path / "err2").read_text()
     identical(tmp_path / "run", whole)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signals, kill -9
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def alone(*arguments) -> Launched:
-    """attnrl.py in the background, without torchrun but with the same handles: a shell drops "-m torch.distributed.run"."""
-    return Launched(*arguments, prefix=["sh", "-c", 'python=$1; shift 3; exec "$python" attnrl.py "$@"', "sh"])
+    """attnrl.py in the background, without torchrun but with the same handles: a shell drops "-m
+    torch.distributed.run"."""
+    return Launched(
+        *arguments, prefix=["sh", "-c", 'python=$1; shift 3; exec "$python" attnrl.py "$@"', "sh"]
+    )
 
 
 def check_newest(folder: Path) -> int:
@@ -399,10 +554,18 @@ def test_the_first_signal_stops_after_the_step_and_the_second_at_once(tmp_path):
             run.process.send_signal(number)
             code, step = run.wait(60), steps_done(folder)
             assert code == 0, f"exit code {code} after signal {number}, expected 0:\n{run.stderr()}"
-            assert "stopping after this step (once more: at once)" in run.stderr() and "Traceback" not in run.stderr()
-            assert f"stopped after step {step}, on request; the same command with --out {folder} --resume auto goes on" in run.stdout()
+            assert (
+                "stopping after this step (once more: at once)" in run.stderr()
+                and "Traceback" not in run.stderr()
+            )
+            assert (
+                f"stopped after step {step}, on request; the same command with --out"
+                f" {folder} --resume auto goes on" in run.stdout()
+            )
             assert check_newest(folder) == step > before
-            assert (f"resumed from {folder}/step-{before:06}" in run.stdout()) == (before > 0), run.stdout()
+            assert (f"resumed from {folder}/step-{before:06}" in run.stdout()) == (before > 0), (
+                run.stdout()
+            )
     leaves_at_once(folder, signal.SIGINT)
 
 
@@ -419,7 +582,9 @@ def leaves_at_once(folder: Path, number: int) -> None:
     with alone(*LONG, *long, "--out", folder, "--resume", "auto") as run:
         run.wait_until(lambda: "resumed from" in run.stdout(), "the first step")
         run.process.send_signal(number)
-        run.wait_until(lambda: "stopping after this step" in run.stderr(), "the answer to the first signal")
+        run.wait_until(
+            lambda: "stopping after this step" in run.stderr(), "the answer to the first signal"
+        )
         sent = time.monotonic()
         run.process.send_signal(number)
         code = run.wait(30)
@@ -431,10 +596,12 @@ def leaves_at_once(folder: Path, number: int) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_ends_the_run_with_a_whole_checkpoint(number, tmp_path):
-    """Slurm and kubectl send SIGTERM, a terminal sends SIGINT to the process group. torchrun passes it on, waits 30 seconds,
-    and then kills: the step must end by then."""
+    """Slurm and kubectl send SIGTERM, a terminal sends SIGINT to the process group. torchrun passes
+    it on, waits 30 seconds, and then kills: the step must end by then."""
     folder = tmp_path / "run"
-    with Launched(*one_node(2), "attnrl.py", *LONG, "--save_every", 0, "--out", folder, prefix=["setsid"]) as run:
+    with Launched(
+        *one_node(2), "attnrl.py", *LONG, "--save_every", 0, "--out", folder, prefix=["setsid"]
+    ) as run:
         run.wait_until(lambda: steps_done(folder) >= 1, "a step")
         os.killpg(run.process.pid, number)
         code = run.wait(90)
@@ -450,9 +617,12 @@ OFTEN = [*RUN, *SEED, "--steps", 30, "--batch_size", 2, "--eval_every", 10, "--k
 
 @pytest.mark.full
 def test_fifty_kills_at_random_moments_change_nothing(tmp_path, record_property):
-    """Each part of a run is killed soon after its first step is logged (it is saved then), during that step, or while it
-    starts. Runs follow one another until there were as many kills; each must end as the undisturbed one."""
-    expected = train(parse_config([str(option) for option in (*OFTEN, "--out", tmp_path / "whole")]))
+    """Each part of a run is killed soon after its first step is logged (it is saved then), during
+    that step, or while it starts. Runs follow one another until there were as many kills; each must
+    end as the undisturbed one."""
+    expected = train(
+        parse_config([str(option) for option in (*OFTEN, "--out", tmp_path / "whole")])
+    )
     seed = 20250707
     print(f"seed {seed}")
     rng, kills, runs, during, started = random.Random(seed), 0, 0, 0, time.monotonic()
@@ -465,43 +635,66 @@ def test_fifty_kills_at_random_moments_change_nothing(tmp_path, record_property)
                 if kills == KILLS:
                     run.wait(600)
                 else:
+
                     def reached():
                         going = f"step-{saved:06}" in run.stdout() if saved else folder.exists()
-                        return moment == "start" or going and (moment == "going on" or steps_done(folder) > saved)
+                        return (
+                            moment == "start"
+                            or going
+                            and (moment == "going on" or steps_done(folder) > saved)
+                        )
+
                     while run.process.poll() is None and not reached():
                         time.sleep(0.005)
                     time.sleep(rng.uniform(0, 6 if moment == "start" else 0.6))
                     run.process.kill()
                 code = run.process.wait()
-            assert code in (0, -signal.SIGKILL), f"run {runs}, after {kills} kills: exit code {code}\n{run.stderr()}"
+            assert code in (
+                0,
+                -signal.SIGKILL,
+            ), f"run {runs}, after {kills} kills: exit code {code}\n{run.stderr()}"
             if code:
                 kills, during = kills + 1, during + bool(list(folder.glob(".*.new")))
-                print(f"kill {kills} of run {runs} ({moment}): saved {saved}, logged {steps_done(folder)}, "
-                      f"left {[path.name for path in folder.glob('.*')]}", flush=True)
+                print(
+                    f"kill {kills} of run {runs} ({moment}): saved {saved}, logged"
+                    f" {steps_done(folder)}, left {[path.name for path in folder.glob('.*')]}",
+                    flush=True,
+                )
         identical(folder, expected)
-    text = f"{kills} kills in {time.monotonic() - started:.0f} s, {runs} runs, {during} kills during a save"
+    text = (
+        f"{kills} kills in {time.monotonic() - started:.0f} s, {runs} runs, {during} kills during a"
+        " save"
+    )
     record_property("kills", text)
     print(text)
     assert not list(folder.glob(".step*")), "half a checkpoint is still there"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def refused(capsys, folder, *options, given=("--resume", "auto")) -> str:
-    """The one line with which attnrl.py, exit code 2, refuses to go on. The folder is left as it was."""
+    """The one line with which attnrl.py, exit code 2, refuses to go on. The folder is left as it
+    was."""
+
     def content():
-        return {path: path.stat().st_mtime_ns for path in folder.rglob("*")} if folder.exists() else None
+        return (
+            {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+            if folder.exists()
+            else None
+        )
 
     before = content()
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        with stop_on_user_error("attnrl.py"):
-            train(config_of(folder, *given, *options))
+    with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
+        train(config_of(folder, *given, *options))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error
     after = content()
-    assert after == before, f"a refused run touched {[str(path) for path in (before or {}) if after.get(path) != before[path]]}"
+    assert after == before, (
+        "a refused run touched"
+        f" {[str(path) for path in (before or {}) if after.get(path) != before[path]]}"
+    )
     return error
 
 
@@ -511,16 +704,51 @@ def halfway(whole, tmp_path):
 
 
 def test_every_setting_that_changed_is_named_and_nothing_else(halfway, capsys):
-    error = refused(capsys, halfway, "--lr", 1e-4, "--seed", 4, "--batch_size", 5, "--clip_high", 0.3, "--keep", 3)
-    assert f"{halfway}/step-000002 was written with other settings (" in error and "--resume_changed true" in error
-    inside = error[error.index("(") + 1:error.rindex(")")].split("; ")
-    assert inside == ["--seed 3 is now 4", "--batch_size 4 is now 5", "--target_sequences 60 is now 75", "--lr 5e-05 is now 0.0001",
-                      "--clip_high 0.28 is now 0.3"], inside
+    error = refused(
+        capsys,
+        halfway,
+        "--lr",
+        1e-4,
+        "--seed",
+        4,
+        "--batch_size",
+        5,
+        "--clip_high",
+        0.3,
+        "--keep",
+        3,
+    )
+    assert (
+        f"{halfway}/step-000002 was written with other settings (" in error
+        and "--resume_changed true" in error
+    )
+    inside = error[error.index("(") + 1 : error.rindex(")")].split("; ")
+    assert inside == [
+        "--seed 3 is now 4",
+        "--batch_size 4 is now 5",
+        "--target_sequences 60 is now 75",
+        "--lr 5e-05 is now 0.0001",
+        "--clip_high 0.28 is now 0.3",
+    ], inside
 
 
 def test_settings_that_change_no_number_are_free(whole, halfway, tmp_path):
     moved = halfway.rename(tmp_path / "moved")
-    resume(moved, "--save_every", 3, "--keep", 1, "--log_samples", 1, "--grading_workers", 1, "--gpu_gib", 40, "--gpus", 3)
+    resume(
+        moved,
+        "--save_every",
+        3,
+        "--keep",
+        1,
+        "--log_samples",
+        1,
+        "--grading_workers",
+        1,
+        "--gpu_gib",
+        40,
+        "--gpus",
+        3,
+    )
     same_checkpoint(moved / "last", whole / "last")
     assert [folder.name for folder in checkpoint.checkpoints(moved)][-1] == "step-000004"
     assert len(checkpoint.checkpoints(moved)) <= 2  # the newest, and the best
@@ -533,19 +761,38 @@ def test_other_settings_are_taken_on_request(whole, halfway, capsys):
     assert state_of(halfway / "last")["stream"] == state_of(whole / "step-000003")["stream"]
 
 
-@pytest.mark.parametrize("change", [
-    ["--max_response", 20], ["--one_step_off_policy", "false"],
-    *(pytest.param(change, marks=pytest.mark.full) for change in (
-        ["--tis_cap", 2], ["--temperature", 0.7], ["--advantage", "grpo"], ["--advantage", "prl"]))], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        ["--max_response", 20],
+        ["--one_step_off_policy", "false"],
+        *(
+            pytest.param(change, marks=pytest.mark.full)
+            for change in (
+                ["--tis_cap", 2],
+                ["--temperature", 0.7],
+                ["--advantage", "grpo"],
+                ["--advantage", "prl"],
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_what_no_longer_fits_the_half_finished_batch_samples_its_problems_anew(change, halfway):
     resume(halfway, *change, "--resume_changed", "true", stop=lambda: True)
     after = state_of(halfway / "last")["groups"] or []
     assert not after if "--one_step_off_policy" in change else after
-    taken = [problem["number"] for step in lines(halfway / "batches.jsonl") for problem in step["problems"]]
+    taken = [
+        problem["number"]
+        for step in lines(halfway / "batches.jsonl")
+        for problem in step["problems"]
+    ]
     taken += [group["problem"] for group in after]
     assert taken == ProblemStream(16, seed=3).take(len(taken)), "a problem was lost, or came twice"
     if "--max_response" in change:
-        assert all(len(response["tokens"]) <= 20 for group in after for response in group["responses"])
+        assert all(
+            len(response["tokens"]) <= 20 for group in after for response in group["responses"]
+        )
 
 
 def test_another_problem_file_or_initial_model_of_the_same_name_is_noticed(tmp_path, capsys):
@@ -557,19 +804,37 @@ def test_another_problem_file_or_initial_model_of_the_same_name_is_noticed(tmp_p
     train(config_of(tmp_path / "run", *options), stop=lambda: True)
     rows[0]["answer"] = "6"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "other settings (the problems file is another one)" in refused(capsys, tmp_path / "run", *options)
+    assert "other settings (the problems file is another one)" in refused(
+        capsys, tmp_path / "run", *options
+    )
     rows[0]["answer"] = "5"
     problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy(tmp_path / "run" / "last" / "model.safetensors", model)
-    assert "other settings (the model file is another one)" in refused(capsys, tmp_path / "run", *options)
+    assert "other settings (the model file is another one)" in refused(
+        capsys, tmp_path / "run", *options
+    )
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("run.json", b"{}"), ("run.json", b'{"config": {'), ("run.json", b"[]"), ("run.json", b"\xff\xfe"), ("run.json", None),
-    ("training.pt", 1000), ("training.pt", -100), ("training.pt", b""), ("training.pt", b"no zip"), ("training.pt", None),
-    ("model.safetensors", 1000), ("model.safetensors", -100), ("model.safetensors", None), ("config.json", b"{"),
-    ("tokenizer.json", b"{"),
-])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("run.json", b"{}"),
+        ("run.json", b'{"config": {'),
+        ("run.json", b"[]"),
+        ("run.json", b"\xff\xfe"),
+        ("run.json", None),
+        ("training.pt", 1000),
+        ("training.pt", -100),
+        ("training.pt", b""),
+        ("training.pt", b"no zip"),
+        ("training.pt", None),
+        ("model.safetensors", 1000),
+        ("model.safetensors", -100),
+        ("model.safetensors", None),
+        ("config.json", b"{"),
+        ("tokenizer.json", b"{"),
+    ],
+)
 def test_a_damaged_checkpoint_is_one_line_that_names_it(name, damage, halfway, capsys):
     file = halfway / "step-000002" / name
     content = file.read_bytes()
@@ -577,7 +842,9 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(name, damage, halfway, c
     if damage is not None:
         file.write_bytes(content[:damage] if isinstance(damage, int) else damage)
     error = refused(capsys, halfway)
-    assert str(file.parent) in error and (name not in ("run.json", "training.pt") or str(file) in error), error
+    assert str(file.parent) in error and (
+        name not in ("run.json", "training.pt") or str(file) in error
+    ), error
     print(error)
 
 
@@ -586,7 +853,9 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
-def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(halfway, capsys, monkeypatch, tmp_path):
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_does_not_run(
+    halfway, capsys, monkeypatch, tmp_path
+):
     torch.save({"moments": Evil()}, halfway / "step-000002" / "training.pt")
     monkeypatch.chdir(tmp_path)
     assert "training.pt: cannot be read" in refused(capsys, halfway)
@@ -607,7 +876,8 @@ def test_resuming_needs_a_name_and_a_folder_of_a_run(whole, capsys, tmp_path):
     (tmp_path / "notes" / "todo.txt").write_text("mine")
     assert "is not empty" in refused(capsys, tmp_path / "notes")
     assert (tmp_path / "notes" / "todo.txt").read_text() == "mine"
-    assert "is not empty" in refused(capsys, whole, given=())  # without --resume a run is never written over
+    # without --resume a run is never written over
+    assert "is not empty" in refused(capsys, whole, given=())
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
@@ -619,10 +889,14 @@ def test_resuming_a_finished_run_changes_nothing(whole, tmp_path):
 def test_a_finished_run_can_be_made_longer(whole, tmp_path):
     run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
     resume(run, "--steps", 5, "--resume_changed", "true")
-    assert [m["step"] for m in metrics(run)] == [0, 1, 2, 3, 4, 5] and metrics(run)[:5] == metrics(whole)
+    assert [m["step"] for m in metrics(run)] == [0, 1, 2, 3, 4, 5] and metrics(run)[:5] == metrics(
+        whole
+    )
 
 
 def test_with_other_problems_the_stream_and_the_in_flight_half_start_anew(halfway):
     """Fewer problems than the old stream's position; the old responses belong to other problems."""
     resume(halfway, "--problems", "toy:8:5:3", "--resume_changed", "true", stop=lambda: True)
-    assert {s["problem"] for s in lines(halfway / "samples.jsonl") if s["step"] == 3} <= {text for text, _ in toy_set("toy:8:5:3")}
+    assert {s["problem"] for s in lines(halfway / "samples.jsonl") if s["step"] == 3} <= {
+        text for text, _ in toy_set("toy:8:5:3")
+    }

@@ -1,17 +1,19 @@
-"""Problem files, prompts and the toy: every kind of bad row is named with file and row, and the real files load."""
+"""Problem files, prompts and the toy: every kind of bad row is named with file and row, and the
+real files load."""
+
 import json
 import random
 import re
 from pathlib import Path
 
-import data
 import pytest
+from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
 from data import Problem, encode_prompt, load_problems, parse_answers, report_bad_rows
 from errors import UserError
-from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
 from toy.programs import LETTERS, toy_program, toy_set, toy_solution
 
 SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
@@ -30,13 +32,20 @@ def load(path, tokenizer, **options):
 
 
 def write_lines(path: Path, *rows) -> Path:
-    path.write_bytes(b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows))
+    path.write_bytes(
+        b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+    )
     return path
 
 
 def test_jsonl_takes_strings_numbers_and_lists_of_answers(tmp_path, tokenizer):
-    path = write_lines(tmp_path / "p.jsonl", {"problem": "1+1?", "answer": "2"}, b"", {"problem": "1+2?", "answer": 3},
-                       {"problem": "x^2=1?", "answer": ["1", " -1\n"]})
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"problem": "1+1?", "answer": "2"},
+        b"",
+        {"problem": "1+2?", "answer": 3},
+        {"problem": "x^2=1?", "answer": ["1", " -1\n"]},
+    )
     problems, said = load(path, tokenizer, suffix=SUFFIX)
     assert [p.answers for p in problems] == [["2"], ["3"], ["1", "-1"]] and said == []
     assert [p.source for p in problems] == [f"{path}, line {n}" for n in (1, 3, 4)]
@@ -52,49 +61,99 @@ BAD_ROWS = [
     ({"problem": 7, "answer": "1"}, "malformed", 'line 2: no text in the field "problem"'),
     ({"problem": "  ", "answer": "1"}, "malformed", "line 2: the problem is empty"),
     ({"problem": "a"}, "malformed", 'line 2: the field "answer"'),
-    ({"problem": "a", "answer": {"x": 1}}, "malformed", "line 2: the answer must be a string, a number or a list"),
-    ({"problem": "a", "answer": True}, "malformed", "line 2: the answer must be a string, a number or a list"),
-    ({"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}}, "malformed", "line 2: no text"),
-    ({"prompt": [{"role": "user", "content": "a"}], "reward_model": "x"}, "malformed", 'line 2: the field "answer"'),
+    (
+        {"problem": "a", "answer": {"x": 1}},
+        "malformed",
+        "line 2: the answer must be a string, a number or a list",
+    ),
+    (
+        {"problem": "a", "answer": True},
+        "malformed",
+        "line 2: the answer must be a string, a number or a list",
+    ),
+    (
+        {"prompt": [{"role": "user"}], "reward_model": {"ground_truth": "1"}},
+        "malformed",
+        "line 2: no text",
+    ),
+    (
+        {"prompt": [{"role": "user", "content": "a"}], "reward_model": "x"},
+        "malformed",
+        'line 2: the field "answer"',
+    ),
     ({"problem": "a \ud800", "answer": "1"}, "malformed", "line 2: "),
     ({"problem": "a", "answer": " "}, "empty answer", "line 2: the answer is empty"),
     ({"problem": "a", "answer": []}, "empty answer", "line 2: the answer is empty"),
     ({"problem": " good  one", "answer": "1"}, "duplicate", "line 2: the same problem as"),
     ({"problem": "good one" + SUFFIX, "answer": "1"}, "duplicate", "line 2: the same problem as"),
     ({"problem": "word " * 300, "answer": "1"}, "over-long prompt", "more than --max_prompt 200"),
-    ({"problem": "held  out", "answer": "1"}, "in the evaluation set", "line 2: the same problem is test.jsonl, line 9"),
+    (
+        {"problem": "held  out", "answer": "1"},
+        "in the evaluation set",
+        "line 2: the same problem is test.jsonl, line 9",
+    ),
 ]
 
 
 @pytest.mark.parametrize("row, kind, message", BAD_ROWS)
-def test_a_bad_row_is_named_and_stops_or_is_dropped_with_a_count(tmp_path, tokenizer, row, kind, message):
+def test_a_bad_row_is_named_and_stops_or_is_dropped_with_a_count(
+    tmp_path, tokenizer, row, kind, message
+):
     path = write_lines(tmp_path / "p.jsonl", {"problem": "good one", "answer": "1"}, row)
     held_out = [Problem("held out" + SUFFIX, ["1"], "test.jsonl, line 9")]
     said = []
     with pytest.raises(UserError, match=f"bad rows .1 {kind}.*--drop_bad_rows"):
-        load_problems(str(path), tokenizer, max_prompt=200, suffix=SUFFIX, evaluation=held_out, say=said.append)
-    assert len(said) == 1 and said[0].startswith(f"{kind}: {path}, line 2") and message in said[0] and "\n" not in said[0]
+        load_problems(
+            str(path),
+            tokenizer,
+            max_prompt=200,
+            suffix=SUFFIX,
+            evaluation=held_out,
+            say=said.append,
+        )
+    assert (
+        len(said) == 1
+        and said[0].startswith(f"{kind}: {path}, line 2")
+        and message in said[0]
+        and "\n" not in said[0]
+    )
     problems, said = load(path, tokenizer, suffix=SUFFIX, evaluation=held_out, drop=True)
     assert [p.text for p in problems] == ["good one"] and said == [f"{path}: left out 1 {kind}"]
 
 
 def test_conflicting_answers_drop_every_row_of_that_problem(tmp_path, tokenizer):
-    path = write_lines(tmp_path / "p.jsonl", {"problem": "a", "answer": "1"}, {"problem": "b", "answer": "1"},
-                       {"problem": "a", "answer": "2"})
+    path = write_lines(
+        tmp_path / "p.jsonl",
+        {"problem": "a", "answer": "1"},
+        {"problem": "b", "answer": "1"},
+        {"problem": "a", "answer": "2"},
+    )
     said = []
     with pytest.raises(UserError, match="2 conflicting answers"):
         load_problems(str(path), tokenizer, max_prompt=200, say=said.append)
-    assert "line 1: answer ['1'], but" in said[0] and "line 3 has the same problem with ['2']" in said[0]
-    assert "line 3: answer ['2'], but" in said[1] and "line 1 has the same problem with ['1']" in said[1]
+    assert (
+        "line 1: answer ['1'], but" in said[0]
+        and "line 3 has the same problem with ['2']" in said[0]
+    )
+    assert (
+        "line 3: answer ['2'], but" in said[1]
+        and "line 1 has the same problem with ['1']" in said[1]
+    )
     problems, said = load(path, tokenizer, drop=True)
-    assert [p.text for p in problems] == ["b"] and said == [f"{path}: left out 2 conflicting answers"]
+    assert [p.text for p in problems] == ["b"] and said == [
+        f"{path}: left out 2 conflicting answers"
+    ]
 
 
 def test_unusable_files_are_one_line(tmp_path, tokenizer):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 nonsense")
     (tmp_path / "empty.jsonl").touch()
-    for name, message in (("missing.jsonl", "no such problem file"), ("broken.parquet", "not a readable parquet file"),
-                          ("empty.jsonl", "no usable problem"), ("", "no such problem file")):
+    for name, message in (
+        ("missing.jsonl", "no such problem file"),
+        ("broken.parquet", "not a readable parquet file"),
+        ("empty.jsonl", "no usable problem"),
+        ("", "no such problem file"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             load(tmp_path / name, tokenizer)
         assert "\n" not in str(error.value)
@@ -111,13 +170,21 @@ def test_many_bad_rows_are_summed_up(tmp_path, tokenizer):
 def test_prompts_use_the_chat_template_if_there_is_one():
     messages = [{"role": "user", "content": "Hi there"}]
     chat = bpe_tokenizer()
-    assert chat.decode(encode_prompt(chat, messages)) == "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        chat.decode(encode_prompt(chat, messages))
+        == "<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+    )
     plain = bpe_tokenizer(chat=False)
     assert plain.decode(encode_prompt(plain, messages)) == "Hi there"
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(),
+        lambda x: st.lists(x) | st.dictionaries(st.text(), x),
+    )
+)
 def test_any_answer_value_is_parsed_or_refused(value):
     try:
         answers = parse_answers(value)
@@ -126,22 +193,32 @@ def test_any_answer_value_is_parsed_or_refused(value):
     assert all(isinstance(a, str) and a.strip() for a in answers)
 
 
-# --- the real files (read where they are, never copied) ---------------------------------------------------------------
-needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}")
+# --- the real files (read where they are, never copied)
+# ---------------------------------------------------------------
+needs_data = pytest.mark.skipif(
+    not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}"
+)
 
 
 @needs_data
-@pytest.mark.parametrize("name, rows", [("aime24", 30), ("math500", 500), ("minerva", 272), ("olympiad", 674)])
+@pytest.mark.parametrize(
+    "name, rows", [("aime24", 30), ("math500", 500), ("minerva", 272), ("olympiad", 674)]
+)
 def test_real_evaluation_files_load_whole(tokenizer, name, rows):
-    problems, said = load(REAL_DATA / f"{name}.parquet", tokenizer, suffix=SUFFIX, max_prompt=10_000)
+    problems, said = load(
+        REAL_DATA / f"{name}.parquet", tokenizer, suffix=SUFFIX, max_prompt=10_000
+    )
     assert len(problems) == rows and said == [] and all(p.answers for p in problems)
     assert all(tokenizer.decode(p.prompt_ids).count("within \\boxed{}.") == 1 for p in problems)
 
 
 @needs_data
 def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
-    held_out = [p for name in ("math500", "olympiad")
-                for p in load(REAL_DATA / f"{name}.parquet", tokenizer, suffix=SUFFIX, max_prompt=10_000)[0]]
+    held_out = [
+        p
+        for name in ("math500", "olympiad")
+        for p in load(REAL_DATA / f"{name}.parquet", tokenizer, suffix=SUFFIX, max_prompt=10_000)[0]
+    ]
     path, leaks = REAL_DATA / "dapo_math_train.parquet", []
     monkeypatch.setattr(data, "SHOWN_PER_KIND", 10**6)
 
@@ -151,19 +228,32 @@ def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
         report_bad_rows(source, bad, drop, say)
 
     monkeypatch.setattr(data, "report_bad_rows", report)
-    problems, said = load(path, tokenizer, drop=True, suffix=SUFFIX, evaluation=held_out, max_prompt=10_000)
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) ([a-z-]+(?: [a-z]+)*)", said[0].split("left out")[1])}
+    problems, said = load(
+        path, tokenizer, drop=True, suffix=SUFFIX, evaluation=held_out, max_prompt=10_000
+    )
+    counts = {
+        kind: int(n)
+        for n, kind in re.findall(r"(\d+) ([a-z-]+(?: [a-z]+)*)", said[0].split("left out")[1])
+    }
     assert counts.pop("empty answer") == 2
-    # the 7 problems of math500 and 11 of olympiad that occur in the training file, some of them in several rows
-    in_training = {line.split("the same problem is ")[1] for line in leaks if "the same problem is" in line}
-    assert sum("math500" in line for line in in_training) == 7 and sum("olympiad" in line for line in in_training) == 11
-    # 1,510 rows repeat a prompt to the letter, 1,940 up to layout; 8 prompts have conflicting answers
+    # the 7 problems of math500 and 11 of olympiad that occur in the training file, some of them in
+    # several rows
+    in_training = {
+        line.split("the same problem is ")[1] for line in leaks if "the same problem is" in line
+    }
+    assert (
+        sum("math500" in line for line in in_training) == 7
+        and sum("olympiad" in line for line in in_training) == 11
+    )
+    # 1,510 rows repeat a prompt to the letter, 1,940 up to layout; 8 prompts have conflicting
+    # answers
     assert counts["duplicate"] > 1_510 and counts["conflicting answers"] >= 16
     # nothing is lost without being counted
     assert len(problems) == 24_898 - 2 - sum(counts.values())
 
 
-# --- the toy ----------------------------------------------------------------------------------------------------------
+# --- the toy
+# --------------------------------------------------------------------------------------------------
 def run_program(program: str) -> dict[str, int]:
     """An independent interpreter: python's own arithmetic on the expression's characters."""
     values: dict[str, int] = {}
@@ -205,7 +295,17 @@ def test_toy_sets_are_reproducible_distinct_and_validated():
     assert len({program for program, _ in toy_set("toy:4:500:0")}) == 500
     lengths = [program.count("=") for program, _ in toy_set("toy:8-10:300:0")]
     assert set(lengths) == {8, 9, 10} and min(map(lengths.count, (8, 9, 10))) > 70
-    for wrong in ("toy:x", "toy:10-8", "toy:8-9-10", "toy:-8", "toy:3", "toy:27", "toy:8:0", "toy:8:1:-1", "toy:8:10:0:9"):
+    for wrong in (
+        "toy:x",
+        "toy:10-8",
+        "toy:8-9-10",
+        "toy:-8",
+        "toy:3",
+        "toy:27",
+        "toy:8:0",
+        "toy:8:1:-1",
+        "toy:8:10:0:9",
+    ):
         with pytest.raises(ValueError):
             list(toy_set(wrong))
         with pytest.raises(UserError, match="write toy:VARIABLES:COUNT:SEED"):
@@ -221,12 +321,20 @@ def test_toy_tokens_are_characters_and_the_blank_line():
 
 def test_a_json_array_is_read_as_published_and_a_wrong_one_says_so(tmp_path, tokenizer):
     path = tmp_path / "deepscaler.json"
-    rows = [{"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": "It is."} for i in range(3)]
+    rows = [
+        {"problem": f"What is {i} + 1?", "answer": str(i + 1), "solution": "It is."}
+        for i in range(3)
+    ]
     path.write_text(json.dumps([*rows, {"problem": "no answer"}]))
     problems, said = load(path, tokenizer, drop=True)
-    assert [p.answers for p in problems] == [["1"], ["2"], ["3"]] and problems[1].source == f"{path}, entry 1"
+    assert [p.answers for p in problems] == [["1"], ["2"], ["3"]] and problems[
+        1
+    ].source == f"{path}, entry 1"
     assert said == [f"{path}: left out 1 malformed"]
-    for text, message in (('{"problem": "x", "answer": "1"}', "not an array"), ('[{"problem": "x",', "not JSON in UTF-8")):
+    for text, message in (
+        ('{"problem": "x", "answer": "1"}', "not an array"),
+        ('[{"problem": "x",', "not JSON in UTF-8"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             load(path, tokenizer)
@@ -238,7 +346,15 @@ def test_parquet_with_plain_columns(tmp_path, tokenizer):
     import pyarrow.parquet
 
     path = tmp_path / "deepscaler.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"problem": ["What is 1 + 1?", "What is 2 + 2?"], "answer": ["2", "4"],
-                                               "solution": ["", ""]}), path)
+    pyarrow.parquet.write_table(
+        pyarrow.table(
+            {
+                "problem": ["What is 1 + 1?", "What is 2 + 2?"],
+                "answer": ["2", "4"],
+                "solution": ["", ""],
+            }
+        ),
+        path,
+    )
     problems, _ = load(path, tokenizer)
     assert [p.answers for p in problems] == [["2"], ["4"]]

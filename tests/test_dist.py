@@ -1,9 +1,13 @@
-"""test_dist.py: several ranks compute what one computes, and a run that loses a rank ends. Real torchrun, gloo, no mocks.
+"""test_dist.py: several ranks compute what one computes, and a run that loses a rank ends. Real
+torchrun, gloo, no mocks.
 
-What ranks compute is in dist_worker.py; here one torchrun computes all cases of that kind, and each test reads its own.
+What ranks compute is in dist_worker.py; here one torchrun computes all cases of that kind, and each
+test reads its own.
 
-    python -m pytest tests/test_dist.py -m "not full"     # without it: also nodes, 3 ranks, other methods, more faults
+    python -m pytest tests/test_dist.py -m "not full"     # without it: also nodes, 3 ranks, other
+                                                          methods, more faults
 """
+
 import json
 import math
 import os
@@ -19,37 +23,45 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import dist_worker
 import pytest
 import torch
+from fixtures import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import dist
-import dist_worker
 from attnrl import parse_config, train
-from fixtures import ROOT
 from sampler import EasyFilter, problem_fci, solve_rate
 from toy.programs import toy_set
 
 LIMIT = 60  # seconds within which a run must end that lost a rank
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torchrun, and every process that comes from it
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Launched:
-    """A torchrun in the background. Its environment carries a mark of its own, which is inherited: so all processes of the
-    run can be found, grading workers and those that outlive their parent too, and none of them outlives the test."""
+    """A torchrun in the background. Its environment carries a mark of its own, which is inherited:
+    so all processes of the run can be found, grading workers and those that outlive their parent
+    too, and none of them outlives the test."""
 
     def __init__(self, *arguments, prefix=(), env=None):
         self.mark = f"ATTNRL_TEST={uuid.uuid4().hex}"
         self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
         name, value = self.mark.split("=")
-        # one thread a rank and sleeping OpenMP pools: CI machines have as many cores as there are ranks, or fewer
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", name: value} | (env or {})
+        # one thread a rank and sleeping OpenMP pools: CI machines have as many cores as there are
+        # ranks, or fewer
+        environment = (
+            os.environ
+            | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", name: value}
+            | (env or {})
+        )
         command = [*prefix, sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self.out, stderr=self.err)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=self.out, stderr=self.err
+        )
 
     def __enter__(self):
         return self
@@ -60,7 +72,8 @@ class Launched:
         self.process.wait()
 
     def processes(self, *words: str) -> list[int]:
-        """Ids of the run's processes whose command line and environment contain all of these words."""
+        """Ids of the run's processes whose command line and environment contain all of these
+        words."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -68,14 +81,19 @@ class Launched:
                 command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             except OSError:  # it has just ended, or is another user's
                 continue
-            if self.mark in environment and all(w in environment or any(w in part for part in command) for w in words):
+            if self.mark in environment and all(
+                w in environment or any(w in part for part in command) for w in words
+            ):
                 found.append(int(folder.name))
         return found
 
     def rank(self, number: int) -> int:
-        """The process id of one rank (grading workers inherit RANK, but have another command line)."""
+        """The process id of one rank (grading workers inherit RANK, but have another command
+        line)."""
         found = self.processes(f"RANK={number}", "attnrl.py")
-        assert len(found) == 1, f"{len(found)} processes of rank {number}, expected 1; stderr:\n{self.stderr()}"
+        assert len(found) == 1, (
+            f"{len(found)} processes of rank {number}, expected 1; stderr:\n{self.stderr()}"
+        )
         return found[0]
 
     def wait(self, seconds: float) -> int:
@@ -88,7 +106,9 @@ class Launched:
         end = time.monotonic() + seconds
         while not condition():
             assert self.process.poll() is None, f"ended before {what}; stderr:\n{self.stderr()}"
-            assert time.monotonic() < end, f"{what}: not within {seconds} s; stderr:\n{self.stderr()}"
+            assert time.monotonic() < end, (
+                f"{what}: not within {seconds} s; stderr:\n{self.stderr()}"
+            )
             time.sleep(0.05)
 
     def text(self, file) -> str:
@@ -103,7 +123,8 @@ class Launched:
 
 
 def one_node(ranks: int) -> list:
-    return ["--standalone", "--nproc_per_node", ranks]  # standalone: a free port, so two runs do not meet
+    # standalone: a free port, so two runs do not meet
+    return ["--standalone", "--nproc_per_node", ranks]
 
 
 def torchrun(ranks: int, *arguments) -> None:
@@ -113,7 +134,8 @@ def torchrun(ranks: int, *arguments) -> None:
 
 
 def on_ranks(ranks: int, cases: dict, folder: Path) -> dict[str, list]:
-    """{name: [result of rank 0, of rank 1, ...]} of cases {name: (function of dist_worker, options)}."""
+    """{name: [result of rank 0, of rank 1, ...]} of cases {name: (function of dist_worker,
+    options)}."""
     torchrun(ranks, "tests/dist_worker.py", folder / "results", json.dumps(cases))
     return torch.load(folder / "results", weights_only=False)
 
@@ -128,13 +150,16 @@ def group_of_one():
         dist.stop()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Comparisons that say both numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def assert_same(got, expected, *, rel: float = 0.0, tol: float = 0.0, where: str = "") -> None:
-    """Nested lists and dicts are equal, floats within tol + rel * |expected|. Of a tensor the worst entry is shown."""
+    """Nested lists and dicts are equal, floats within tol + rel * |expected|. Of a tensor the worst
+    entry is shown."""
     if isinstance(expected, torch.Tensor):
-        assert got.shape == expected.shape and got.dtype == expected.dtype, f"{where}: {got.shape} and {expected.shape}"
+        assert got.shape == expected.shape and got.dtype == expected.dtype, (
+            f"{where}: {got.shape} and {expected.shape}"
+        )
         worst = (got - expected).abs().flatten().argmax()
         got, expected = (tensor.flatten()[worst].item() for tensor in (got, expected))
         assert_same(got, expected, rel=rel, tol=tol, where=f"{where}[{worst}]")
@@ -148,7 +173,9 @@ def assert_same(got, expected, *, rel: float = 0.0, tol: float = 0.0, where: str
             assert_same(a, b, rel=rel, tol=tol, where=f"{where}[{i}]")
     elif isinstance(expected, float):
         apart = abs(got - expected)
-        assert apart <= tol + rel * abs(expected), f"{where}: {got!r} and {expected!r}, {apart:.3g} apart"
+        assert apart <= tol + rel * abs(expected), (
+            f"{where}: {got!r} and {expected!r}, {apart:.3g} apart"
+        )
     else:
         assert got == expected, f"{where}: {got!r} and {expected!r}"
 
@@ -158,20 +185,31 @@ def test_comparisons_notice_a_difference():
     one = {"a": [1, 2.0, "x"], "b": torch.tensor([1.0, 2.0])}
     assert_same(one, {"a": [1, 2.0, "x"], "b": torch.tensor([1.0, 2.0])})
     assert_same({"b": torch.tensor([1.0, 2.00001])}, {"b": torch.tensor([1.0, 2.0])}, tol=1e-4)
-    for other in ({"a": [1, 2.001, "x"], "b": one["b"]}, {"a": [2, 2.0, "x"], "b": one["b"]}, {"a": [1, 2.0], "b": one["b"]},
-                  {"a": [1, 2.0, "y"], "b": one["b"]}, {"a": one["a"], "b": torch.tensor([1.0, 2.001])},
-                  {"a": one["a"], "b": torch.tensor([1.0, math.nan])}, {"a": one["a"]}, {"a": [1, math.nan, "x"], "b": one["b"]}):
+    for other in (
+        {"a": [1, 2.001, "x"], "b": one["b"]},
+        {"a": [2, 2.0, "x"], "b": one["b"]},
+        {"a": [1, 2.0], "b": one["b"]},
+        {"a": [1, 2.0, "y"], "b": one["b"]},
+        {"a": one["a"], "b": torch.tensor([1.0, 2.001])},
+        {"a": one["a"], "b": torch.tensor([1.0, math.nan])},
+        {"a": one["a"]},
+        {"a": [1, math.nan, "x"], "b": one["b"]},
+    ):
         with pytest.raises(AssertionError):
             assert_same(other, one, tol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Without a group; dealing out
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_without_a_group_this_is_rank_0_of_1_and_nothing_is_exchanged():
     assert (dist.rank(), dist.world()) == (0, 1)
     items = [3, 1, 2]
-    assert dist.mine(items) == items and dist.everyone(items) == items and dist.in_step([[0], [1]]) == [[0], [1]]
+    assert (
+        dist.mine(items) == items
+        and dist.everyone(items) == items
+        and dist.in_step([[0], [1]]) == [[0], [1]]
+    )
     assert dist.start("cpu") == "cpu" and dist.world() == 1  # no torchrun: no group
     dist.stop()
 
@@ -180,16 +218,22 @@ def test_without_a_group_this_is_rank_0_of_1_and_nothing_is_exchanged():
 @given(st.lists(st.integers(1, 1000), max_size=40), st.integers(1, 9))
 def test_deal_is_a_fair_partition_and_the_same_on_every_rank(costs, hands):
     dealt = dist.deal(costs, hands)
-    assert len(dealt) == hands and sorted(i for hand in dealt for i in hand) == list(range(len(costs))), (dealt, costs)
+    assert len(dealt) == hands and sorted(i for hand in dealt for i in hand) == list(
+        range(len(costs))
+    ), (dealt, costs)
     loads = [sum(costs[i] for i in hand) for hand in dealt]
-    # dearest first to the poorest: when the richest got its last item it was the poorest, so it is ahead by that item at most
-    assert max(loads) - min(loads) <= max(costs, default=0), f"loads {loads}, largest cost {max(costs, default=0)}"
+    # dearest first to the poorest: when the richest got its last item it was the poorest, so it is
+    # ahead by that item at most
+    assert max(loads) - min(loads) <= max(costs, default=0), (
+        f"loads {loads}, largest cost {max(costs, default=0)}"
+    )
     assert dealt == dist.deal(list(costs), hands)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two ranks: work, gradients, scores. Lengths are such that `deal` gives rank 0 the longest sequence and few others.
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Two ranks: work, gradients, scores. Lengths are such that `deal` gives rank 0 the longest sequence
+# and few others.
+# --------------------------------------------------------------------------------------------------
 LENGTHS = [60, 12, 9, 9, 7, 5, 3]
 MODELS = ("qwen2", "qwen2_tied", "qwen3")
 SPREADS = {
@@ -200,27 +244,43 @@ SPREADS = {
     "fsdp+offload": dict(parallel="fsdp", cpu_offload=True),
 }
 BOTH = ("ddp", "fsdp")
-UPDATES = {  # name: options of dist_worker.update; each with one process and with DDP and FSDP2 on two ranks
+# name: options of dist_worker.update; each with one process and with DDP and FSDP2 on two ranks
+UPDATES = {
     "one sequence": dict(lengths=[20]),  # fewer than ranks
-    "clipped": dict(lengths=LENGTHS, max_grad_norm=0.01),  # the norm must be that of the whole gradient, not of a shard
+    # the norm must be that of the whole gradient, not of a shard
+    "clipped": dict(lengths=LENGTHS, max_grad_norm=0.01),
     "three updates": dict(lengths=LENGTHS, mini_batch=3, adam_lr=1e-3, model="qwen3"),
     "nan": dict(lengths=LENGTHS, poison=math.nan),
     "inf": dict(lengths=LENGTHS, poison=math.inf),
     "nan in one of three": dict(lengths=LENGTHS, mini_batch=3, poison=math.nan, model="qwen3"),
 }
-BF16 = dict(lengths=LENGTHS, sign=1, parallel="fsdp", dtype="bf16")  # sign 1: a loss that does not nearly cancel
+# sign 1: a loss that does not nearly cancel
+BF16 = dict(lengths=LENGTHS, sign=1, parallel="fsdp", dtype="bf16")
 CASES = {
     "group": ("group", dict(longest=7)),
-    **{f"{model} {spread}": ("update", dict(lengths=LENGTHS, model=model, **options))
-       for model in MODELS for spread, options in SPREADS.items()},
-    **{f"{name} {spread}": ("update", options | SPREADS[spread]) for name, options in UPDATES.items() for spread in BOTH},
+    **{
+        f"{model} {spread}": ("update", dict(lengths=LENGTHS, model=model, **options))
+        for model in MODELS
+        for spread, options in SPREADS.items()
+    },
+    **{
+        f"{name} {spread}": ("update", options | SPREADS[spread])
+        for name, options in UPDATES.items()
+        for spread in BOTH
+    },
     "bf16": ("update", BF16),
     "bf16+checkpointing": ("update", BF16 | dict(activation_checkpointing=True)),
     "bf16 adam": ("update", BF16 | dict(adam_lr=1e-3)),
     "gap in step": ("gap", dict(stale=-1)),
     "gap of rank 1": ("gap", dict(stale=1)),
-    **{f"scores {at} {spread}": ("scores", dict(model="qwen2_tied", lengths=[40, 12, 9], at=at, parallel=spread))
-       for at in (0, 1, None) for spread in BOTH},
+    **{
+        f"scores {at} {spread}": (
+            "scores",
+            dict(model="qwen2_tied", lengths=[40, 12, 9], at=at, parallel=spread),
+        )
+        for at in (0, 1, None)
+        for spread in BOTH
+    },
 }
 
 
@@ -258,12 +318,18 @@ def same_update(got: dict, expected: dict, tol: float = 1e-5) -> None:
 def test_two_ranks_have_the_loss_and_gradient_of_one_process(two, model, spread):
     plain = dist_worker.update(LENGTHS, model)
     ranks = two[f"{model} {spread}"]
-    # the case is a hard one: the ranks have different numbers of sequences and of micro-batches, every term is there
-    assert ranks[0]["sequences"] != ranks[1]["sequences"] and ranks[0]["batches"] != ranks[1]["batches"], (
-        [r["batches"] for r in ranks])
+    # the case is a hard one: the ranks have different numbers of sequences and of micro-batches,
+    # every term is there
+    assert (
+        ranks[0]["sequences"] != ranks[1]["sequences"]
+        and ranks[0]["batches"] != ranks[1]["batches"]
+    ), [r["batches"] for r in ranks]
     stats = plain["stats"]
-    assert stats["tokens"] == sum(LENGTHS) and stats["kl"] > 0.1 and 0.1 < stats["clip_fraction"] < 0.9, stats
-    assert all(change.abs().max() > 1e-3 for change in plain["change"].values())  # 100 times the tolerance, in every tensor
+    assert (
+        stats["tokens"] == sum(LENGTHS) and stats["kl"] > 0.1 and 0.1 < stats["clip_fraction"] < 0.9
+    ), stats
+    # 100 times the tolerance, in every tensor
+    assert all(change.abs().max() > 1e-3 for change in plain["change"].values())
     for rank in ranks:
         same_update(rank, plain)
 
@@ -281,8 +347,11 @@ def test_what_the_switches_say_really_happens(two):
     whole = two["qwen2 ddp"][0]["held"]
     for spread, parts in (("ddp", 1), ("fsdp", 2), ("fsdp+offload", 2)):
         held = [rank["held"] for rank in two[f"qwen2 {spread}"]]
-        assert sum(held) == 2 * whole / parts and max(held) <= 0.6 * 2 * whole / parts, f"{spread}: {held} of {whole} weights"
-    for parallel in BOTH:  # forward passes of a layer inside: those of the ranks in step; with checkpointing twice
+        assert sum(held) == 2 * whole / parts and max(held) <= 0.6 * 2 * whole / parts, (
+            f"{spread}: {held} of {whole} weights"
+        )
+    # forward passes of a layer inside: those of the ranks in step; with checkpointing twice
+    for parallel in BOTH:
         batches = max(rank["batches"][0] for rank in two[f"qwen2 {parallel}"])
         for rank, again in zip(two[f"qwen2 {parallel}"], two[f"qwen2 {parallel}+checkpointing"]):
             assert (len(rank["passes"]), len(again["passes"])) == (batches, 2 * batches)
@@ -302,16 +371,21 @@ def test_the_gradient_is_clipped_by_its_norm_over_all_ranks(two, spread):
     for rank in two[f"clipped {spread}"]:
         same_update(rank, plain, tol=1e-6)
         norm = torch.cat([change.flatten() for change in rank["change"].values()]).norm().item()
-        assert norm == pytest.approx(0.01, rel=1e-3), f"the weights moved by {norm}, the clip is 0.01"
+        assert norm == pytest.approx(0.01, rel=1e-3), (
+            f"the weights moved by {norm}, the clip is 0.01"
+        )
 
 
 @pytest.mark.parametrize("spread", BOTH)
 def test_weights_agree_after_three_adamw_updates(two, spread):
-    """A looser tolerance: AdamW divides each entry's gradient by its own size, so where that is about as large as the
-    rounding error it takes a full step of lr in a random direction. (Without biases, whose gradient is almost nothing else
-    for keys.) Weights move by up to 3 lr."""
+    """A looser tolerance: AdamW divides each entry's gradient by its own size, so where that is
+    about as large as the rounding error it takes a full step of lr in a random direction. (Without
+    biases, whose gradient is almost nothing else for keys.) Weights move by up to 3 lr."""
     plain = dist_worker.update(**UPDATES["three updates"])
-    assert plain["stats"]["updates"] == 3 and max(change.max() for change in plain["change"].values()) > 0.002
+    assert (
+        plain["stats"]["updates"] == 3
+        and max(change.max() for change in plain["change"].values()) > 0.002
+    )
     for rank in two[f"three updates {spread}"]:
         assert len(rank["batches"]) == 3
         assert_same(rank["stats"], plain["stats"], rel=1e-4)
@@ -324,8 +398,14 @@ def test_a_bad_number_on_one_rank_skips_the_update_on_all(two, poison, spread):
     ranks = two[f"{poison} {spread}"]
     assert Counter(rank["poisoned"] for rank in ranks) == {True: 1, False: 1}
     for rank in ranks:
-        assert (rank["stats"]["updates"], rank["stats"]["skipped_updates"], rank["stats"]["tokens"]) == (1, 1, 0), rank["stats"]
-        assert all(change.eq(0).all() for change in rank["change"].values()), "weights moved in an update that was skipped"
+        assert (
+            rank["stats"]["updates"],
+            rank["stats"]["skipped_updates"],
+            rank["stats"]["tokens"],
+        ) == (1, 1, 0), rank["stats"]
+        assert all(change.eq(0).all() for change in rank["change"].values()), (
+            "weights moved in an update that was skipped"
+        )
 
 
 @pytest.mark.parametrize("spread", BOTH)
@@ -333,7 +413,8 @@ def test_updates_after_a_skipped_one_are_those_of_one_process(two, spread):
     plain = dist_worker.update(**UPDATES["nan in one of three"])
     assert (plain["stats"]["updates"], plain["stats"]["skipped_updates"]) == (3, 1)
     for rank in two[f"nan in one of three {spread}"]:
-        same_update(rank, plain, tol=1e-4)  # later gradients are taken at weights that have moved far
+        # later gradients are taken at weights that have moved far
+        same_update(rank, plain, tol=1e-4)
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_gradients_and_moments_in_fp32(two):
@@ -341,19 +422,28 @@ def test_bf16_computes_in_bf16_and_keeps_weights_gradients_and_moments_in_fp32(t
     with group_of_one():
         alone = dist_worker.update(**BF16)
     gradient = torch.cat([change.flatten() for change in plain["change"].values()])
-    for name, result in [("1 rank", alone), *(("2 ranks", rank) for rank in two["bf16"] + two["bf16+checkpointing"])]:
-        assert set(result["passes"]) == {torch.bfloat16} and result["kept"] == {torch.float32}, (name, result["passes"])
+    for name, result in [
+        ("1 rank", alone),
+        *(("2 ranks", rank) for rank in two["bf16"] + two["bf16+checkpointing"]),
+    ]:
+        assert set(result["passes"]) == {torch.bfloat16} and result["kept"] == {torch.float32}, (
+            name,
+            result["passes"],
+        )
         for key in ("loss", "policy_loss", "grad_norm"):
             got, expected = result["stats"][key], plain["stats"][key]
-            assert abs(got - expected) < 0.02 * abs(expected), f"{name}: {key} {got} in bf16, {expected} in fp32"
+            assert abs(got - expected) < 0.02 * abs(expected), (
+                f"{name}: {key} {got} in bf16, {expected} in fp32"
+            )
         moved = torch.cat([change.flatten() for change in result["change"].values()])
-        assert torch.cosine_similarity(moved, gradient, dim=0) > 0.99  # the weights really moved, and the right way
-        assert 0 < (moved - gradient).abs().max(), "bf16 gave exactly the gradient of fp32"
+        # the weights really moved, and the right way
+        assert torch.cosine_similarity(moved, gradient, dim=0) > 0.99
+        assert (moved - gradient).abs().max() > 0, "bf16 gave exactly the gradient of fp32"
     for rank in two["bf16 adam"]:
         assert rank["kept"] == {torch.float32}  # moments included
         step = torch.cat([change.flatten() for change in rank["change"].values()]).abs()
-        # AdamW's first step is lr for every entry with a gradient. It would be lost on bf16 weights, of which the next
-        # neighbour of 0.3 is 0.002 away.
+        # AdamW's first step is lr for every entry with a gradient. It would be lost on bf16
+        # weights, of which the next neighbour of 0.3 is 0.002 away.
         assert 0.9e-3 < step.median() < 1.1e-3, f"median step {step.median()}, learning rate 0.001"
 
 
@@ -366,34 +456,69 @@ def test_scores_do_not_depend_on_who_has_the_sequences(two, at, spread):
     assert [len(rank) for rank in ranks] == {0: [3, 0], 1: [0, 3], None: [2, 1]}[at]
     got = [ranks[0][0], ranks[1][0], ranks[0][1]] if at is None else ranks[at]
     assert_same(got, plain, tol=1e-5)
-    assert all(len(s["fci"]) == 6 and max(s["fci"]) > 0.01 and min(s["entropies"]) > 0.1 for s in plain)
+    assert all(
+        len(s["fci"]) == 6 and max(s["fci"]) > 0.01 and min(s["entropies"]) > 0.1 for s in plain
+    )
 
 
 def test_an_engine_that_missed_a_sync_stops_all_ranks_and_not_only_its_own(two):
     """A rank that left alone would leave the others waiting for it."""
     assert two["gap in step"] == ["0.00000"] * 2
     first, second = two["gap of rank 1"]
-    assert first == second and first.startswith("engine and learner disagree after the weight sync: over 8 tokens"), first
+    assert first == second and first.startswith(
+        "engine and learner disagree after the weight sync: over 8 tokens"
+    ), first
 
 
 def test_cast_rounds_weights_and_not_rotary_frequencies():
-    """They are no parameters and not in the state dict: an engine's copy that rounds them keeps another position encoding."""
+    """They are no parameters and not in the state dict: an engine's copy that rounds them keeps
+    another position encoding."""
     model = dist_worker.model_of("qwen2")
     before = {name: value.clone() for name, value in model.named_buffers()}
     assert any(name.endswith("inv_freq") for name in before)
     dist.cast(model, "bf16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert all(value.dtype == torch.float32 and value.equal(before[name]) for name, value in model.named_buffers())
-    assert not all(value.bfloat16().float().equal(value) for value in before.values()), "rounding would not show in this model"
+    assert all(
+        value.dtype == torch.float32 and value.equal(before[name])
+        for name, value in model.named_buffers()
+    )
+    assert not all(value.bfloat16().float().equal(value) for value in before.values()), (
+        "rounding would not show in this model"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole runs on the toy
-# ---------------------------------------------------------------------------------------------------------------------
-# An odd number of problems; all samples logged; several updates a step; a batch size that follows Eq. 10 at once; a seed for
-# which it matters to the filter that all ranks' problems are in its mean (asserted below)
-RUN = ["--steps", 3, "--batch_size", 5, "--group_size", 3, "--eval_every", 0, "--eval_samples", 1, "--test_problems", "toy:8:3:2",
-       "--problems", "toy:8:200:1", "--kl_coef", 0.001, "--seed", 6, "--log_samples", 100, "--batch_lam", 0.2, "--mini_batch", 20]
+# --------------------------------------------------------------------------------------------------
+# An odd number of problems; all samples logged; several updates a step; a batch size that follows
+# Eq. 10 at once; a seed for which it matters to the filter that all ranks' problems are in its mean
+# (asserted below)
+RUN = [
+    "--steps",
+    3,
+    "--batch_size",
+    5,
+    "--group_size",
+    3,
+    "--eval_every",
+    0,
+    "--eval_samples",
+    1,
+    "--test_problems",
+    "toy:8:3:2",
+    "--problems",
+    "toy:8:200:1",
+    "--kl_coef",
+    0.001,
+    "--seed",
+    6,
+    "--log_samples",
+    100,
+    "--batch_lam",
+    0.2,
+    "--mini_batch",
+    20,
+]
 
 
 def alone(folder: Path, *options) -> Path:
@@ -411,18 +536,31 @@ def lines(file: Path) -> list[dict]:
 
 
 def metrics(folder: Path) -> list[dict]:
-    return [{key: value for key, value in m.items() if "seconds/" not in key} for m in lines(folder / "metrics.jsonl")]
+    return [
+        {key: value for key, value in m.items() if "seconds/" not in key}
+        for m in lines(folder / "metrics.jsonl")
+    ]
 
 
 def same_run(got: Path, expected: Path) -> None:
-    """Texts, rewards and whole numbers exactly; other numbers to 1e-4 of their size (1e-5 near 0, as of the log-prob gap
-    between engine and learner, which is rounding and nothing else)."""
-    assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), rel=1e-4, tol=2e-4)  # log-probs are rounded
+    """Texts, rewards and whole numbers exactly; other numbers to 1e-4 of their size (1e-5 near 0,
+    as of the log-prob gap between engine and learner, which is rounding and nothing else)."""
+    # log-probs are rounded
+    assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), rel=1e-4, tol=2e-4)
     assert_same(metrics(got), metrics(expected), rel=1e-4, tol=1e-5)
-    models = [AutoModelForCausalLM.from_pretrained(folder / "last").state_dict() for folder in (got, expected)]
-    # As in test_weights_agree_after_three_adamw_updates single weights may be off by a step or two, of 5e-5 each; not many
+    models = [
+        AutoModelForCausalLM.from_pretrained(folder / "last").state_dict()
+        for folder in (got, expected)
+    ]
+    # As in test_weights_agree_after_three_adamw_updates single weights may be off by a step or two,
+    # of 5e-5 each; not many
     assert_same(*models, tol=1e-4, where="last")
-    rms = torch.cat([(models[0][name] - models[1][name]).flatten() for name in models[0]]).square().mean().sqrt()
+    rms = (
+        torch.cat([(models[0][name] - models[1][name]).flatten() for name in models[0]])
+        .square()
+        .mean()
+        .sqrt()
+    )
     assert rms < 5e-7, f"root mean square difference of weights {rms}, allowed 5e-7"
 
 
@@ -438,7 +576,8 @@ def one_process(tmp_path_factory):
 
 
 def filters_alone_would_differ(folder: Path) -> bool:
-    """Whether two ranks whose filters knew their own problems only would expand others than this run did."""
+    """Whether two ranks whose filters knew their own problems only would expand others than this
+    run did."""
     for rank in (0, 1):
         easy = EasyFilter()
         for step in (1, 2, 3):
@@ -455,50 +594,96 @@ def test_a_run_on_two_ranks_is_the_run_of_one_process(one_process, tmp_path):
 
 
 def test_a_run_on_two_ranks_with_fsdp_is_the_run_of_one_process(one_process, tmp_path):
-    same_run(together(tmp_path / "run", "--parallel", "fsdp", "--activation_checkpointing", "true"), one_process)
+    same_run(
+        together(tmp_path / "run", "--parallel", "fsdp", "--activation_checkpointing", "true"),
+        one_process,
+    )
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("parallel, options", [
-    ("ddp", ["--one_step_off_policy", "false", "--branch", "entropy"]),
-    ("fsdp", ["--one_step_off_policy", "false"]),
-    ("fsdp", ["--branch", "entropy"]),
-    ("ddp", ["--advantage", "grpo", "--grpo_samples", 8]),
-])
+@pytest.mark.parametrize(
+    "parallel, options",
+    [
+        ("ddp", ["--one_step_off_policy", "false", "--branch", "entropy"]),
+        ("fsdp", ["--one_step_off_policy", "false"]),
+        ("fsdp", ["--branch", "entropy"]),
+        ("ddp", ["--advantage", "grpo", "--grpo_samples", 8]),
+    ],
+)
 def test_other_methods_on_two_ranks_are_those_of_one_process(tmp_path, parallel, options):
     options = ["--steps", 2, *options]
-    same_run(together(tmp_path / "two", *options, "--parallel", parallel), alone(tmp_path / "one", *options))
+    same_run(
+        together(tmp_path / "two", *options, "--parallel", parallel),
+        alone(tmp_path / "one", *options),
+    )
 
 
 @pytest.mark.full
 def test_a_rank_without_any_problem_takes_part(tmp_path):
-    """2 problems to train and 2 to test on 3 ranks: the last has nothing to sample, score or grade."""
-    options = ["--steps", 2, "--batch_size", 2, "--ads_batch", "false", "--test_problems", "toy:8:2:2"]
+    """2 problems to train and 2 to test on 3 ranks: the last has nothing to sample, score or
+    grade."""
+    options = [
+        "--steps",
+        2,
+        "--batch_size",
+        2,
+        "--ads_batch",
+        "false",
+        "--test_problems",
+        "toy:8:2:2",
+    ]
     expected = alone(tmp_path / "one", *options)
     same_run(together(tmp_path / "ddp", *options, ranks=3), expected)
     same_run(together(tmp_path / "fsdp", *options, "--parallel", "fsdp", ranks=3), expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Faults
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def endless(tmp_path: Path, *options) -> list:
-    """A run that does not end by itself, saves after every step, and has grading workers (for the golds that are no numbers)."""
+    """A run that does not end by itself, saves after every step, and has grading workers (for the
+    golds that are no numbers)."""
     problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"problem": text, "answer": [answer, r"x+\frac{y}{2}"]}) + "\n"
-                                for text, answer in toy_set("toy:8:50:1")))
-    return ["attnrl.py", *RUN, "--steps", 10000, "--problems", problems, "--prompt_suffix", "", "--save_every", 1,
-            "--batch_size", 2, "--log_samples", 1, *options, "--out", tmp_path / "run"]
+    problems.write_text(
+        "".join(
+            json.dumps({"problem": text, "answer": [answer, r"x+\frac{y}{2}"]}) + "\n"
+            for text, answer in toy_set("toy:8:50:1")
+        )
+    )
+    return [
+        "attnrl.py",
+        *RUN,
+        "--steps",
+        10000,
+        "--problems",
+        problems,
+        "--prompt_suffix",
+        "",
+        "--save_every",
+        1,
+        "--batch_size",
+        2,
+        "--log_samples",
+        1,
+        *options,
+        "--out",
+        tmp_path / "run",
+    ]
 
 
 def steps_done(folder: Path) -> int:
     """The newest step that is on the disk."""
     file = folder / "metrics.jsonl"
-    return max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=0) if file.exists() else 0
+    return (
+        max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=0)
+        if file.exists()
+        else 0
+    )
 
 
 def ended(run: Launched, since: float) -> float:
-    """Wait for the end of a torchrun that lost a rank; the seconds it took. All of its processes must be gone."""
+    """Wait for the end of a torchrun that lost a rank; the seconds it took. All of its processes
+    must be gone."""
     code = run.wait(LIMIT)
     seconds = time.monotonic() - since
     assert code != 0, f"exit code {code} after a rank died"
@@ -550,40 +735,75 @@ def reward(response, answers):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("parallel, breaks, says", [
-    *((parallel, 'sys.modules["__main__"].Trainer.plan = bug', "RuntimeError: a bug that only this rank has") for parallel in BOTH),
-    ("ddp", 'return float("nan")', "attnrl.py: --reward breaking:reward: returned nan; it must return a finite number"),
-    ("ddp", 'raise ValueError("x")', "attnrl.py: --reward breaking:reward: raised ValueError in "),
-], ids=["bug-ddp", "bug-fsdp", "bad input-ddp", "broken reward-ddp"])
-def test_an_error_on_one_rank_is_shown_and_ends_the_run(tmp_path, parallel, breaks, says, record_property):
+@pytest.mark.parametrize(
+    "parallel, breaks, says",
+    [
+        *(
+            (
+                parallel,
+                'sys.modules["__main__"].Trainer.plan = bug',
+                "RuntimeError: a bug that only this rank has",
+            )
+            for parallel in BOTH
+        ),
+        (
+            "ddp",
+            'return float("nan")',
+            "attnrl.py: --reward breaking:reward: returned nan; it must return a finite number",
+        ),
+        (
+            "ddp",
+            'raise ValueError("x")',
+            "attnrl.py: --reward breaking:reward: raised ValueError in ",
+        ),
+    ],
+    ids=["bug-ddp", "bug-fsdp", "bad input-ddp", "broken reward-ddp"],
+)
+def test_an_error_on_one_rank_is_shown_and_ends_the_run(
+    tmp_path, parallel, breaks, says, record_property
+):
     """A bug, with its traceback, or bad input that only this rank has met, with its one line."""
     saved = tmp_path / "run" / "last"  # not before there is something on the disk
-    (tmp_path / "breaking.py").write_text(FAILING_REWARD.replace("BREAK", breaks).replace("SAVED", str(saved)))
+    (tmp_path / "breaking.py").write_text(
+        FAILING_REWARD.replace("BREAK", breaks).replace("SAVED", str(saved))
+    )
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    with Launched(*one_node(2), *endless(tmp_path, "--parallel", parallel, "--reward", "breaking:reward"),
-                  env={"PYTHONPATH": path}) as run:
+    with Launched(
+        *one_node(2),
+        *endless(tmp_path, "--parallel", parallel, "--reward", "breaking:reward"),
+        env={"PYTHONPATH": path},
+    ) as run:
         run.wait_until(lambda: says in run.stderr(), f"the message {says!r}")
         seconds = ended(run, time.monotonic())
         record_property("seconds", seconds)
         print(f"error on rank 1, {parallel}: torchrun ended {seconds:.1f} s after its message")
-        assert run.stderr().count(says) == 1 and (r'breaking.py", line' in run.stderr()) == ("bug" in breaks), run.stderr()
+        assert run.stderr().count(says) == 1 and (r'breaking.py", line' in run.stderr()) == (
+            "bug" in breaks
+        ), run.stderr()
         check_folder(tmp_path / "run")
 
 
 @pytest.mark.full
 def test_bad_input_is_one_clear_line_once(tmp_path):
     """All ranks find it; one says it. Then torchrun adds its own report."""
-    with Launched(*one_node(2), "attnrl.py", *RUN, "--problems", "nowhere.jsonl", "--out", tmp_path / "run") as run:
+    with Launched(
+        *one_node(2), "attnrl.py", *RUN, "--problems", "nowhere.jsonl", "--out", tmp_path / "run"
+    ) as run:
         ended(run, time.monotonic())
         message = "attnrl.py: nowhere.jsonl: no such problem file"
-        assert run.stderr().count(message) == 1, f"{run.stderr().count(message)} times, expected once:\n{run.stderr()}"
-        assert run.stderr().count("Traceback") <= 1 and "attnrl.py\", line" not in run.stderr(), run.stderr()  # torchrun's own
+        assert run.stderr().count(message) == 1, (
+            f"{run.stderr().count(message)} times, expected once:\n{run.stderr()}"
+        )
+        # torchrun's own
+        assert run.stderr().count("Traceback") <= 1 and 'attnrl.py", line' not in run.stderr(), (
+            run.stderr()
+        )
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two nodes: a torchrun on each
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -591,7 +811,19 @@ def free_port() -> int:
 
 
 def node(endpoint: str, *more) -> list:
-    return ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "--rdzv_id", "x", *more]
+    return [
+        "--nnodes",
+        2,
+        "--nproc_per_node",
+        1,
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        endpoint,
+        "--rdzv_id",
+        "x",
+        *more,
+    ]
 
 
 def both_end_well(*nodes: Launched) -> None:
@@ -603,7 +835,13 @@ def both_end_well(*nodes: Launched) -> None:
 @pytest.mark.full
 def test_a_run_on_two_nodes_is_the_run_of_one_process(one_process, tmp_path):
     """Both on this machine, over the loopback device."""
-    command = [*node(f"127.0.0.1:{free_port()}", "--local_addr", "127.0.0.1"), "attnrl.py", *RUN, "--out", tmp_path / "run"]
+    command = [
+        *node(f"127.0.0.1:{free_port()}", "--local_addr", "127.0.0.1"),
+        "attnrl.py",
+        *RUN,
+        "--out",
+        tmp_path / "run",
+    ]
     with Launched(*command) as first, Launched(*command) as second:
         both_end_well(first, second)
     same_run(tmp_path / "run", one_process)
@@ -624,14 +862,18 @@ def test_killing_the_worker_of_one_node_ends_both(tmp_path, victim, record_prope
             for name, run in (("own", nodes[victim]), ("other", nodes[1 - victim])):
                 seconds = ended(run, started)
                 record_property(f"seconds of its {name} node", seconds)
-                print(f"kill -9 of the worker of node {victim}: torchrun of its {name} node ended after {seconds:.1f} s")
+                print(
+                    f"kill -9 of the worker of node {victim}: torchrun of its {name} node ended"
+                    f" after {seconds:.1f} s"
+                )
     check_folder(tmp_path / "run")
 
 
 @contextmanager
 def two_machines(folder: Path, names: bool):
-    """Two network namespaces joined by a cable; the command prefixes that run something on each. names: each has a host name
-    that the other one resolves, as on a cluster; else both still think that they are this machine, at 127.0.0.1."""
+    """Two network namespaces joined by a cable; the command prefixes that run something on each.
+    names: each has a host name that the other one resolves, as on a cluster; else both still think
+    that they are this machine, at 127.0.0.1."""
     made = [f"attnrl-{uuid.uuid4().hex[:6]}" for _ in range(2)]
 
     def ip(*words):
@@ -644,25 +886,53 @@ def two_machines(folder: Path, names: bool):
     try:
         for name in made:
             ip("netns", "add", name)
-        ip("link", "add", "cable0", "netns", made[0], "type", "veth", "peer", "name", "cable0", "netns", made[1])
+        ip(
+            "link",
+            "add",
+            "cable0",
+            "netns",
+            made[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "cable0",
+            "netns",
+            made[1],
+        )
         for i, name in enumerate(made, 1):
             ip("-n", name, "addr", "add", f"10.77.0.{i}/24", "dev", "cable0")
             for device in ("cable0", "lo"):
                 ip("-n", name, "link", "set", device, "up")
         hosts = folder / "hosts"
         hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node-1\n10.77.0.2 node-2\n")
-        own = ["unshare", "--mount", "--uts", "sh", "-c", f'hostname $0 && mount --bind {hosts} /etc/hosts && exec "$@"']
-        yield [["ip", "netns", "exec", name, *([*own, f"node-{i}"] if names else [])] for i, name in enumerate(made, 1)]
+        own = [
+            "unshare",
+            "--mount",
+            "--uts",
+            "sh",
+            "-c",
+            f'hostname $0 && mount --bind {hosts} /etc/hosts && exec "$@"',
+        ]
+        yield [
+            ["ip", "netns", "exec", name, *([*own, f"node-{i}"] if names else [])]
+            for i, name in enumerate(made, 1)
+        ]
     finally:
         for name in made:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 @pytest.mark.full
-def test_a_run_on_two_machines_with_the_readmes_command_is_the_run_of_one_process(one_process, tmp_path):
+def test_a_run_on_two_machines_with_the_readmes_command_is_the_run_of_one_process(
+    one_process, tmp_path
+):
     with two_machines(tmp_path, names=True) as prefixes:
         command = [*node("node-1:29500"), "attnrl.py", *RUN, "--out", tmp_path / "run"]
-        with Launched(*command, prefix=prefixes[0]) as first, Launched(*command, prefix=prefixes[1]) as second:
+        with (
+            Launched(*command, prefix=prefixes[0]) as first,
+            Launched(*command, prefix=prefixes[1]) as second,
+        ):
             both_end_well(first, second)
     same_run(tmp_path / "run", one_process)
 
@@ -674,8 +944,12 @@ def test_machines_whose_names_do_not_resolve_need_addresses_and_an_interface(tmp
         nodes = []
         for i, prefix in enumerate(prefixes, 1):
             where = ["--local_addr", f"10.77.0.{i}", "--rdzv_conf", f"is_host={int(i == 1)}"]
-            command = [*node("10.77.0.1:29500", *where), "tests/dist_worker.py", tmp_path / "results",
-                       json.dumps({"group": CASES["group"]})]
+            command = [
+                *node("10.77.0.1:29500", *where),
+                "tests/dist_worker.py",
+                tmp_path / "results",
+                json.dumps({"group": CASES["group"]}),
+            ]
             nodes.append(Launched(*command, prefix=prefix, env={"GLOO_SOCKET_IFNAME": "cable0"}))
         with nodes[0], nodes[1]:
             both_end_well(*nodes)

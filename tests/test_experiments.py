@@ -1,4 +1,6 @@
-"""test_experiments.py: what experiments/methods.py reads off the runs, by hand; and real (tiny) runs, killed and resumed."""
+"""test_experiments.py: what experiments/methods.py reads off the runs, by hand; and real (tiny)
+runs, killed and resumed."""
+
 import importlib.util
 import json
 import math
@@ -11,9 +13,9 @@ import time
 from statistics import fmean, stdev
 
 import pytest
+from fixtures import ROOT
 
 from errors import UserError
-from fixtures import ROOT
 
 spec = importlib.util.spec_from_file_location("methods", ROOT / "experiments" / "methods.py")
 methods = importlib.util.module_from_spec(spec)
@@ -21,17 +23,28 @@ spec.loader.exec_module(methods)
 
 
 def result(seed: int, accuracies: list[float], tokens: float = 100, seconds: float = 10.0) -> dict:
-    """A run whose steps generate 100 tokens in `seconds` and make 4 optimizer steps; evaluated before it and after each."""
-    records = [{"step": i, "generated_tokens": tokens * i, "test_accuracy": a}
-               | ({"seconds/step": seconds, "train/updates": 4} if i else {}) for i, a in enumerate(accuracies)]
+    """A run whose steps generate 100 tokens in `seconds` and make 4 optimizer steps; evaluated
+    before it and after each."""
+    records = [
+        {"step": i, "generated_tokens": tokens * i, "test_accuracy": a}
+        | ({"seconds/step": seconds, "train/updates": 4} if i else {})
+        for i, a in enumerate(accuracies)
+    ]
     return {"seed": seed, "tokens": 150.0, "records": records}
 
 
 def test_accuracy_is_read_off_between_two_evaluations():
     records = result(0, [0.5, 0.6, 0.9])["records"]
-    assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(75)  # halfway between 60 and 90
-    assert methods.accuracy_at(records, 15, "seconds") == methods.accuracy_at(records, 6, "updates") == pytest.approx(75)
-    assert methods.accuracy_at(records, 0, "tokens") == 50 and methods.accuracy_at(records, 200, "tokens") == pytest.approx(90)
+    # halfway between 60 and 90
+    assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(75)
+    assert (
+        methods.accuracy_at(records, 15, "seconds")
+        == methods.accuracy_at(records, 6, "updates")
+        == pytest.approx(75)
+    )
+    assert methods.accuracy_at(records, 0, "tokens") == 50 and methods.accuracy_at(
+        records, 200, "tokens"
+    ) == pytest.approx(90)
     del records[1]["test_accuracy"]  # not evaluated there: the line goes from 50 to 90
     assert methods.accuracy_at(records, 150, "tokens") == pytest.approx(80)
     assert methods.along(records, "seconds") == [0, 10, 20]
@@ -41,58 +54,106 @@ def test_interval_by_hand():
     """Values 1, 2, 3: standard deviation 1, t(2 degrees of freedom) = 4.303."""
     mean, half = methods.mean_and_interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert methods.mean_and_interval([7.0])[0] == 7 and math.isnan(methods.mean_and_interval([7.0])[1])
+    assert methods.mean_and_interval([7.0])[0] == 7 and math.isnan(
+        methods.mean_and_interval([7.0])[1]
+    )
 
 
 def test_the_interval_holds_what_it_says():
-    """Of 2,000 draws of 5 normal numbers the interval must hold the true mean in 95 % (by 1.5 points)."""
+    """Of 2,000 draws of 5 normal numbers the interval must hold the true mean in 95 % (by 1.5
+    points)."""
     import random
+
     rng = random.Random(0)
-    held = [abs(mean - 3) <= half for mean, half in
-            (methods.mean_and_interval([rng.gauss(3, 2) for _ in range(5)]) for _ in range(2000))]
+    held = [
+        abs(mean - 3) <= half
+        for mean, half in (
+            methods.mean_and_interval([rng.gauss(3, 2) for _ in range(5)]) for _ in range(2000)
+        )
+    ]
     assert fmean(held) == pytest.approx(0.95, abs=0.015)
 
 
 def test_table_by_hand():
-    """At 150 tokens attnrl has 70 and 80, grpo 65 and 73: differences -5 and -7, mean -6, t(1) = 12.706, std sqrt 2."""
-    runs = {"grpo": {0: result(0, [0.5, 0.6, 0.7]), 1: result(1, [0.5, 0.66, 0.8])},
-            "attnrl": {0: result(0, [0.5, 0.6, 0.8]), 1: result(1, [0.5, 0.7, 0.9], seconds=20.0)}}
+    """At 150 tokens attnrl has 70 and 80, grpo 65 and 73: differences -5 and -7, mean -6, t(1) =
+    12.706, std sqrt 2."""
+    runs = {
+        "grpo": {0: result(0, [0.5, 0.6, 0.7]), 1: result(1, [0.5, 0.66, 0.8])},
+        "attnrl": {0: result(0, [0.5, 0.6, 0.8]), 1: result(1, [0.5, 0.7, 0.9], seconds=20.0)},
+    }
     text = methods.table(runs)
     # the fastest run's end, and the end of the one with the fewest
-    assert text.splitlines()[0] == "T = 0.00 M generated tokens; equal time: 20 s of training; equal optimizer steps: 8."
-    grpo, attnrl = (next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
-                    for name in ("grpo", "attnrl"))
+    assert (
+        text.splitlines()[0]
+        == "T = 0.00 M generated tokens; equal time: 20 s of training; equal optimizer steps: 8."
+    )
+    grpo, attnrl = (
+        next(line for line in text.splitlines() if line.startswith(f"| {name} ")).split(" | ")
+        for name in ("grpo", "attnrl")
+    )
     half = 12.706 * stdev([-5, -7]) / math.sqrt(2)
-    assert grpo[1:5] == ["2", "50.0", f"69.0 ± {12.706 * stdev([65, 73]) / math.sqrt(2):.1f}", f"-6.0 ± {half:.1f}"]
+    assert grpo[1:5] == [
+        "2",
+        "50.0",
+        f"69.0 ± {12.706 * stdev([65, 73]) / math.sqrt(2):.1f}",
+        f"-6.0 ± {half:.1f}",
+    ]
     assert attnrl[3].startswith("75.0 ±") and attnrl[4] == ""
-    assert float(attnrl[5].split()[0]) == 75.0  # at 20 s: 80 after two steps, and 70 after one of 20 s
-    assert grpo[7].startswith("75.0 ±") and grpo[8].startswith("-10.0 ±")  # after 8 optimizer steps: 70, 80 against 80, 90
-    runs["treerl"] = {1: result(1, [0.5, 0.7, 0.8])}  # one seed in common with grpo: 75 - 73, no interval
+    # at 20 s: 80 after two steps, and 70 after one of 20 s
+    assert float(attnrl[5].split()[0]) == 75.0
+    # after 8 optimizer steps: 70, 80 against 80, 90
+    assert grpo[7].startswith("75.0 ±") and grpo[8].startswith("-10.0 ±")
+    # one seed in common with grpo: 75 - 73, no interval
+    runs["treerl"] = {1: result(1, [0.5, 0.7, 0.8])}
     assert "| treerl - grpo | 2.0 | 0.0 | 0.0 |" in methods.table(runs).splitlines()
-    assert grpo[-3:] == ["2", "6", "15 |"], grpo  # training steps, optimizer steps and seconds to 150 tokens: 1.5, 6, 15
+    # training steps, optimizer steps and seconds to 150 tokens: 1.5, 6, 15
+    assert grpo[-3:] == ["2", "6", "15 |"], grpo
 
 
-TINY = ["--eval_every", "1", "--eval_samples", "1", "--steps", "50", "--keep", "1", "--log_samples", "0", "--batch_size", "2",
-        "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2"]
+TINY = [
+    "--eval_every",
+    "1",
+    "--eval_samples",
+    "1",
+    "--steps",
+    "50",
+    "--keep",
+    "1",
+    "--log_samples",
+    "0",
+    "--batch_size",
+    "2",
+    "--problems",
+    "toy:6:50:1",
+    "--test_problems",
+    "toy:6:5:2",
+]
 
 
 @pytest.mark.full
 def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_path):
-    """Real runs of two methods; the first is killed with SIGKILL in the middle. What is there is then only reported."""
-    script = (f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r}); sys.path.insert(0, {str(ROOT)!r}); import methods\n"
-              "from pathlib import Path\n"
-              f"methods.SHARED, methods.SETTINGS = {TINY!r}, {{'tiny': []}}\n"
-              "methods.HERE = Path(sys.argv[1]) / 'here'\n"
-              f"methods.__file__ = {str(ROOT / 'experiments' / 'methods.py')!r}\n"
-              "methods.HERE.mkdir(exist_ok=True)\n"
-              "for method in ('grpo', 'attnrl'):\n"
-              "    print(methods.run_one('tiny', method, 0, 8000, Path(sys.argv[1]) / 'full'), flush=True)\n"
-              "print(methods.report(Path(sys.argv[1]) / 'full'))\n")
+    """Real runs of two methods; the first is killed with SIGKILL in the middle. What is there is
+    then only reported."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r}); sys.path.insert(0,"
+        f" {str(ROOT)!r}); import methods\nfrom pathlib import Path\nmethods.SHARED,"
+        f" methods.SETTINGS = {TINY!r}, {{'tiny': []}}\nmethods.HERE = Path(sys.argv[1]) /"
+        " 'here'\nmethods.__file__ ="
+        f" {str(ROOT / 'experiments' / 'methods.py')!r}\nmethods.HERE.mkdir(exist_ok=True)\nfor"
+        " method in ('grpo', 'attnrl'):\n    print(methods.run_one('tiny', method, 0, 8000,"
+        " Path(sys.argv[1]) / 'full'), flush=True)\nprint(methods.report(Path(sys.argv[1]) /"
+        " 'full'))\n"
+    )
     command = [sys.executable, "-c", script, str(tmp_path)]
     run = tmp_path / "runs" / "experiments" / "full" / "tiny-grpo-0"
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    first = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
     end = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 2:
+    while (
+        not (run / "metrics.jsonl").exists()
+        or len((run / "metrics.jsonl").read_text().splitlines()) < 2
+    ):
         assert first.poll() is None and time.monotonic() < end, first.communicate()[0]
         time.sleep(0.02)
     subprocess.run(["pkill", "-KILL", "-g", str(first.pid)], check=True)
@@ -103,11 +164,16 @@ def test_a_killed_experiment_goes_on_and_finished_runs_are_not_run_again(tmp_pat
     assert "resumed from" in run.with_suffix(".log").read_text() and not run.exists()
     saved = json.loads((tmp_path / "full" / "results" / "tiny" / "grpo-0.json").read_text())
     records = saved["records"]
-    assert records[-1]["generated_tokens"] >= 8000 > records[-2]["generated_tokens"] and "test_accuracy" in records[-1]
+    assert (
+        records[-1]["generated_tokens"] >= 8000 > records[-2]["generated_tokens"]
+        and "test_accuracy" in records[-1]
+    )
     assert [m["step"] for m in records] == list(range(len(records)))
     assert "| grpo | 1 |" in done.stdout and "| attnrl | 1 |" in done.stdout
     assert {path.name for path in (tmp_path / "full" / "figures").iterdir()} == {
-        f"{name}_tiny.png" for name in ("accuracy", "fig6_outcomes", "fig7_sampling", "fig8_training")}
+        f"{name}_tiny.png"
+        for name in ("accuracy", "fig6_outcomes", "fig7_sampling", "fig8_training")
+    }
     started = time.monotonic()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.stdout == done.stdout and time.monotonic() - started < 30 and not run.exists()
@@ -132,14 +198,28 @@ def test_sigterm_ends_the_runs_that_go_on_and_starts_no_other(tmp_path, monkeypa
             methods.run_all([("toy8", "grpo", seed) for seed in range(6)], 1.0, tmp_path, jobs=2)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert len(begun) == 2 and time.monotonic() - started < 30 and all(p.poll() is not None for p in methods.running)
+    assert (
+        len(begun) == 2
+        and time.monotonic() - started < 30
+        and all(p.poll() is not None for p in methods.running)
+    )
     assert "6 runs to do; logs: " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args, words", [(["--seeds", "0"], "--seeds"), (["--report"], "no results"), (["--methods", "ppo"], "--methods"),
-                                         (["--tokens", "0"], "--tokens"), (["--jobs", "0"], "--jobs")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["--seeds", "0"], "--seeds"),
+        (["--report"], "no results"),
+        (["--methods", "ppo"], "--methods"),
+        (["--tokens", "0"], "--tokens"),
+        (["--jobs", "0"], "--jobs"),
+    ],
+)
 def test_bad_input_is_one_line(args, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(methods, "run_one", lambda *_: pytest.fail("started to run"))
     with pytest.raises((UserError, SystemExit)) as stop:
         methods.main([*args, "--folder", str(tmp_path)])
-    assert words in (str(stop.value) if isinstance(stop.value, UserError) else capsys.readouterr().err)
+    assert words in (
+        str(stop.value) if isinstance(stop.value, UserError) else capsys.readouterr().err
+    )

@@ -1,4 +1,5 @@
-"""grading.py: verdicts on hostile and on real answers, and a pool that survives what sympy does to it.
+"""grading.py: verdicts on hostile and on real answers, and a pool that survives what sympy does to
+it.
 
 Nothing here is a mock: the hangs are sympy's own, and the deaths are signals sent to live workers.
 """
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"  # not part of the repository
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evaluation data in {DATA}")
 
-HANG = (r"\boxed{99999999!}", [r"\sqrt{2}"])  # minutes inside one multiplication: only a kill ends it
+# minutes inside one multiplication: only a kill ends it
+HANG = (r"\boxed{99999999!}", [r"\sqrt{2}"])
 EASY = (r"\boxed{2(n-1)}", ["2n-2"])  # correct, but only math-verify can see it
 
 
@@ -45,7 +47,8 @@ def idle_pids(grader: Grader) -> list[int]:
 
 
 def warmed(grader: Grader) -> list[int]:
-    """The pids of both workers, after making sure that both run: with two items at once neither can serve both."""
+    """The pids of both workers, after making sure that both run: with two items at once neither can
+    serve both."""
     for _ in range(20):
         if len(idle_pids(grader)) == 2:
             return idle_pids(grader)
@@ -53,7 +56,8 @@ def warmed(grader: Grader) -> list[int]:
     raise AssertionError("the second worker never started")
 
 
-# --- the box ---------------------------------------------------------------------------------------------------------
+# --- the box
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,9 +88,22 @@ def test_last_box(response, content):
 
 def test_box_finder_and_rules_are_linear_on_a_collapsed_policy():
     start = time.monotonic()
-    for text in (r"\boxed{" * 20_000, "\\" * 200_000, "{" * 200_000 + "}" * 200_000, r"\boxed{}" * 20_000):
+    for text in (
+        r"\boxed{" * 20_000,
+        "\\" * 200_000,
+        "{" * 200_000 + "}" * 200_000,
+        r"\boxed{}" * 20_000,
+    ):
         last_box(text)
-    for text in ("~" * 300, r"\, " * 100, "1 " * 150, r"\text{a}" * 40, "x=" * 150, "1e" + "9" * 200, "9" * 9000):
+    for text in (
+        "~" * 300,
+        r"\, " * 100,
+        "1 " * 150,
+        r"\text{a}" * 40,
+        "x=" * 150,
+        "1e" + "9" * 200,
+        "9" * 9000,
+    ):
         for gold in ("5", r"\text{no}", "x+1", text + "1"):
             _decide(text, gold)
     assert time.monotonic() - start < 5
@@ -94,8 +111,20 @@ def test_box_finder_and_rules_are_linear_on_a_collapsed_policy():
 
 # What stands in a box is what comes out of it, whatever comes before.
 plain = st.text(alphabet=st.characters(exclude_characters="{}\\<"), max_size=20)
-balanced = st.recursive(plain, lambda inner: st.tuples(plain, inner, plain).map(lambda t: f"{t[0]}{{{t[1]}}}{t[2]}"))
-pieces = ["\\", "\\frac", "\\boxed{", "\\text{", "\\times", "10^", "e9", "</think>", *"0123.,+-=/^_{}()[]|!:x%$ ~ei"]
+balanced = st.recursive(
+    plain, lambda inner: st.tuples(plain, inner, plain).map(lambda t: f"{t[0]}{{{t[1]}}}{t[2]}")
+)
+pieces = [
+    "\\",
+    "\\frac",
+    "\\boxed{",
+    "\\text{",
+    "\\times",
+    "10^",
+    "e9",
+    "</think>",
+    *"0123.,+-=/^_{}()[]|!:x%$ ~ei",
+]
 latex = st.lists(st.sampled_from(pieces)).map("".join)
 anything = st.one_of(st.text(), latex)
 
@@ -126,13 +155,18 @@ def test_every_text_equals_itself_unless_empty(text):
 @given(numerator=st.integers(-(10**6), 10**6), denominator=st.integers(1, 999))
 def test_numbers_are_exact(numerator, denominator):
     fraction = rf"\frac{{{numerator}}}{{{denominator}}}"
-    for form in (f"{numerator}/{denominator}", fraction, "$" + fraction.replace("frac", "dfrac") + "$."):
+    for form in (
+        f"{numerator}/{denominator}",
+        fraction,
+        "$" + fraction.replace("frac", "dfrac") + "$.",
+    ):
         assert _number(form) is not None and _number(form) * denominator == numerator
         assert _decide(form, f"{numerator}/{denominator}") is True
         assert _decide(form, f"{numerator + 1}/{denominator}") is False
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------
+# --- verdicts
+# --------------------------------------------------------------------------------------------------
 
 VERDICTS = [  # answer, gold, verdict
     # rule 3: one string
@@ -174,7 +208,11 @@ VERDICTS = [  # answer, gold, verdict
 
 def test_rules(grader):
     verdicts = grader.grade_many([(box(answer), [gold]) for answer, gold, _ in VERDICTS])
-    wrong = [(*row, verdict) for row, verdict in zip(VERDICTS, verdicts) if verdict != Verdict(row[2], True)]
+    wrong = [
+        (*row, verdict)
+        for row, verdict in zip(VERDICTS, verdicts)
+        if verdict != Verdict(row[2], True)
+    ]
     assert not wrong, wrong
 
 
@@ -183,7 +221,10 @@ def test_any_of_several_golds_matches_and_a_string_is_one_gold():
     assert grade(box("2(n-1)"), ["7", "n", "2n-2"])
     assert not grade(box("5"), []) and not grade(box("5"), [""]) and not grade("5", ["5"])
     assert grade(box("15"), "15") and not grade(box("1"), "15")
-    assert Grader().grade_many([("5", ["5"]), (box("5"), ["5"])]) == [Verdict(False, False), Verdict(True, True)]
+    assert Grader().grade_many([("5", ["5"]), (box("5"), ["5"])]) == [
+        Verdict(False, False),
+        Verdict(True, True),
+    ]
     assert Grader().grade_many([]) == []
 
 
@@ -195,7 +236,10 @@ def test_hostile_cases():
 
         def timed(case):  # one call a case, from two threads, so that each has a time of its own
             start = time.monotonic()
-            return grader.grade_many([(case["response"], [case["gold"]])])[0], time.monotonic() - start
+            return (
+                grader.grade_many([(case["response"], [case["gold"]])])[0],
+                time.monotonic() - start,
+            )
 
         warmed(grader)
         with ThreadPoolExecutor(2) as threads:
@@ -233,7 +277,10 @@ def test_every_gold_verifies_in_many_spellings_and_not_against_its_neighbour(nam
                 re.sub(r"\\(left|right)(?![a-z])", "", bare),
             ]
             for spelling in spellings:  # _decide: by the strings alone, no worker is asked
-                assert any(_decide(last_box(box(spelling)), other) is True for other in golds), (spelling, golds)
+                assert any(_decide(last_box(box(spelling)), other) is True for other in golds), (
+                    spelling,
+                    golds,
+                )
     compared = 0
     for golds, others in zip(rows, rows[1:] + rows[:1]):
         values = {_number(gold) for gold in golds}
@@ -246,32 +293,40 @@ def test_every_gold_verifies_in_many_spellings_and_not_against_its_neighbour(nam
 
 @needs_data
 def test_rewritten_golds_verify_with_math_verify(grader):
-    """0 + gold is a string that equals no gold, so only sympy can accept it; the next row's gold it must reject."""
+    """0 + gold is a string that equals no gold, so only sympy can accept it; the next row's gold it
+    must reject."""
     golds = [gold for gold, *_ in gold_lists("math500") if re.search(r"sqrt|\\pi|\^[0-9]", gold)]
-    golds = [gold for gold in golds if not re.search(r"[,=]|pm|begin|text|mbox", gold)]  # values, so 0 can be added
+    # values, so 0 can be added
+    golds = [gold for gold in golds if not re.search(r"[,=]|pm|begin|text|mbox", gold)]
     rows = [(box("0+" + gold), [gold], True) for gold in golds]
-    rows += [(box(b), [a], False) for a, b in zip(golds, golds[1:]) if _key(_clean(a)) != _key(_clean(b))]
+    rows += [
+        (box(b), [a], False) for a, b in zip(golds, golds[1:]) if _key(_clean(a)) != _key(_clean(b))
+    ]
     assert len(golds) > 30
     verdicts = grader.grade_many([row[:2] for row in rows])
-    wrong = [(row, verdict) for row, verdict in zip(rows, verdicts) if verdict != Verdict(row[2], True)]
+    wrong = [
+        (row, verdict) for row, verdict in zip(rows, verdicts) if verdict != Verdict(row[2], True)
+    ]
     assert not wrong, wrong
 
 
-# --- the pool --------------------------------------------------------------------------------------------------------
+# --- the pool
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_kill_and_a_deaf_hang_cost_one_item_each():
     with Grader(workers=2, timeout=2) as grader:
         first, second = warmed(grader)
-        # Both workers are caught inside a hang. The stopped one cannot even die of its own alarm, as one with blocked
-        # signals could not: only the SIGKILL from outside ends it.
+        # Both workers are caught inside a hang. The stopped one cannot even die of its own alarm,
+        # as one with blocked signals could not: only the SIGKILL from outside ends it.
         threading.Timer(0.5, os.kill, (first, signal.SIGKILL)).start()
         threading.Timer(0.5, os.kill, (second, signal.SIGSTOP)).start()
         start = time.monotonic()
         verdicts = grader.grade_many([HANG, HANG] + [EASY] * 20)
         assert sorted(verdict.error for verdict in verdicts[:2]) == ["died", "timeout"]
         assert verdicts[2:] == [Verdict(True, True)] * 20
-        assert time.monotonic() - start < 2 + grading.KILL_GRACE + 10  # the rest: starting new workers, busy machine
+        # the rest: starting new workers, busy machine
+        assert time.monotonic() - start < 2 + grading.KILL_GRACE + 10
         assert not {first, second} & set(idle_pids(grader))
         assert grader.grade_many([EASY] * 3) == [Verdict(True, True)] * 3
 
@@ -281,13 +336,17 @@ def test_a_hang_is_ended_by_the_alarm_inside_and_does_not_delay_the_others():
         warmed(grader)
         done = {}
         start = time.monotonic()
-        hang = threading.Thread(target=lambda: done.update(hang=(grader.grade_many([HANG]), time.monotonic() - start)))
+        hang = threading.Thread(
+            target=lambda: done.update(hang=(grader.grade_many([HANG]), time.monotonic() - start))
+        )
         hang.start()
         assert grader.grade_many([EASY] * 5) == [Verdict(True, True)] * 5
         assert "hang" not in done  # the five were through before the hang was over
         hang.join()
         verdicts, seconds = done["hang"]
-        assert verdicts == [Verdict(False, True, "timeout")] and 1.5 < seconds < 2 + grading.KILL_GRACE
+        assert (
+            verdicts == [Verdict(False, True, "timeout")] and 1.5 < seconds < 2 + grading.KILL_GRACE
+        )
 
 
 def test_death_while_idle_costs_nothing():
@@ -298,7 +357,9 @@ def test_death_while_idle_costs_nothing():
         assert grader.grade_many([EASY] * 6) == [Verdict(True, True)] * 6
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process can be read and set on Linux only")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="limits of another process can be read and set on Linux only"
+)
 def test_memory_is_limited_and_running_out_of_it_is_survived():
     import resource
 
@@ -306,7 +367,9 @@ def test_memory_is_limited_and_running_out_of_it_is_survived():
         for pid in warmed(grader):
             assert resource.prlimit(pid, resource.RLIMIT_AS) == (grading.MEMORY, grading.MEMORY)
         # Dense polynomials of degree 3e9 would need 24 GB.
-        bomb = grader.grade_many([(box(r"x^{3000000000}+x=1"), ["x^2=1"]), (box(r"(x+y+z+w+1)^{400}"), ["x^{2}"])])
+        bomb = grader.grade_many(
+            [(box(r"x^{3000000000}+x=1"), ["x^2=1"]), (box(r"(x+y+z+w+1)^{400}"), ["x^{2}"])]
+        )
         assert not any(verdict.correct for verdict in bomb)
         assert grader.grade_many([EASY] * 4) == [Verdict(True, True)] * 4
         # A real MemoryError: leave the workers no byte more than they have.
@@ -322,7 +385,8 @@ def test_kills_at_any_moment_lose_no_item():
     with Grader(workers=2) as grader:
         start = time.monotonic()
         warmed(grader)
-        pause = 1.2 * (time.monotonic() - start)  # longer than a start: three failed starts in a row are an error
+        # longer than a start: three failed starts in a row are an error
+        pause = 1.2 * (time.monotonic() - start)
 
         def kill_three():
             for _ in range(3):
@@ -340,12 +404,15 @@ def test_kills_at_any_moment_lose_no_item():
             verdicts += grader.grade_many([(box(f"{i}(n-1)"), [f"{i}n-{i}"]) for i in range(2, 52)])
             rounds += 1
         assert len(verdicts) == 50 * rounds
-        assert all(verdict == Verdict(True, True) or verdict.error == "died" for verdict in verdicts)
+        assert all(
+            verdict == Verdict(True, True) or verdict.error == "died" for verdict in verdicts
+        )
         assert sum(verdict.error != "" for verdict in verdicts) <= 3
         assert grader.grade_many([EASY] * 4) == [Verdict(True, True)] * 4
 
 
-# --- how it is called ------------------------------------------------------------------------------------------------
+# --- how it is called
+# ------------------------------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, threading
@@ -406,7 +473,9 @@ def test_unguarded_script_threads_forks_and_no_process_left_behind(tmp_path):
 
 
 def test_workers_end_when_the_parent_is_killed(tmp_path):
-    script = run_script(tmp_path, SCRIPT + "forked.grade_many([(r'\\boxed{99999999!}', [r'\\sqrt{2}'])])\n")
+    script = run_script(
+        tmp_path, SCRIPT + "forked.grade_many([(r'\\boxed{99999999!}', [r'\\sqrt{2}'])])\n"
+    )
     for line in script.stdout:
         if line.startswith("pids "):
             time.sleep(0.5)  # now one of them is in the hang
@@ -421,11 +490,22 @@ def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(tmp_path):
     text = "from eval import grade\nprint(grade(r'\\boxed{2(n-1)}', ['2n-2']))"
     script = run_script(tmp_path, text, tmp_path / "broken")
     out, err = script.communicate(timeout=60)
-    assert script.returncode == 1 and out == "" and "workers do not start" in err and "this is broken" in err
+    assert (
+        script.returncode == 1
+        and out == ""
+        and "workers do not start" in err
+        and "this is broken" in err
+    )
 
 
 def test_importing_stays_light():
-    """A worker is this file as a script: an import of torch at its top would cost every worker seconds and memory."""
-    code = "import sys, grading; print([m for m in ('torch', 'transformers', 'sympy', 'numpy') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    """A worker is this file as a script: an import of torch at its top would cost every worker
+    seconds and memory."""
+    code = (
+        "import sys, grading; print([m for m in ('torch', 'transformers', 'sympy', 'numpy') if m in"
+        " sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "[]"

@@ -1,11 +1,14 @@
-"""test_importance.py: an engine that is not quite the learner. Whose log-probs PPO takes as the old ones, truncated importance
-weights, and the check that an engine with weights of its own has the policy's.
+"""test_importance.py: an engine that is not quite the learner. Whose log-probs PPO takes as the old
+ones, truncated importance weights, and the check that an engine with weights of its own has the
+policy's.
 
-The mismatch is real and known: engines here are copies of the policy with slightly other weights, so that every number can
-be computed a second time, by `plain_logprobs` (the model's logits, nothing else) and by hand.
+The mismatch is real and known: engines here are copies of the policy with slightly other weights,
+so that every number can be computed a second time, by `plain_logprobs` (the model's logits, nothing
+else) and by hand.
 
     python -m pytest tests/test_importance.py
 """
+
 import copy
 import math
 import random
@@ -13,30 +16,49 @@ import re
 
 import pytest
 import torch
+from fixtures import step_without_sync
+from helpers import random_tokens, tiny_model
+from test_attnrl import metrics_of
 
 import attnrl
 import dist
 from attnrl import Config, Trainer, parse_config, train
 from errors import UserError, stop_on_user_error
-from fixtures import step_without_sync
-from helpers import random_tokens, tiny_model
 from learner import Learner, TrainStats, tis_weights
 from rollout import Completion, Request, TransformersEngine, request_seed
-from vllm_engine import engine_gap, probe_requests
 from runlog import Display
-from test_attnrl import metrics_of
 from tree import TrainingSequence, grpo_sequences, tree_sequences
+from vllm_engine import engine_gap, probe_requests
 
-SMALL = ["--steps", "1", "--batch_size", "2", "--problems", "toy:6:20:1", "--test_problems", "toy:6:4:2", "--eval_samples", "1",
-         "--ads_filter", "none", "--ads_expansion", "false"]  # every response is branched
+SMALL = [
+    "--steps",
+    "1",
+    "--batch_size",
+    "2",
+    "--problems",
+    "toy:6:20:1",
+    "--test_problems",
+    "toy:6:4:2",
+    "--eval_samples",
+    "1",
+    "--ads_filter",
+    "none",
+    "--ads_expansion",
+    "false",
+]  # every response is branched
 CLOSE = dict(rel=0, abs=1e-4)
 EOS = [5, 11]
 
 
 @torch.no_grad()
-def plain_logprobs(model, prompt: list[int], tokens: list[int], temperature: float = 1.0) -> list[float]:
+def plain_logprobs(
+    model, prompt: list[int], tokens: list[int], temperature: float = 1.0
+) -> list[float]:
     """Log-probs of the tokens after the prompt, straight from the logits."""
-    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1:-1].double() / temperature
+    logits = (
+        model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].double()
+        / temperature
+    )
     return logits.log_softmax(-1)[range(len(tokens)), tokens].tolist()
 
 
@@ -50,30 +72,40 @@ def disturbed(model, seed: int, size: float = 0.02):
     return other
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_tis_weights_by_hand():
     """w = min(exp(learner - engine), C)."""
     learner, engine = [-1.0, -1.0, -2.0, -0.5, -3.0], [-1.0, -1.5, -1.0, -2.5, -3.1]
-    wanted = [1.0, math.exp(0.5), math.exp(-1.0), 2.0, math.exp(0.1)]  # the fourth would be exp(2) = 7.4
+    # the fourth would be exp(2) = 7.4
+    wanted = [1.0, math.exp(0.5), math.exp(-1.0), 2.0, math.exp(0.1)]
     assert tis_weights(learner, engine, cap=2.0) == pytest.approx(wanted, rel=1e-12)
-    assert tis_weights(learner, engine, cap=1.0) == pytest.approx([1.0, 1.0, math.exp(-1.0), 1.0, 1.0])
+    assert tis_weights(learner, engine, cap=1.0) == pytest.approx(
+        [1.0, 1.0, math.exp(-1.0), 1.0, 1.0]
+    )
     assert tis_weights([], [], cap=2.0) == []
 
 
 def test_tis_weights_of_tokens_that_one_side_holds_impossible():
-    """No overflow: impossible for the engine is truncated, impossible for the learner weighs nothing, NaN stays visible."""
+    """No overflow: impossible for the engine is truncated, impossible for the learner weighs
+    nothing, NaN stays visible."""
     assert tis_weights([-1.0, -1.0, -900.0], [-math.inf, -2000.0, -1.0], cap=3.0) == [3.0, 3.0, 0.0]
     assert tis_weights([-math.inf], [-1.0], cap=3.0) == [0.0]
     assert math.isnan(tis_weights([math.nan], [-1.0], cap=3.0)[0])
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--tis_cap", "0.5"], "--tis_cap 0.5: must be 0 or at least 1"),
-    (["--tis_cap", "2", "--behaviour", "engine"], "needs --behaviour learner"),
-    (["--tis_cap", "-1"], "--tis_cap -1.0: must be a number, at least 0"), (["--tis_cap", "nan"], "--tis_cap nan"),
-    (["--tis_cap", "inf"], "--tis_cap inf"), (["--behaviour", "other"], "--behaviour")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--tis_cap", "0.5"], "--tis_cap 0.5: must be 0 or at least 1"),
+        (["--tis_cap", "2", "--behaviour", "engine"], "needs --behaviour learner"),
+        (["--tis_cap", "-1"], "--tis_cap -1.0: must be a number, at least 0"),
+        (["--tis_cap", "nan"], "--tis_cap nan"),
+        (["--tis_cap", "inf"], "--tis_cap inf"),
+        (["--behaviour", "other"], "--behaviour"),
+    ],
+)
 def test_contradictory_switches_are_one_line_and_exit_code_2(args, message, capsys):
     with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
         attnrl.main([*SMALL, *args])
@@ -91,15 +123,18 @@ def test_both_switches_are_off_by_default():
     Config(behaviour="engine").check()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From the engine to the training sequences
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 class Sampled:
-    """One batch as a step makes it, with all four models that had a part in it: policy and engine at the time of the initial
-    responses, policy and engine one update later, when the continuations were sampled."""
+    """One batch as a step makes it, with all four models that had a part in it: policy and engine
+    at the time of the initial responses, policy and engine one update later, when the continuations
+    were sampled."""
 
     def __init__(self, tmp_path, *options):
-        self.trainer = Trainer(parse_config([*SMALL, "--out", str(tmp_path / "run"), *options]), Display(1))
+        self.trainer = Trainer(
+            parse_config([*SMALL, "--out", str(tmp_path / "run"), *options]), Display(1)
+        )
         self.temperature = self.trainer.config.temperature
         self.policies, self.engines = [], []
         self.batch = self.trainer.new_batch(1)
@@ -114,32 +149,53 @@ class Sampled:
 
     def __iter__(self):
         """(prompt, response) of the whole batch."""
-        return ((group.problem.prompt_ids, r) for group in self.batch.groups for r in group.responses)
+        return (
+            (group.problem.prompt_ids, r) for group in self.batch.groups for r in group.responses
+        )
 
     def logprobs(self, models, prompt, response, continuation=None) -> list[float]:
-        """What models[0] says of the initial response's tokens, or models[1] of a continuation's."""
+        """What models[0] says of the initial response's tokens, or models[1] of a
+        continuation's."""
         if continuation is None:
             return plain_logprobs(models[0], prompt, response.tokens, self.temperature)
-        return plain_logprobs(models[1], prompt + response.tokens[:continuation.at], continuation.tokens, self.temperature)
+        return plain_logprobs(
+            models[1],
+            prompt + response.tokens[: continuation.at],
+            continuation.tokens,
+            self.temperature,
+        )
 
     def check(self, logprobs, weights) -> None:
-        """Every response and continuation, and every training sequence made of them, has `logprobs(...)` and `weights(...)`:
-        functions of what `self.logprobs` wants, or None for "all 1"."""
+        """Every response and continuation, and every training sequence made of them, has
+        `logprobs(...)` and `weights(...)`: functions of what `self.logprobs` wants, or None for
+        "all 1"."""
         for prompt, response in self:
             wanted = []  # (tokens, log-probs, weights) of each leaf
             own, own_weights = logprobs(prompt, response), weights(prompt, response)
-            assert response.logprobs == pytest.approx(own, **CLOSE) and len(response.continuations) == 4
+            assert (
+                response.logprobs == pytest.approx(own, **CLOSE)
+                and len(response.continuations) == 4
+            )
             wanted.append((response.tokens, own, own_weights))
-            for c in sorted(response.continuations, key=lambda c: -c.at):  # the order of the leaves: the last branch point first
+            # the order of the leaves: the last branch point first
+            for c in sorted(response.continuations, key=lambda c: -c.at):
                 new, new_weights = logprobs(prompt, response, c), weights(prompt, response, c)
                 assert c.logprobs == pytest.approx(new, **CLOSE)
-                wanted.append((response.tokens[:c.at] + c.tokens, own[:c.at] + new, own_weights[:c.at] + new_weights))
+                wanted.append(
+                    (
+                        response.tokens[: c.at] + c.tokens,
+                        own[: c.at] + new,
+                        own_weights[: c.at] + new_weights,
+                    )
+                )
             for flatten, leaves in ((tree_sequences, wanted), (grpo_sequences, wanted[:1])):
                 made = flatten(prompt, [response])
                 assert len(made) == len(leaves)
                 for sequence, (tokens, lp, w) in zip(made, leaves):
                     assert sequence.tokens == tokens
-                    assert sequence.logprobs == pytest.approx(lp, **CLOSE) and sequence.weights == pytest.approx(w, **CLOSE)
+                    assert sequence.logprobs == pytest.approx(
+                        lp, **CLOSE
+                    ) and sequence.weights == pytest.approx(w, **CLOSE)
 
     def ones(self, prompt, response, continuation=None) -> list[float]:
         return [1.0] * len((continuation or response).tokens)
@@ -151,15 +207,23 @@ def test_old_logprobs_are_those_of_the_side_that_was_chosen(tmp_path, behaviour,
     sampled = Sampled(tmp_path, "--behaviour", behaviour, "--temperature", temperature)
     models = sampled.policies if behaviour == "learner" else sampled.engines
     sampled.check(lambda *of: sampled.logprobs(models, *of), sampled.ones)
-    for prompt, response in sampled:  # the premise: all four models differ by far more than the tolerance above
-        of = [plain_logprobs(m, prompt, response.tokens) for m in (*sampled.policies, *sampled.engines)]
-        assert all(max(abs(a - b) for a, b in zip(of[i], of[j])) > 1e-3 for i in range(4) for j in range(i))
+    # the premise: all four models differ by far more than the tolerance above
+    for prompt, response in sampled:
+        of = [
+            plain_logprobs(m, prompt, response.tokens)
+            for m in (*sampled.policies, *sampled.engines)
+        ]
+        assert all(
+            max(abs(a - b) for a, b in zip(of[i], of[j])) > 1e-3 for i in range(4) for j in range(i)
+        )
 
 
 @pytest.mark.parametrize("temperature, cap", [("1", 1.02), ("0.6", 1.3)])
-def test_importance_weights_follow_their_tokens_into_the_training_sequences(tmp_path, temperature, cap):
-    """A continuation's prefix keeps the weights that its tokens got when the older policy's engine sampled them; the suffix
-    has those of the newer. PPO's old log-probs stay the learner's."""
+def test_importance_weights_follow_their_tokens_into_the_training_sequences(
+    tmp_path, temperature, cap
+):
+    """A continuation's prefix keeps the weights that its tokens got when the older policy's engine
+    sampled them; the suffix has those of the newer. PPO's old log-probs stay the learner's."""
     sampled = Sampled(tmp_path, "--tis_cap", str(cap), "--temperature", temperature)
 
     def by_hand(*of):
@@ -173,68 +237,119 @@ def test_importance_weights_follow_their_tokens_into_the_training_sequences(tmp_
 
 
 def test_the_gap_between_engine_and_learner_is_measured(tmp_path):
-    """metrics' logprob_gap: mean and maximum over all sampled tokens, initial responses and continuations."""
+    """metrics' logprob_gap: mean and maximum over all sampled tokens, initial responses and
+    continuations."""
     sampled = Sampled(tmp_path)
-    gaps = [abs(a - b) for prompt, r in sampled for c in (None, *r.continuations)
-            for a, b in zip(sampled.logprobs(sampled.engines, prompt, r, c), sampled.logprobs(sampled.policies, prompt, r, c))]
+    gaps = [
+        abs(a - b)
+        for prompt, r in sampled
+        for c in (None, *r.continuations)
+        for a, b in zip(
+            sampled.logprobs(sampled.engines, prompt, r, c),
+            sampled.logprobs(sampled.policies, prompt, r, c),
+        )
+    ]
     gap = sampled.trainer.gap
     assert (gap.tokens, gap.total / gap.tokens, gap.largest) == (
-        len(gaps), pytest.approx(sum(gaps) / len(gaps), abs=1e-6), pytest.approx(max(gaps), **CLOSE))
+        len(gaps),
+        pytest.approx(sum(gaps) / len(gaps), abs=1e-6),
+        pytest.approx(max(gaps), **CLOSE),
+    )
     assert gap.largest > 0.1
 
 
 def test_with_an_exact_engine_the_switches_change_next_to_nothing(tmp_path):
-    """Whole runs: the weights are 1 and both sides' log-probs the same up to rounding, and so is what is learnt."""
-    runs = [metrics_of(train(parse_config([*SMALL, "--out", str(tmp_path / str(i)), *options])))[-1]
-            for i, options in enumerate(([], ["--tis_cap", "2"], ["--behaviour", "engine"]))]
+    """Whole runs: the weights are 1 and both sides' log-probs the same up to rounding, and so is
+    what is learnt."""
+    runs = [
+        metrics_of(train(parse_config([*SMALL, "--out", str(tmp_path / str(i)), *options])))[-1]
+        for i, options in enumerate(([], ["--tis_cap", "2"], ["--behaviour", "engine"]))
+    ]
     same = [key for key in runs[0] if not key.startswith("seconds/")]
     assert runs[0]["train/updates"] == 1 and 0 < runs[0]["logprob_gap/max"] < 1e-4
     for other in runs[1:]:
-        assert {key: other[key] for key in same} == pytest.approx({key: runs[0][key] for key in same}, rel=1e-3, abs=1e-5)
+        assert {key: other[key] for key in same} == pytest.approx(
+            {key: runs[0][key] for key in same}, rel=1e-3, abs=1e-5
+        )
 
 
 def test_a_scoring_pass_that_gives_nothing_but_log_probs_is_left_out_with_the_engines(tmp_path):
-    """GRPO wants neither FCI nor entropies: the same update without a pass. AttnRL keeps that over the initial responses."""
-    def run(*options):
-        return metrics_of(train(parse_config([*SMALL, "--out", str(tmp_path / "-".join(options)), *options])))[-1]
+    """GRPO wants neither FCI nor entropies: the same update without a pass. AttnRL keeps that over
+    the initial responses."""
 
-    scored, unscored = (run("--method", "grpo", "--behaviour", side) for side in ("learner", "engine"))
-    assert scored["seconds/score"] > 0 == unscored["seconds/score"] and scored["train/updates"] == unscored["train/updates"] > 0
-    for key in ("train/loss", "train/policy_loss", "train/ratio", "train/grad_norm", "train/tokens", "initial/reward"):
+    def run(*options):
+        return metrics_of(
+            train(parse_config([*SMALL, "--out", str(tmp_path / "-".join(options)), *options]))
+        )[-1]
+
+    scored, unscored = (
+        run("--method", "grpo", "--behaviour", side) for side in ("learner", "engine")
+    )
+    assert (
+        scored["seconds/score"] > 0 == unscored["seconds/score"]
+        and scored["train/updates"] == unscored["train/updates"] > 0
+    )
+    for key in (
+        "train/loss",
+        "train/policy_loss",
+        "train/ratio",
+        "train/grad_norm",
+        "train/tokens",
+        "initial/reward",
+    ):
         assert unscored[key] == pytest.approx(scored[key], rel=1e-3, abs=1e-5)
-    trainer = Trainer(parse_config([*SMALL, "--behaviour", "engine", "--out", str(tmp_path / "tree")]), Display(1))
+    trainer = Trainer(
+        parse_config([*SMALL, "--behaviour", "engine", "--out", str(tmp_path / "tree")]), Display(1)
+    )
     batch = trainer.new_batch(1)
     trainer.sample(None, batch)
-    assert all(len(r.entropies) == len(r.tokens) and r.fci for g in batch.groups for r in g.responses)
+    assert all(
+        len(r.entropies) == len(r.tokens) and r.fci for g in batch.groups for r in g.responses
+    )
     gaps = trainer.gap.tokens
     trainer.sample(batch, None)
     ends = [c for g in batch.groups for r in g.responses for c in r.continuations]
-    assert trainer.gap.tokens == gaps > 0 and ends and all(len(c.logprobs) == len(c.tokens) for c in ends)
+    assert (
+        trainer.gap.tokens == gaps > 0
+        and ends
+        and all(len(c.logprobs) == len(c.tokens) for c in ends)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 MODEL = tiny_model("qwen2")
 
 
 def weighted_sequences(seed: int, weights: bool = True) -> list[TrainingSequence]:
-    """Old log-probs up to 2.5 away from the model's own, so that every kind of clip happens, and random weights."""
+    """Old log-probs up to 2.5 away from the model's own, so that every kind of clip happens, and
+    random weights."""
     rng, weigh = random.Random(seed), random.Random(seed + 1000)
     sequences = []
     for length in (5, 17, 30, 9):
         prompt, tokens = random_tokens(rng, 4), random_tokens(rng, length)
         old = [lp + rng.uniform(-2.5, 2.5) for lp in plain_logprobs(MODEL, prompt, tokens)]
-        sequences.append(TrainingSequence(prompt, tokens, [rng.choice([-1.0, 0.5, 2.0]) for _ in tokens], old,
-                                          [weigh.uniform(0, 2) for _ in tokens] if weights else []))
+        sequences.append(
+            TrainingSequence(
+                prompt,
+                tokens,
+                [rng.choice([-1.0, 0.5, 2.0]) for _ in tokens],
+                old,
+                [weigh.uniform(0, 2) for _ in tokens] if weights else [],
+            )
+        )
     return sequences
 
 
 def loss_by_hand(model, sequences: list[TrainingSequence], weigh: bool = True):
-    """sum over tokens of w * PPO loss, one token at a time, with graph; and how often each kind of clip happened."""
+    """sum over tokens of w * PPO loss, one token at a time, with graph; and how often each kind of
+    clip happened."""
     total, kinds = 0.0, {"plain": 0, "above": 0, "below": 0, "dual": 0}
     for s in sequences:
-        logits = model(torch.tensor([s.prompt_ids + s.tokens])).logits[0, len(s.prompt_ids) - 1:-1]
+        logits = model(torch.tensor([s.prompt_ids + s.tokens])).logits[
+            0, len(s.prompt_ids) - 1 : -1
+        ]
         logp = logits.log_softmax(-1)[range(len(s.tokens)), s.tokens]
         for lp, old, advantage, w in zip(logp, s.logprobs, s.advantages, s.weights):
             ratio, kind = torch.exp(lp - old), "plain"
@@ -254,7 +369,8 @@ def gradients(model) -> torch.Tensor:
 
 
 def test_the_loss_is_the_sum_of_weighted_token_losses_by_hand():
-    """Value and gradient: the weight multiplies the token's PPO loss, and no gradient flows into the weight itself."""
+    """Value and gradient: the weight multiplies the token's PPO loss, and no gradient flows into
+    the weight itself."""
     sequences = weighted_sequences(1)
     model = copy.deepcopy(MODEL)
     wanted, kinds = loss_by_hand(model, sequences)
@@ -267,16 +383,24 @@ def test_the_loss_is_the_sum_of_weighted_token_losses_by_hand():
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert stats.policy_loss == stats.loss == pytest.approx(loss.item())
-    torch.testing.assert_close(gradients(model), wanted_gradients, rtol=1e-3, atol=1e-5 * wanted_gradients.abs().max().item())
+    torch.testing.assert_close(
+        gradients(model),
+        wanted_gradients,
+        rtol=1e-3,
+        atol=1e-5 * wanted_gradients.abs().max().item(),
+    )
     unweighted, _ = loss_by_hand(model, sequences, weigh=False)
-    assert abs(unweighted.item() - wanted.item()) > 0.01 * abs(wanted.item())  # the weights are not idle here
+    # the weights are not idle here
+    assert abs(unweighted.item() - wanted.item()) > 0.01 * abs(wanted.item())
 
 
 def test_without_weights_the_loss_is_plain_ppo():
     sequences = weighted_sequences(2, weights=False)
     assert all(s.weights == [1.0] * len(s.tokens) for s in sequences)
     loss = Learner(copy.deepcopy(MODEL), kl_coef=0.0).micro_batch_loss(sequences, TrainStats())
-    assert loss.item() == pytest.approx(loss_by_hand(MODEL, sequences, weigh=False)[0].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        loss_by_hand(MODEL, sequences, weigh=False)[0].item(), rel=1e-5
+    )
 
 
 def test_weights_leave_kl_ratio_and_clip_fraction_alone():
@@ -289,7 +413,11 @@ def test_weights_leave_kl_ratio_and_clip_fraction_alone():
         assert stats.loss == pytest.approx(stats.policy_loss + 0.1 * stats.kl, rel=1e-5)
         seen.append(stats)
     weighted, plain = seen
-    assert (weighted.kl, weighted.ratio, weighted.clip_fraction) == (plain.kl, plain.ratio, plain.clip_fraction)
+    assert (weighted.kl, weighted.ratio, weighted.clip_fraction) == (
+        plain.kl,
+        plain.ratio,
+        plain.clip_fraction,
+    )
     assert weighted.kl > 0 and weighted.policy_loss != plain.policy_loss
 
 
@@ -297,8 +425,12 @@ def test_the_mean_is_over_tokens_not_over_weights():
     """Weights of 0.5 halve the gradient of an update, exactly; they are not normalised away."""
     found = []
     for weight in (1.0, 0.5):
-        sequences = [TrainingSequence(s.prompt_ids, s.tokens, s.advantages, s.logprobs, [weight] * len(s.tokens))
-                     for s in weighted_sequences(3)]
+        sequences = [
+            TrainingSequence(
+                s.prompt_ids, s.tokens, s.advantages, s.logprobs, [weight] * len(s.tokens)
+            )
+            for s in weighted_sequences(3)
+        ]
         learner = Learner(copy.deepcopy(MODEL), kl_coef=0.0, max_grad_norm=1e9, token_budget=40)
         learner.optimizer.step = lambda learner=learner: found.append(gradients(learner.policy))
         found.append(learner.train(sequences, mini_batch=99, seed=0).policy_loss)
@@ -306,15 +438,21 @@ def test_the_mean_is_over_tokens_not_over_weights():
     assert torch.equal(half, whole / 2) and half_loss == pytest.approx(whole_loss / 2, rel=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # An engine with weights of its own (transformers here; vLLM in test_vllm.py)
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def requests(count: int = 6) -> list[Request]:
-    return [Request(random_tokens(random.Random(i), 5 + i), 20, 0.6, request_seed(0, i)) for i in range(count)]
+    return [
+        Request(random_tokens(random.Random(i), 5 + i), 20, 0.6, request_seed(0, i))
+        for i in range(count)
+    ]
 
 
 def gap_of(error: UserError) -> tuple[float, float, float]:
-    numbers = re.search(r"engine's mean log-prob is (\S+), the learner's (\S+), mean \|difference\| (\S+), above", str(error))
+    numbers = re.search(
+        r"engine's mean log-prob is (\S+), the learner's (\S+), mean \|difference\| (\S+), above",
+        str(error),
+    )
     return tuple(map(float, numbers.groups()))
 
 
@@ -327,13 +465,21 @@ def test_a_copys_weights_are_synced_by_value(tied):
     for name, value in policy.state_dict().items():
         mine = engine.model.state_dict()[name]
         assert torch.equal(mine, value) and mine.data_ptr() != value.data_ptr()
-    assert engine.generate(requests()) == TransformersEngine(policy, EOS).generate(requests()) != before
+    assert (
+        engine.generate(requests())
+        == TransformersEngine(policy, EOS).generate(requests())
+        != before
+    )
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.1)
-    assert not torch.equal(engine.model.state_dict()["lm_head.weight"], policy.state_dict()["lm_head.weight"])
+    assert not torch.equal(
+        engine.model.state_dict()["lm_head.weight"], policy.state_dict()["lm_head.weight"]
+    )
     engine.sync_weights(dist.full_weights(policy))
-    assert torch.equal(engine.model.state_dict()["lm_head.weight"], policy.state_dict()["lm_head.weight"])
+    assert torch.equal(
+        engine.model.state_dict()["lm_head.weight"], policy.state_dict()["lm_head.weight"]
+    )
 
 
 def test_a_copy_in_half_precision_gets_rounded_weights():
@@ -363,8 +509,16 @@ def test_a_forgotten_sync_of_a_copy_is_caught_and_both_sides_are_named():
     with pytest.raises(UserError) as stop:
         engine_gap(engine, policy, requests(), 1e-3)
     completions = engine.generate(requests())
-    engines = [lp for r, c in zip(requests(), completions) for lp in plain_logprobs(engine.model, r.prompt_ids, c.tokens, 0.6)]
-    learners = [lp for r, c in zip(requests(), completions) for lp in plain_logprobs(policy, r.prompt_ids, c.tokens, 0.6)]
+    engines = [
+        lp
+        for r, c in zip(requests(), completions)
+        for lp in plain_logprobs(engine.model, r.prompt_ids, c.tokens, 0.6)
+    ]
+    learners = [
+        lp
+        for r, c in zip(requests(), completions)
+        for lp in plain_logprobs(policy, r.prompt_ids, c.tokens, 0.6)
+    ]
     gaps = [abs(a - b) for a, b in zip(engines, learners)]
     wanted = [sum(values) / len(engines) for values in (engines, learners, gaps)]
     assert gap_of(stop.value) == pytest.approx(wanted, abs=1e-4) and "\n" not in str(stop.value)
@@ -391,30 +545,44 @@ def test_the_check_is_a_mean_over_tokens_and_has_a_tolerance():
     assert engine_gap(engine, policy, requests(), tolerance=gap) == gap
     with pytest.raises(UserError, match="--sync_tolerance"):
         engine_gap(engine, policy, requests(), tolerance=0.999 * gap)
-    assert engine_gap(engine, policy, [], tolerance=0.0) == 0.0  # a rank that has sampled nothing yet
+    # a rank that has sampled nothing yet
+    assert engine_gap(engine, policy, [], tolerance=0.0) == 0.0
 
 
 def test_probes_continue_what_was_sampled_within_its_limits():
     rng = random.Random(6)
     made = [Request(random_tokens(rng, 1 + i), 1 + 7 * i, 0.7, i) for i in range(8)]
-    completions = [Completion(random_tokens(rng, rng.randint(1, r.max_tokens)), [], True) for r in made]
+    completions = [
+        Completion(random_tokens(rng, rng.randint(1, r.max_tokens)), [], True) for r in made
+    ]
     probes = probe_requests(made, completions)
     assert len(probes) == 4 and probe_requests([], []) == []
     for r, c, probe in zip(made, completions, probes):
-        assert probe.prompt_ids == r.prompt_ids + c.tokens[:len(c.tokens) // 2] and probe.temperature == 0.7
+        assert (
+            probe.prompt_ids == r.prompt_ids + c.tokens[: len(c.tokens) // 2]
+            and probe.temperature == 0.7
+        )
         assert 1 <= probe.max_tokens <= 16
-        assert len(probe.prompt_ids) + probe.max_tokens <= len(r.prompt_ids) + r.max_tokens  # fits the model's positions
+        # fits the model's positions
+        assert len(probe.prompt_ids) + probe.max_tokens <= len(r.prompt_ids) + r.max_tokens
 
 
-def test_a_sharded_policys_engine_is_a_copy_and_a_forgotten_sync_stops_the_run(tmp_path, monkeypatch):
+def test_a_sharded_policys_engine_is_a_copy_and_a_forgotten_sync_stops_the_run(
+    tmp_path, monkeypatch
+):
     """FSDP2 on one rank: the training loop's own sync and check."""
-    trainer = Trainer(parse_config([*SMALL, "--parallel", "fsdp", "--out", str(tmp_path / "run")]), Display(1))
+    trainer = Trainer(
+        parse_config([*SMALL, "--parallel", "fsdp", "--out", str(tmp_path / "run")]), Display(1)
+    )
     try:
         assert trainer.engine.model is not trainer.policy and trainer.sync_gap < 1e-5
         said = step_without_sync(trainer, monkeypatch)
         print("a step of the toy without sync: mean gap", gap_of(said)[2])
         trainer.sync()
         assert 0 < trainer.sync_gap < 1e-5
-        assert all(torch.equal(trainer.engine.model.state_dict()[name], value) for name, value in dist.full_weights(trainer.policy))
+        assert all(
+            torch.equal(trainer.engine.model.state_dict()[name], value)
+            for name, value in dist.full_weights(trainer.policy)
+        )
     finally:
         dist.stop()

@@ -1,22 +1,25 @@
-"""test_learner.py: the update rule by hand, and gradients against a second implementation with plain loops.
+"""test_learner.py: the update rule by hand, and gradients against a second implementation with
+plain loops.
 
-`plain_gradient` shares no code with learner.py or fci.py: one sequence at a time without padding, full logits, a Python
-loop over tokens, the clip rules as if-else. `learner_gradient` is what really moves the weights: one `update` with SGD
-of learning rate 1 in the optimizer's place, weights before minus weights after.
+`plain_gradient` shares no code with learner.py or fci.py: one sequence at a time without padding,
+full logits, a Python loop over tokens, the clip rules as if-else. `learner_gradient` is what really
+moves the weights: one `update` with SGD of learning rate 1 in the optimizer's place, weights before
+minus weights after.
 
     python -m pytest tests/test_learner.py
 """
+
 import copy
 import math
 import random
 
 import pytest
 import torch
+from helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fci import Sequence, score, token_logprobs
-from helpers import VOCABULARY, tiny_model
 from learner import Learner, TrainStats, k3_kl, learning_rate, mini_batches, ppo_loss
 from tree import TrainingSequence
 
@@ -24,27 +27,38 @@ EOS = 0  # also the id that pad_right fills up with: EOS must be trained all the
 
 
 def sequences_of(lengths, seed=0):
-    """Random prompts and responses of these lengths, each ending in EOS, with advantages of both signs."""
+    """Random prompts and responses of these lengths, each ending in EOS, with advantages of both
+    signs."""
     rng = random.Random(seed)
     made = []
     for length in lengths:
         prompt = [rng.randrange(1, VOCABULARY) for _ in range(rng.randint(1, 6))]
         tokens = [rng.randrange(1, VOCABULARY) for _ in range(length - 1)] + [EOS]
-        made.append(TrainingSequence(prompt, tokens, [rng.uniform(-2, 2) for _ in tokens], [0.0] * length))
+        made.append(
+            TrainingSequence(prompt, tokens, [rng.uniform(-2, 2) for _ in tokens], [0.0] * length)
+        )
     return made
 
 
 def on_policy(policy, sequences, temperature=1.0):
     """The same sequences with the behaviour log-probs that the scoring pass gives them."""
     scores = score(policy, [Sequence(s.prompt_ids, s.tokens) for s in sequences], temperature)
-    return [TrainingSequence(s.prompt_ids, s.tokens, s.advantages, sc.logprobs) for s, sc in zip(sequences, scores)]
+    return [
+        TrainingSequence(s.prompt_ids, s.tokens, s.advantages, sc.logprobs)
+        for s, sc in zip(sequences, scores)
+    ]
 
 
 def off_policy(policy, sequences, seed=0):
-    """Behaviour log-probs that put the ratios between exp(-1.5) and exp(1.5) = 4.5: every region of the loss occurs."""
+    """Behaviour log-probs that put the ratios between exp(-1.5) and exp(1.5) = 4.5: every region of
+    the loss occurs."""
     rng = random.Random(seed)
-    return [TrainingSequence(s.prompt_ids, s.tokens, s.advantages, [lp + rng.uniform(-1.5, 1.5) for lp in s.logprobs])
-            for s in on_policy(policy, sequences)]
+    return [
+        TrainingSequence(
+            s.prompt_ids, s.tokens, s.advantages, [lp + rng.uniform(-1.5, 1.5) for lp in s.logprobs]
+        )
+        for s in on_policy(policy, sequences)
+    ]
 
 
 def weights(policy):
@@ -93,9 +107,9 @@ def plain_gradient(policy, sequences, reference=None, kl_coef=0.001, temperature
     return torch.cat([p.grad.flatten() for p in policy.parameters()]), loss.item(), regions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loss by hand
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def ppo_at(ratio, advantage, **options):
     """(loss, clipped, d loss / d logp) of one token."""
     logp = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
@@ -105,29 +119,35 @@ def ppo_at(ratio, advantage, **options):
     return loss.item(), clipped.item(), logp.grad.item()
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, clipped", [
-    (0.50, 2.0, -1.00, False),  # A > 0, below the range: the token has become LESS likely, nothing holds it back
-    (0.90, 2.0, -1.80, False),
-    (1.00, 2.0, -2.00, False),
-    (1.25, 2.0, -2.50, False),  # above 1.2: Clip-Higher leaves room up to 1.28
-    (1.50, 2.0, -2.56, True),  # 1.28 * 2
-    (9.00, 2.0, -2.56, True),  # no dual clip for A > 0
-    (0.50, -2.0, 1.60, True),  # A < 0, below the range: 0.8 * 2, pushed down far enough
-    (0.79, -2.0, 1.60, True),
-    (0.81, -2.0, 1.62, False),
-    (1.00, -2.0, 2.00, False),
-    (1.50, -2.0, 3.00, False),  # above the range the min is the plain term: the token must still come down
-    (2.90, -2.0, 5.80, False),
-    (3.10, -2.0, 6.00, True),  # dual clip: 3 * 2
-    (50.0, -2.0, 6.00, True),
-    (0.10, 0.0, 0.0, False),  # A = 0: no gradient, but no clip took it
-    (9.00, 0.0, 0.0, False),
-])
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, clipped",
+    [
+        # A > 0, below the range: the token has become LESS likely, nothing holds it back
+        (0.50, 2.0, -1.00, False),
+        (0.90, 2.0, -1.80, False),
+        (1.00, 2.0, -2.00, False),
+        (1.25, 2.0, -2.50, False),  # above 1.2: Clip-Higher leaves room up to 1.28
+        (1.50, 2.0, -2.56, True),  # 1.28 * 2
+        (9.00, 2.0, -2.56, True),  # no dual clip for A > 0
+        (0.50, -2.0, 1.60, True),  # A < 0, below the range: 0.8 * 2, pushed down far enough
+        (0.79, -2.0, 1.60, True),
+        (0.81, -2.0, 1.62, False),
+        (1.00, -2.0, 2.00, False),
+        # above the range the min is the plain term: the token must still come down
+        (1.50, -2.0, 3.00, False),
+        (2.90, -2.0, 5.80, False),
+        (3.10, -2.0, 6.00, True),  # dual clip: 3 * 2
+        (50.0, -2.0, 6.00, True),
+        (0.10, 0.0, 0.0, False),  # A = 0: no gradient, but no clip took it
+        (9.00, 0.0, 0.0, False),
+    ],
+)
 def test_ppo_loss_by_hand(ratio, advantage, loss, clipped):
     got, flag, gradient = ppo_at(ratio, advantage)
     assert got == pytest.approx(loss, abs=1e-12)
     assert flag is clipped
-    assert gradient == (0.0 if clipped else pytest.approx(-ratio * advantage))  # d(-r A) / d logp = -r A
+    # d(-r A) / d logp = -r A
+    assert gradient == (0.0 if clipped else pytest.approx(-ratio * advantage))
 
 
 def test_ppo_clip_settings_are_used():
@@ -139,7 +159,10 @@ def test_ppo_clip_settings_are_used():
 @settings(max_examples=200, deadline=None)
 @given(st.floats(-3, 3), st.floats(-5, 5))
 def test_ppo_clipped_is_exactly_where_the_gradient_is_zero(log_ratio, advantage):
-    if abs(advantage) < 1e-6 or min(abs(log_ratio - math.log(edge)) for edge in (0.8, 1.28, 3.0)) < 1e-9:
+    if (
+        abs(advantage) < 1e-6
+        or min(abs(log_ratio - math.log(edge)) for edge in (0.8, 1.28, 3.0)) < 1e-9
+    ):
         return  # no gradient to take away; on an edge both are right
     loss, clipped, gradient = ppo_at(math.exp(log_ratio), advantage)
     assert clipped is (gradient == 0.0)
@@ -155,7 +178,8 @@ def test_ppo_stays_finite_for_absurd_ratios():
 
 
 def test_k3_kl_by_hand():
-    """d = ref - logp: e^d - d - 1. Its gradient in logp is 1 - e^d: it pulls logp towards ref from both sides."""
+    """d = ref - logp: e^d - d - 1. Its gradient in logp is 1 - e^d: it pulls logp towards ref from
+    both sides."""
     logp = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64, requires_grad=True)
     ref = torch.tensor([-1.0, -0.5, -2.0], dtype=torch.float64)
     kl = k3_kl(logp, ref)
@@ -167,29 +191,38 @@ def test_k3_kl_by_hand():
 def test_k3_kl_is_an_unbiased_estimate_of_the_kl():
     """Weighted with the policy's own probabilities it is sum p log(p / ref), exactly."""
     p, ref = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
-    assert (p * k3_kl(p.log(), ref.log())).sum().item() == pytest.approx((p * (p / ref).log()).sum().item(), rel=1e-5)
+    assert (p * k3_kl(p.log(), ref.log())).sum().item() == pytest.approx(
+        (p * (p / ref).log()).sum().item(), rel=1e-5
+    )
     assert (k3_kl(torch.linspace(-30, 30, 101), torch.zeros(101)) >= 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Schedules and mini-batches
-# ---------------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("schedule, warmup, expected", [
-    ("constant", 0, [2, 2, 2, 2]),
-    ("linear", 0, [2, 1.5, 1, 0.5]),
-    ("cosine", 0, [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)]),
-    ("constant", 2, [1, 2, 2, 2]),
-    ("linear", 2, [1, 2, 2, 1]),
-    ("cosine", 2, [1, 2, 2, 1]),
-    ("constant", 4, [0.5, 1, 1.5, 2]),
-    ("linear", 8, [0.25, 0.5, 0.75, 1]),  # a warm-up longer than the run
-])
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "schedule, warmup, expected",
+    [
+        ("constant", 0, [2, 2, 2, 2]),
+        ("linear", 0, [2, 1.5, 1, 0.5]),
+        ("cosine", 0, [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)]),
+        ("constant", 2, [1, 2, 2, 2]),
+        ("linear", 2, [1, 2, 2, 1]),
+        ("cosine", 2, [1, 2, 2, 1]),
+        ("constant", 4, [0.5, 1, 1.5, 2]),
+        ("linear", 8, [0.25, 0.5, 0.75, 1]),  # a warm-up longer than the run
+    ],
+)
 def test_learning_rate_by_hand(schedule, warmup, expected):
-    assert [learning_rate(step, 4, 2.0, warmup, schedule) for step in (1, 2, 3, 4)] == pytest.approx(expected)
+    assert [
+        learning_rate(step, 4, 2.0, warmup, schedule) for step in (1, 2, 3, 4)
+    ] == pytest.approx(expected)
 
 
 def test_learning_rate_decays_to_zero_after_the_last_step():
-    assert learning_rate(5, 4, 2.0, 0, "linear") == 0 and learning_rate(5, 4, 2.0, 0, "cosine") == pytest.approx(0)
+    assert learning_rate(5, 4, 2.0, 0, "linear") == 0 and learning_rate(
+        5, 4, 2.0, 0, "cosine"
+    ) == pytest.approx(0)
 
 
 def test_set_learning_rate_is_the_size_of_the_next_step():
@@ -219,20 +252,24 @@ def test_mini_batches_are_shuffled_by_the_seed():
     assert len(set(orders)) == 5 and tuple(range(50)) not in orders
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Gradients
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 LENGTHS = [1, 2, 3, 30, 5, 17, 9]
 
 
 @pytest.mark.parametrize("with_reference", [False, True])
-@pytest.mark.parametrize("token_budget", [1, 25, 70, 10_000])  # one row each ... all rows in one micro-batch
+# one row each ... all rows in one micro-batch
+@pytest.mark.parametrize("token_budget", [1, 25, 70, 10_000])
 def test_gradient_is_the_global_token_mean_whatever_the_micro_batch(with_reference, token_budget):
     policy, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=1) if with_reference else None
     sequences = off_policy(policy, sequences_of(LENGTHS))
     expected, loss, regions = plain_gradient(policy, sequences, reference, kl_coef=0.1)
-    assert regions == {"high", "free+", "low", "dual", "free-"}  # else this test would prove less than it says
-    got, stats = learner_gradient(policy, sequences, reference, kl_coef=0.1, token_budget=token_budget)
+    # else this test would prove less than it says
+    assert regions == {"high", "free+", "low", "dual", "free-"}
+    got, stats = learner_gradient(
+        policy, sequences, reference, kl_coef=0.1, token_budget=token_budget
+    )
     assert expected.norm() > 0.1
     assert (got - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
     assert stats.loss / sum(LENGTHS) == pytest.approx(loss, abs=1e-5)
@@ -240,13 +277,16 @@ def test_gradient_is_the_global_token_mean_whatever_the_micro_batch(with_referen
 
 
 def test_stats_by_hand():
-    """Two tokens with a set ratio: 1.5 with A = 1 (clipped at 1.28), 0.9 with A = -1. Means over both tokens."""
+    """Two tokens with a set ratio: 1.5 with A = 1 (clipped at 1.28), 0.9 with A = -1. Means over
+    both tokens."""
     policy = tiny_model("qwen2")
-    s, = on_policy(policy, [TrainingSequence([3, 4], [5, EOS], [1.0, -1.0], [0.0, 0.0])])
-    ref, = on_policy(tiny_model("qwen2", seed=1), [s])
+    (s,) = on_policy(policy, [TrainingSequence([3, 4], [5, EOS], [1.0, -1.0], [0.0, 0.0])])
+    (ref,) = on_policy(tiny_model("qwen2", seed=1), [s])
     kl = k3_kl(torch.tensor(s.logprobs), torch.tensor(ref.logprobs)).mean().item()
     s.logprobs = [s.logprobs[0] - math.log(1.5), s.logprobs[1] - math.log(0.9)]
-    stats = Learner(policy, tiny_model("qwen2", seed=1), kl_coef=0.5).train([s], mini_batch=8, seed=0)
+    stats = Learner(policy, tiny_model("qwen2", seed=1), kl_coef=0.5).train(
+        [s], mini_batch=8, seed=0
+    )
     assert stats.policy_loss == pytest.approx((-1.28 + 0.9) / 2, abs=1e-5)
     assert stats.kl == pytest.approx(kl, rel=1e-4) and kl > 0.01
     assert stats.loss == pytest.approx(stats.policy_loss + 0.5 * kl, abs=1e-5)
@@ -255,22 +295,31 @@ def test_stats_by_hand():
 
 
 def test_clip_settings_reach_the_loss():
-    """Clips 0.05, 0.1, 2 on ratio 1.5 with A = 1: -1.1; ratio 0.9 with A = -1: 0.95; ratio 2.5 with A = -1: 2."""
+    """Clips 0.05, 0.1, 2 on ratio 1.5 with A = 1: -1.1; ratio 0.9 with A = -1: 0.95; ratio 2.5 with
+    A = -1: 2."""
     policy = tiny_model("qwen2")
-    s, = on_policy(policy, [TrainingSequence([3, 4], [5, 6, EOS], [1.0, -1.0, -1.0], [0.0] * 3)])
+    (s,) = on_policy(policy, [TrainingSequence([3, 4], [5, 6, EOS], [1.0, -1.0, -1.0], [0.0] * 3)])
     s.logprobs = [lp - math.log(ratio) for lp, ratio in zip(s.logprobs, (1.5, 0.9, 2.5))]
-    stats = Learner(policy, clip_low=0.05, clip_high=0.1, dual_clip=2.0).train([s], mini_batch=1, seed=0)
-    assert stats.policy_loss == pytest.approx((-1.1 + 0.95 + 2) / 3, abs=1e-5) and stats.clip_fraction == 1
+    stats = Learner(policy, clip_low=0.05, clip_high=0.1, dual_clip=2.0).train(
+        [s], mini_batch=1, seed=0
+    )
+    assert (
+        stats.policy_loss == pytest.approx((-1.1 + 0.95 + 2) / 3, abs=1e-5)
+        and stats.clip_fraction == 1
+    )
 
 
 def test_stats_are_means_over_the_tokens_of_all_mini_batches():
-    """Mini-batches of one sequence, 9 tokens with A = 1 and 1 token with A = -1: loss -(9 - 1) / 10, not -(1 - 1) / 2.
-    The learning rate is 0, so that every mini-batch is on-policy."""
+    """Mini-batches of one sequence, 9 tokens with A = 1 and 1 token with A = -1: loss -(9 - 1) /
+    10, not -(1 - 1) / 2. The learning rate is 0, so that every mini-batch is on-policy."""
     policy = tiny_model("qwen2")
     long, short = on_policy(policy, sequences_of([9, 1]))
     long.advantages, short.advantages = [1.0] * 9, [-1.0]
     stats = Learner(policy, lr=0.0).train([long, short], mini_batch=1, seed=0)
-    assert stats.policy_loss == pytest.approx(-0.8, abs=1e-5) and (stats.updates, stats.tokens) == (2, 10)
+    assert stats.policy_loss == pytest.approx(-0.8, abs=1e-5) and (stats.updates, stats.tokens) == (
+        2,
+        10,
+    )
 
 
 def test_first_update_has_ratio_one_and_loss_minus_mean_advantage_but_a_gradient():
@@ -292,7 +341,8 @@ def test_temperature_of_sampling_makes_the_ratio_one(temperature):
     assert stats.ratio / sum(LENGTHS) == pytest.approx(1.0, abs=1e-5)
     expected, _, _ = plain_gradient(policy, sequences, temperature=temperature)
     assert (gradient - expected).abs().max() < 1e-5 * max(1, expected.abs().max())
-    _, untempered = learner_gradient(policy, sequences)  # the common bug must show, or this test proves nothing
+    # the common bug must show, or this test proves nothing
+    _, untempered = learner_gradient(policy, sequences)
     assert abs(untempered.ratio / sum(LENGTHS) - 1) > 0.01
 
 
@@ -304,12 +354,13 @@ def test_temperature_is_that_of_the_reference_too():
     assert stats.kl / 13 == pytest.approx(0.0, abs=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # End-of-sequence and padding
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_eos_is_trained_although_it_is_the_padding_id():
-    """Only the EOS of the short sequence has an advantage; a longer row pads it with the same id. Its log-prob must
-    rise, and the gradient must be that of the one EOS token, not of the padding behind it."""
+    """Only the EOS of the short sequence has an advantage; a longer row pads it with the same id.
+    Its log-prob must rise, and the gradient must be that of the one EOS token, not of the padding
+    behind it."""
     policy = tiny_model("qwen2")
     short, long = on_policy(policy, sequences_of([4, 12]))
     assert short.tokens[-1] == EOS
@@ -323,9 +374,9 @@ def test_eos_is_trained_although_it_is_the_padding_id():
     assert on_policy(policy, [short])[0].logprobs[-1] > short.logprobs[-1] + 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Optimizer steps
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("max_grad_norm, binds", [(0.01, True), (1e6, False)])
 def test_gradient_norm_is_clipped_and_logged_before_clipping(max_grad_norm, binds):
     policy = tiny_model("qwen2")
@@ -336,7 +387,9 @@ def test_gradient_norm_is_clipped_and_logged_before_clipping(max_grad_norm, bind
     before = weights(policy)
     stats = learner.train(sequences, mini_batch=2, seed=0)
     step = before - weights(policy)
-    assert step.norm().item() == pytest.approx(max_grad_norm if binds else raw.norm().item(), rel=1e-3)
+    assert step.norm().item() == pytest.approx(
+        max_grad_norm if binds else raw.norm().item(), rel=1e-3
+    )
     assert torch.cosine_similarity(step, raw, dim=0) > 0.999
     assert stats.grad_norm == pytest.approx(raw.norm().item(), rel=1e-4)
 
@@ -359,10 +412,11 @@ def adam_state(learner):
     return [state[name].clone() for state in learner.optimizer.state.values() for name in names]
 
 
-@pytest.mark.parametrize("poison", [math.inf, math.nan, 1e30])  # 1e30: every gradient is finite, but not their norm
+# 1e30: every gradient is finite, but not their norm
+@pytest.mark.parametrize("poison", [math.inf, math.nan, 1e30])
 def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(poison):
-    """Three mini-batches of one sequence, the poisoned one in the middle: the weights and AdamW's moments end bit for
-    bit as after the two good ones alone."""
+    """Three mini-batches of one sequence, the poisoned one in the middle: the weights and AdamW's
+    moments end bit for bit as after the two good ones alone."""
     policy = tiny_model("qwen2")
     good1, bad, good2 = on_policy(policy, sequences_of([4, 5, 6]))
     bad.advantages[2] = poison
@@ -379,7 +433,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_training_goes_on(poison):
     clean.update([good2], TrainStats())
     assert (stats.updates, stats.skipped_updates) == (3, 1)
     assert torch.equal(weights(policy), weights(twin)) and not torch.equal(weights(policy), before)
-    assert all(torch.equal(a, b) for a, b in zip(adam_state(learner), adam_state(clean), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(adam_state(learner), adam_state(clean), strict=True)
+    )
     assert all(p.grad is None for p in policy.parameters())
 
 
@@ -394,7 +450,8 @@ def test_skipped_updates_are_counted_by_train_and_left_out_of_the_mean_grad_norm
 
 
 def test_weight_decay_and_learning_rate_reach_adamw():
-    """One AdamW step from zero moments: w <- w (1 - lr wd) - lr g / (|g| + eps): a weight without gradient decays."""
+    """One AdamW step from zero moments: w <- w (1 - lr wd) - lr g / (|g| + eps): a weight without
+    gradient decays."""
     policy = tiny_model("qwen2")
     sequences = on_policy(policy, sequences_of([4]))
     before = policy.get_input_embeddings().weight.detach().clone()
@@ -403,11 +460,14 @@ def test_weight_decay_and_learning_rate_reach_adamw():
     used = sorted(set(sequences[0].prompt_ids + sequences[0].tokens[:-1]))
     unused = [i for i in range(VOCABULARY) if i not in used]
     assert torch.allclose(after[unused], before[unused] * (1 - 1e-2 * 0.5), atol=1e-7)
-    assert torch.allclose((after[used] - before[used] * (1 - 1e-2 * 0.5)).abs().max(), torch.tensor(1e-2), rtol=1e-2)
+    assert torch.allclose(
+        (after[used] - before[used] * (1 - 1e-2 * 0.5)).abs().max(), torch.tensor(1e-2), rtol=1e-2
+    )
 
 
 def test_dropout_plays_no_role_in_the_update():
-    """Behaviour log-probs come from evaluation mode: with dropout in the update the first ratio would not be 1."""
+    """Behaviour log-probs come from evaluation mode: with dropout in the update the first ratio
+    would not be 1."""
     policy = tiny_model("qwen2", attention_dropout=0.5)
     sequences = on_policy(policy, sequences_of([7, 3]))
     stats = Learner(policy.train(), lr=0.0).train(sequences, mini_batch=9, seed=0)
@@ -424,7 +484,9 @@ def test_no_sequences_no_update():
 def test_train_is_reproducible_and_depends_on_the_seed():
     def trained(seed):
         policy = tiny_model("qwen2")
-        Learner(policy, lr=1e-3).train(off_policy(policy, sequences_of(LENGTHS)), mini_batch=2, seed=seed)
+        Learner(policy, lr=1e-3).train(
+            off_policy(policy, sequences_of(LENGTHS)), mini_batch=2, seed=seed
+        )
         return weights(policy)
 
     assert torch.equal(trained(0), trained(0))
@@ -453,7 +515,9 @@ def test_reference_is_unchanged_without_gradients_and_pulls_the_policy_back():
         s.advantages = [0.0] * len(s.tokens)  # only the KL term moves the policy
     learner = Learner(policy, reference, lr=1e-3, kl_coef=1.0)
     kl = [learner.train(sequences, mini_batch=2, seed=0).kl for _ in range(10)]
-    assert torch.equal(weights(reference), before) and all(p.grad is None for p in reference.parameters())
+    assert torch.equal(weights(reference), before) and all(
+        p.grad is None for p in reference.parameters()
+    )
     assert kl[-1] < 0.9 * kl[0]
 
 

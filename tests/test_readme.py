@@ -1,18 +1,25 @@
-"""The README tells the truth: equations stand where it says, line counts and switches are those of the code."""
+"""The README tells the truth: equations stand where it says, line counts and switches are those of
+the code."""
+
 import re
 import subprocess
 import sys
 from dataclasses import fields
 
-from attnrl import Config
 from fixtures import ROOT
+
+from attnrl import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def equation_rows() -> list[tuple[str, str, str]]:
     """(equation, file:line, test) of every row of the README's equation table."""
-    return re.findall(r"^\| AttnRL (Eq\. \d+) \|.*\| `(\w+\.py:\d+)` \| `(\w+\.py::\w+)` \|$", README, re.MULTILINE)
+    return re.findall(
+        r"^\| AttnRL (Eq\. \d+) \|.*\| `(\w+\.py:\d+)` \| `(\w+\.py::\w+)` \|$",
+        README,
+        re.MULTILINE,
+    )
 
 
 def equation_lines() -> dict[str, str]:
@@ -46,12 +53,22 @@ def test_line_counts_are_right_and_the_reading_path_is_short():
 
 
 def test_the_table_of_timings_is_that_of_the_results():
-    printed = subprocess.run([sys.executable, ROOT / "bench" / "measure.py", "--markdown"], capture_output=True, text=True)
+    printed = subprocess.run(
+        [sys.executable, ROOT / "bench" / "measure.py", "--markdown"],
+        capture_output=True,
+        text=True,
+    )
     assert printed.stdout.count("\n") > 10 and printed.stdout in README
-    computed = subprocess.run([sys.executable, ROOT / "bench" / "scale.py", "--model"], capture_output=True, text=True).stdout
-    assert computed.count("\n") == 8 and computed in (ROOT / "bench" / "scale.md").read_text(encoding="utf-8")
+    computed = subprocess.run(
+        [sys.executable, ROOT / "bench" / "scale.py", "--model"], capture_output=True, text=True
+    ).stdout
+    assert computed.count("\n") == 8 and computed in (ROOT / "bench" / "scale.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_every_switch_in_the_readme_exists():
-    switches = set(re.findall(r"--([a-z_]+)", README.split("## Switches")[1].split("## A run's folder")[0])) - {"help"}
+    switches = set(
+        re.findall(r"--([a-z_]+)", README.split("## Switches")[1].split("## A run's folder")[0])
+    ) - {"help"}
     assert switches <= {f.name for f in fields(Config)}

@@ -1,7 +1,8 @@
 """test_sampler.py: Eq. 8, 9 and 10 by hand, which trees are expanded, and the problem stream.
 
-    python -m pytest tests/test_sampler.py
+python -m pytest tests/test_sampler.py
 """
+
 import dataclasses
 import json
 import math
@@ -10,14 +11,23 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fci import fci_scores
-from helpers import tiny_model
 from runlog import fci_spread, notices, uniform_fci
-from sampler import (AdaptiveBatch, EasyFilter, ProblemStream, choose_trees, is_correct, problem_fci, round_half_up,
-                     solve_rate, tree_count)
+from sampler import (
+    AdaptiveBatch,
+    EasyFilter,
+    ProblemStream,
+    choose_trees,
+    is_correct,
+    problem_fci,
+    round_half_up,
+    solve_rate,
+    tree_count,
+)
 
 quick = settings(max_examples=150, deadline=None)
 
@@ -27,9 +37,9 @@ def saved_and_restored(state):
     return type(state)(**json.loads(json.dumps(dataclasses.asdict(state))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. 8: the filter of easy problems
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_eq8_difficulty_by_hand():
     assert solve_rate([1.0, 0.0, 1.0, 0.0, 0.0, 0.0]) == pytest.approx(1 / 3)
     assert solve_rate([0.0] * 6) == 0
@@ -38,7 +48,8 @@ def test_eq8_difficulty_by_hand():
 
 
 def test_eq8_problem_fci_is_the_mean_over_responses_of_the_mean_over_steps():
-    """Means of means: (0 + .3 + .3) / 3 = .2 and (0 + .6) / 2 = .3 give .25; the mean over all five steps is .24."""
+    """Means of means: (0 + .3 + .3) / 3 = .2 and (0 + .6) / 2 = .3 give .25; the mean over all five
+    steps is .24."""
     assert problem_fci([[0.0, 0.3, 0.3], [0.0, 0.6]]) == pytest.approx(0.25)
     assert problem_fci([[0.4], []]) == pytest.approx(0.2)  # a response without a score counts as 0
 
@@ -49,7 +60,8 @@ def test_eq8_filter_by_hand_with_the_current_batch_in_the_mean():
     assert easy.keep([1.0, 0.5, 1.0, 0.0], [0.2, 0.9, 0.4, 0.0]) == [False, True, True, True]
     # (.2 + .4 + .1) / 3 = .2333 now; without this batch the mean would be .3
     assert easy.keep([1.0, 5 / 6], [0.1, 0.0]) == [False, True]
-    # .25 is kept because this batch pulls the mean down to (.7 + .25 + .01) / 5 = .192; the old mean alone was .2333
+    # .25 is kept because this batch pulls the mean down to (.7 + .25 + .01) / 5 = .192; the old
+    # mean alone was .2333
     assert easy.keep([1.0, 1.0], [0.25, 0.01]) == [True, False]
     assert (easy.count, easy.total) == (5, pytest.approx(0.96))
 
@@ -57,7 +69,8 @@ def test_eq8_filter_by_hand_with_the_current_batch_in_the_mean():
 def test_eq8_current_batch_enters_the_mean_before_the_comparison():
     easy = EasyFilter()
     assert easy.keep([1.0], [0.1]) == [True]
-    assert easy.keep([1.0, 1.0], [0.2, 0.9]) == [False, True]  # mean 1.2 / 3 = .4; by the old mean .1 both would stay
+    # mean 1.2 / 3 = .4; by the old mean .1 both would stay
+    assert easy.keep([1.0, 1.0], [0.2, 0.9]) == [False, True]
 
 
 def test_eq8_no_easy_problem_leaves_the_state_alone():
@@ -75,9 +88,13 @@ def test_eq8_equal_fci_is_kept_although_the_float_mean_is_above_it(count, fci):
 
 
 @quick
-@given(st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 64)), max_size=6), max_size=8), st.integers(0, 8))
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 64)), max_size=6), max_size=8),
+    st.integers(0, 8),
+)
 def test_eq8_equals_the_mean_over_the_whole_history(batches, restore_at):
-    """FCI in 1/64 and exact sums, so that >= needs no tolerance. The state is saved and restored on the way."""
+    """FCI in 1/64 and exact sums, so that >= needs no tolerance. The state is saved and restored on
+    the way."""
     easy, history = EasyFilter(), []
     for number, batch in enumerate(batches):
         if number == restore_at:
@@ -87,14 +104,16 @@ def test_eq8_equals_the_mean_over_the_whole_history(batches, restore_at):
         assert easy.keep([z / 6 for z, _ in batch], [y / 64 for _, y in batch]) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. 9: trees
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_eq9_tree_count_by_hand():
-    """exp(-z) * 6 = 6, 5.079, 4.299, 3.639, 3.081, 2.608, 2.207. Rounded, not rounded up (6 6 5 4 4 3 3)."""
+    """exp(-z) * 6 = 6, 5.079, 4.299, 3.639, 3.081, 2.608, 2.207. Rounded, not rounded up (6 6 5 4 4
+    3 3)."""
     assert [tree_count(k / 6, 6) for k in range(7)] == [6, 5, 4, 4, 3, 3, 2]
     assert [tree_count(z, 6) for z in (0.0, 0.5, 1.0)] == [6, 4, 2]
-    assert [tree_count(k / 4, 4) for k in range(5)] == [4, 3, 2, 2, 1]  # 4, 3.115, 2.426, 1.889, 1.472
+    # 4, 3.115, 2.426, 1.889, 1.472
+    assert [tree_count(k / 4, 4) for k in range(5)] == [4, 3, 2, 2, 1]
 
 
 def test_eq9_eq10_round_half_up():
@@ -102,13 +121,17 @@ def test_eq9_eq10_round_half_up():
 
 
 def all_choices(rewards, count, tries=200):
-    return Counter(tuple(choose_trees(rewards, count, random.Random(seed))) for seed in range(tries))
+    return Counter(
+        tuple(choose_trees(rewards, count, random.Random(seed))) for seed in range(tries)
+    )
 
 
 def test_eq9_minority_outcome_first():
-    right_are_few = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]  # z = 1/3: 4 trees, both right ones and 2 of the 4 wrong ones
+    # z = 1/3: 4 trees, both right ones and 2 of the 4 wrong ones
+    right_are_few = [0.0, 1.0, 0.0, 0.0, 1.0, 0.0]
     choices = all_choices(right_are_few, 4)
-    assert all({1, 4} <= set(choice) for choice in choices) and len(choices) == 6  # all 4-choose-2 fillings occur
+    # all 4-choose-2 fillings occur
+    assert all({1, 4} <= set(choice) for choice in choices) and len(choices) == 6
     wrong_are_few = [1.0, 1.0, 0.0, 1.0, 1.0, 1.0]  # z = 5/6: 3 trees
     choices = all_choices(wrong_are_few, 3)
     assert all(2 in choice for choice in choices) and len(choices) == 10  # 5 choose 2
@@ -130,7 +153,9 @@ def test_eq9_random_where_all_agree(reward):
 
 
 @quick
-@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=9), st.integers(0, 12), st.integers())
+@given(
+    st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=9), st.integers(0, 12), st.integers()
+)
 def test_eq9_choice_has_the_asked_size_and_the_most_possible_of_the_minority(rewards, count, seed):
     before = list(rewards)
     chosen = choose_trees(rewards, count, random.Random(seed))
@@ -143,9 +168,9 @@ def test_eq9_choice_has_the_asked_size_and_the_most_possible_of_the_minority(rew
     assert rewards == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. 10: problems a step
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def batch(size=64, low=1, high=1000, **options):
     return AdaptiveBatch(size, target=1920, low=low, high=high, **options)
 
@@ -176,16 +201,18 @@ def test_eq10_nothing_kept_holds_the_size():
 
 
 def test_eq10_pipeline_uses_the_newest_known_pair_with_the_size_that_produced_it():
-    """Batch m+1 is sized while batch m is still to be trained, so the pair is that of batch m-1: 64 problems left 960.
-    .9 * 70 + .1 * (1920 / 960) * 64 = 75.8. With the present 70 as the multiplier it would be 77: not what 64 gave."""
+    """Batch m+1 is sized while batch m is still to be trained, so the pair is that of batch m-1: 64
+    problems left 960. .9 * 70 + .1 * (1920 / 960) * 64 = 75.8. With the present 70 as the
+    multiplier it would be 77: not what 64 gave."""
     assert batch(size=70).update(64, 960) == 76
 
 
 @pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("per_problem", [8, 30, 90])
 def test_eq10_reaches_the_target_from_afar_also_one_step_late(delay, per_problem):
-    """If every problem leaves the same number of sequences, B goes to B' / that number and stays (to rounding: a step
-    moves a tenth of the distance, so a distance below 5 problems rounds to no move)."""
+    """If every problem leaves the same number of sequences, B goes to B' / that number and stays
+    (to rounding: a step moves a tenth of the distance, so a distance below 5 problems rounds to no
+    move)."""
     b, history = batch(), []
     for _ in range(100):
         history.append((b.size, b.size * per_problem))
@@ -196,7 +223,9 @@ def test_eq10_reaches_the_target_from_afar_also_one_step_late(delay, per_problem
 
 
 @quick
-@given(st.integers(1, 500), st.lists(st.tuples(st.integers(1, 500), st.integers(0, 5000)), max_size=10))
+@given(
+    st.integers(1, 500), st.lists(st.tuples(st.integers(1, 500), st.integers(0, 5000)), max_size=10)
+)
 def test_eq10_bounds_and_saved_state(size, steps):
     b = AdaptiveBatch(size, target=1920, low=1, high=500)
     for sampled, kept in steps:
@@ -205,25 +234,31 @@ def test_eq10_bounds_and_saved_state(size, steps):
         assert 1 <= b.size <= 500 and isinstance(b.size, int)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The problem stream
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @quick
 @given(st.integers(1, 12), st.integers(0, 3), st.lists(st.integers(0, 30), min_size=1, max_size=8))
 def test_stream_every_epoch_is_a_permutation_however_it_is_taken(size, seed, counts):
     stream = ProblemStream(size, seed)
     taken = []
-    for count in counts:  # batches that wrap in their middle, and batches larger than the set, included
+    # batches that wrap in their middle, and batches larger than the set, included
+    for count in counts:
         part = stream.take(count)
         assert len(part) == count
         taken += part
     assert taken == ProblemStream(size, seed).take(sum(counts))
     for start in range(0, len(taken) - size + 1, size):
-        assert sorted(taken[start:start + size]) == list(range(size))
+        assert sorted(taken[start : start + size]) == list(range(size))
 
 
 @quick
-@given(st.integers(1, 12), st.integers(0, 3), st.lists(st.integers(0, 30), max_size=5), st.integers(0, 60))
+@given(
+    st.integers(1, 12),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 30), max_size=5),
+    st.integers(0, 60),
+)
 def test_stream_restored_at_any_point_continues_identically(size, seed, before, after):
     stream = ProblemStream(size, seed)
     for count in before:
@@ -268,17 +303,28 @@ def test_stream_restored_on_a_smaller_problem_set_is_refused(position):
         ProblemStream(5, position=position)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Failures with a name
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_fci_spread_by_hand():
-    """1 2 3: mean 2, population std sqrt(2/3); zeros (first and last steps) do not count; too few scores: None."""
+    """1 2 3: mean 2, population std sqrt(2/3); zeros (first and last steps) do not count; too few
+    scores: None."""
     flat = [3.0, 2.0, 1.0]  # in these units 1 2 3 spread even more
-    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]], [[0, *flat, 0, 0]]) == pytest.approx(math.sqrt(2 / 3) / 2)
-    assert fci_spread([[0, .5, .5, .5, 0]], [[0, *flat, 0]]) == 0  # all alike
-    assert fci_spread([[0, .6, .4, .2, 0]], [[0, *flat, 0]]) == pytest.approx(0)  # as attention to everything alike
-    assert fci_spread([[1.0, 2.0, 3.0], [.5, .5, .5], [.5, .5, .5], [0, 1.0, 0]], [flat] * 4) == 0  # the median of .41 0 0
-    assert fci_spread([], []) is None and fci_spread([[0, 1.0, 2.0, 0], []], [[0, 1.0, 1.0, 0], []]) is None
+    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]], [[0, *flat, 0, 0]]) == pytest.approx(
+        math.sqrt(2 / 3) / 2
+    )
+    assert fci_spread([[0, 0.5, 0.5, 0.5, 0]], [[0, *flat, 0]]) == 0  # all alike
+    # as attention to everything alike
+    assert fci_spread([[0, 0.6, 0.4, 0.2, 0]], [[0, *flat, 0]]) == pytest.approx(0)
+    # the median of .41 0 0
+    assert (
+        fci_spread([[1.0, 2.0, 3.0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 1.0, 0]], [flat] * 4)
+        == 0
+    )
+    assert (
+        fci_spread([], []) is None
+        and fci_spread([[0, 1.0, 2.0, 0], []], [[0, 1.0, 1.0, 0], []]) is None
+    )
 
 
 def test_collapse_is_named_for_a_model_that_attends_evenly_and_not_for_one_that_does_not():
@@ -294,7 +340,10 @@ def test_collapse_is_named_for_a_model_that_attends_evenly_and_not_for_one_that_
         y = fci_scores(model, prompt, list(range(40)) + [3] * 10, bounds, delta=2)
         spreads.append(fci_spread([y], [uniform_fci(len(prompt), bounds, delta=2)]))
     assert spreads[0] < 1e-5 < 0.05 < spreads[1]
-    assert "attention collapse" in notices(9, 9, 9, spreads[0])[0] and notices(9, 9, 9, spreads[1]) == []
+    assert (
+        "attention collapse" in notices(9, 9, 9, spreads[0])[0]
+        and notices(9, 9, 9, spreads[1]) == []
+    )
 
 
 def test_notices_none_if_all_is_well():
@@ -304,10 +353,12 @@ def test_notices_none_if_all_is_well():
 
 
 def test_notices_name_each_failure():
-    collapse, = notices(64, 50, 1900, spread=0.049)
+    (collapse,) = notices(64, 50, 1900, spread=0.049)
     assert collapse.startswith("attention collapse") and "0.049" in collapse
-    filtered, = notices(64, 0, 300, spread=0.4)
-    assert filtered.startswith("none of 64 problems is branched (all filtered,") and "64" in filtered
-    empty, = notices(64, 50, 0, spread=0.4)
+    (filtered,) = notices(64, 0, 300, spread=0.4)
+    assert (
+        filtered.startswith("none of 64 problems is branched (all filtered,") and "64" in filtered
+    )
+    (empty,) = notices(64, 50, 0, spread=0.4)
     assert empty.startswith("empty batch") and "64" in empty
     assert len(notices(64, 0, 0, spread=0.0)) == 3

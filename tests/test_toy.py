@@ -1,17 +1,27 @@
-"""The toy's checkpoint: padding it for vLLM changes nothing of what it computes, at first and in training."""
+"""The toy's checkpoint: padding it for vLLM changes nothing of what it computes, at first and in
+training."""
+
 import copy
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
-
 from fixtures import TOY_MODEL
 from helpers import randomise
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
 from toy.build import build_tokenizer, main, widen
 
 
 def small_model():
-    config = Qwen2Config(vocab_size=48, hidden_size=96, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True)
+    config = Qwen2Config(
+        vocab_size=48,
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
     return randomise(Qwen2ForCausalLM(config).eval(), seed=0)
 
 
@@ -40,7 +50,12 @@ def test_what_was_padded_stays_zero_in_training():
 
 
 def test_the_command_names_what_it_wrote_and_shows_no_bar(tmp_path, capfd):
-    main([*"--steps 0 --hub_steps 0 --slip_steps 0 --out".split(), str(tmp_path / "model")])
+    main(
+        [
+            *["--steps", "0", "--hub_steps", "0", "--slip_steps", "0", "--out"],
+            str(tmp_path / "model"),
+        ]
+    )
     out, error = capfd.readouterr()
     assert out.splitlines()[-1] == f"model: {tmp_path}/model" and not error
     assert Qwen2ForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 128

@@ -1,10 +1,12 @@
 """test_tree.py: Eq. 1, 2, 3 and 7 by hand, and the tree's invariants on random forests.
 
-Eq. 2-3 and Eq. 7 are also compared with second implementations that stand in this file and share no code with tree.py:
-`brute_force` has no tree and no recursion, only sets of leaves; `eq7_exact` interpolates with exact fractions.
+Eq. 2-3 and Eq. 7 are also compared with second implementations that stand in this file and share no
+code with tree.py: `brute_force` has no tree and no recursion, only sets of leaves; `eq7_exact`
+interpolates with exact fractions.
 
     python -m pytest tests/test_tree.py
 """
+
 import copy
 import math
 import random
@@ -14,24 +16,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tree import (Continuation, Response, TrainingSequence, build_tree, choose_branch_points, drop_zero,
-                  fci_branch_steps, grpo_sequences, prl_sequences, step_advantages, tree_sequences)
+from tree import (
+    Continuation,
+    Response,
+    TrainingSequence,
+    build_tree,
+    choose_branch_points,
+    drop_zero,
+    fci_branch_steps,
+    grpo_sequences,
+    prl_sequences,
+    step_advantages,
+    tree_sequences,
+)
 
 PROMPT = [901, 902, 903]
 quick = settings(max_examples=150, deadline=None)
 
 
 def response(tokens, reward, *continuations):
-    """continuations: (at, tokens, reward). Token t has behaviour log-prob -t / 100: it shows where it comes from."""
-    return Response(tokens, [-t / 100 for t in tokens], reward, continuations=[
-        Continuation(at, new, [-t / 100 for t in new], r) for at, new, r in continuations])
+    """continuations: (at, tokens, reward). Token t has behaviour log-prob -t / 100: it shows where
+    it comes from."""
+    return Response(
+        tokens,
+        [-t / 100 for t in tokens],
+        reward,
+        continuations=[
+            Continuation(at, new, [-t / 100 for t in new], r) for at, new, r in continuations
+        ],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. 1-3 by hand
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_eq2_eq3_advantages_by_hand():
-    """The example of tree.py's docstring: r1 (right) is cut once, continuations right and wrong; r2 is wrong."""
+    """The example of tree.py's docstring: r1 (right) is cut once, continuations right and wrong; r2
+    is wrong."""
     r1 = response([10, 11, 12, 13], 1.0, (2, [20, 21], 1.0), (2, [30], 0.0))
     r2 = response([40, 41], 0.0)
     root = build_tree([r1, r2])
@@ -41,22 +62,38 @@ def test_eq2_eq3_advantages_by_hand():
 
     rest, right, wrong, other = tree_sequences(PROMPT, [r1, r2])
     prefix = [0.19245, 0.19245]  # (1/6 + 1/6) / sqrt 3, on the two tokens before the cut
-    assert rest.tokens == [10, 11, 12, 13] and rest.advantages == pytest.approx([*prefix, 0.8333, 0.8333], abs=5e-5)
-    assert right.tokens == [10, 11, 20, 21] and right.advantages == pytest.approx([*prefix, 0.8333, 0.8333], abs=5e-5)
-    assert wrong.tokens == [10, 11, 30] and wrong.advantages == pytest.approx([*prefix, -1.1667], abs=5e-5)
-    assert other.tokens == [40, 41] and other.advantages == [-1.0, -1.0]  # -1/2 against the root, its parent too
+    assert rest.tokens == [10, 11, 12, 13] and rest.advantages == pytest.approx(
+        [*prefix, 0.8333, 0.8333], abs=5e-5
+    )
+    assert right.tokens == [10, 11, 20, 21] and right.advantages == pytest.approx(
+        [*prefix, 0.8333, 0.8333], abs=5e-5
+    )
+    assert wrong.tokens == [10, 11, 30] and wrong.advantages == pytest.approx(
+        [*prefix, -1.1667], abs=5e-5
+    )
+    # -1/2 against the root, its parent too
+    assert other.tokens == [40, 41] and other.advantages == [-1.0, -1.0]
 
 
 def test_eq2_eq3_two_branch_points_by_hand():
-    """One response of 6 tokens (right), cut at 2 (continuations right, wrong) and 4 (wrong, wrong); a second is wrong.
+    """One response of 6 tokens (right), cut at 2 (continuations right, wrong) and 4 (wrong, wrong);
+    a second is wrong.
 
         root: rewards 1 | 1 0 | 0 0 | 0           V = 2/6 = 1/3            L = 6
         n1 = tokens 0-1: leaves 1 1 0 0 0         V = 2/5                  L = 5, parent root
         n2 = tokens 2-3: leaves 1 0 0             V = 1/3                  L = 3, parent n1
-        tail = tokens 4-5: V = 1, parent n2; the continuations at 4 have parent n2, those at 2 have parent n1
+        tail = tokens 4-5: V = 1, parent n2; the continuations at 4 have parent n2, those at 2 have
+        parent n1
     """
-    r1 = response([10, 11, 12, 13, 14, 15], 1.0,
-                  (4, [20, 21], 0.0), (2, [30], 1.0), (4, [40], 0.0), (2, [50, 51, 52], 0.0))  # order must not matter
+    r1 = response(
+        [10, 11, 12, 13, 14, 15],
+        1.0,
+        # order must not matter
+        (4, [20, 21], 0.0),
+        (2, [30], 1.0),
+        (4, [40], 0.0),
+        (2, [50, 51, 52], 0.0),
+    )
     r2 = response([60], 0.0)
     a1 = (1 / 15 + 1 / 15) / math.sqrt(5)  # V - V(root) = 2/5 - 1/3 = 1/15, twice
     a2 = (0 - 1 / 15) / math.sqrt(3)  # V - V(root) = 0;  V - V(n1) = 1/3 - 2/5 = -1/15
@@ -79,7 +116,8 @@ def test_eq2_eq3_two_branch_points_by_hand():
 
 
 def test_eq3_local_term_is_against_the_parent_not_the_root():
-    """A lone response: V(root) is the prefix's value, so the prefix gets exactly 0 and the leaves twice their gain."""
+    """A lone response: V(root) is the prefix's value, so the prefix gets exactly 0 and the leaves
+    twice their gain."""
     sequences = tree_sequences(PROMPT, [response([1, 2], 1.0, (1, [3], 0.0))])
     assert [s.advantages for s in sequences] == [[0.0, 1.0], [0.0, -1.0]]
 
@@ -96,7 +134,8 @@ def test_eq1_grpo_by_hand():
 
 
 def test_eq1_epsilon_is_added_to_the_std():
-    """Rewards 0 and 2e-6: std = sqrt 2 * 1e-6 is of the size of the 1e-6, so the place of the epsilon shows."""
+    """Rewards 0 and 2e-6: std = sqrt 2 * 1e-6 is of the size of the 1e-6, so the place of the
+    epsilon shows."""
     sequences = grpo_sequences(PROMPT, [response([1], 0.0), response([2], 2e-6)])
     assert sequences[1].advantages == pytest.approx([1e-6 / (math.sqrt(2) * 1e-6 + 1e-6)], rel=1e-9)
 
@@ -105,56 +144,71 @@ def test_eq1_one_response_has_no_advantage():
     assert grpo_sequences(PROMPT, [response([1, 2], 1.0)])[0].advantages == [0.0, 0.0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # PRL by hand
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def prl_response(old: list[float], ref: list[float], bounds: list[int], reward: float) -> Response:
     return Response(list(range(len(old))), old, reward, bounds=bounds, ref_logprobs=ref)
 
 
 def test_prl_by_hand():
-    """5 tokens in steps [0, 2) [2, 4) [4, 5), log-ratios 0.1, -0.2, 0.3, 0.4, -0.5, eta = 10. From the last token of each
-    step on: tokens 1-4 add up to 0, tokens 3-4 to -0.1, token 4 to -0.5. GRPO: rewards 1 and 0, std 1 / sqrt 2."""
+    """5 tokens in steps [0, 2) [2, 4) [4, 5), log-ratios 0.1, -0.2, 0.3, 0.4, -0.5, eta = 10. From
+    the last token of each step on: tokens 1-4 add up to 0, tokens 3-4 to -0.1, token 4 to -0.5.
+    GRPO: rewards 1 and 0, std 1 / sqrt 2."""
     ref = [-1.0, -2.0, -0.5, -3.0, -0.25]
     old = [r + d for r, d in zip(ref, (0.1, -0.2, 0.3, 0.4, -0.5))]
     right = prl_response(old, ref, [0, 2, 4, 5], 1.0)
     wrong = prl_response([-1.0], [-1.0], [0, 1], 0.0)
     one, other = prl_sequences(PROMPT, [right, wrong], eta=10.0)
     grpo = 0.5 / (math.sqrt(0.5) + 1e-6)
-    assert one.advantages == pytest.approx([grpo, grpo, grpo + 0.01, grpo + 0.01, grpo + 0.05], abs=1e-12)
+    assert one.advantages == pytest.approx(
+        [grpo, grpo, grpo + 0.01, grpo + 0.01, grpo + 0.05], abs=1e-12
+    )
     assert other.advantages == [-grpo] and one.logprobs == old and one.tokens == right.tokens
 
 
 def test_prl_equal_rewards_leave_a_signal():
     """By Eq. 1 alone the group would be dropped."""
-    group = [prl_response([-1.0, -1.0], [-1.5, -1.0], [0, 1, 2], 1.0), prl_response([-2.0], [-2.0], [0, 1], 1.0)]
+    group = [
+        prl_response([-1.0, -1.0], [-1.5, -1.0], [0, 1, 2], 1.0),
+        prl_response([-2.0], [-2.0], [0, 1], 1.0),
+    ]
     first, second = prl_sequences(PROMPT, group, eta=200.0)
     assert first.advantages == pytest.approx([-0.5 / 200, 0.0]) and second.advantages == [0.0]
     assert drop_zero([first, second]) == [first] and drop_zero(grpo_sequences(PROMPT, group)) == []
 
 
 @quick
-@given(st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0), st.booleans()), min_size=1, max_size=30), st.floats(0.5, 500))
+@given(
+    st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0), st.booleans()), min_size=1, max_size=30),
+    st.floats(0.5, 500),
+)
 def test_prl_equals_the_formula_token_by_token(tokens, eta):
-    """An independent computation: for every token find its step, and add up from the step's last token."""
+    """An independent computation: for every token find its step, and add up from the step's last
+    token."""
     old, ref, ends = zip(*tokens)
     bounds = sorted({0, len(tokens), *(i + 1 for i, end in enumerate(ends) if end)})
-    got = prl_sequences(PROMPT, [prl_response(list(old), list(ref), bounds, 1.0)], eta)[0].advantages
+    got = prl_sequences(PROMPT, [prl_response(list(old), list(ref), bounds, 1.0)], eta)[
+        0
+    ].advantages
     for t, advantage in enumerate(got):
         last = min(b for b in bounds if b > t) - 1
-        assert advantage == pytest.approx(-math.fsum(o - r for o, r in zip(old[last:], ref[last:])) / eta, abs=1e-9)
+        assert advantage == pytest.approx(
+            -math.fsum(o - r for o, r in zip(old[last:], ref[last:])) / eta, abs=1e-9
+        )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Random forests
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 floats = st.floats(-1e9, 1e9, allow_subnormal=False)
 binary = st.sampled_from([0.0, 1.0])
 
 
 @st.composite
 def forests(draw, rewards=None):
-    """1 to 5 responses of 1 to 8 tokens with up to 4 continuations each; every sampled token has an id of its own."""
+    """1 to 5 responses of 1 to 8 tokens with up to 4 continuations each; every sampled token has an
+    id of its own."""
     rewards = rewards if rewards is not None else draw(st.sampled_from([binary, floats]))
     fresh = iter(range(100, 10_000))
     forest = []
@@ -162,24 +216,36 @@ def forests(draw, rewards=None):
         length = draw(st.integers(1, 8))
         tokens = [next(fresh) for _ in range(length)]
         cuts = draw(st.lists(st.integers(1, length - 1), max_size=4)) if length > 1 else []
-        forest.append(response(tokens, draw(rewards), *(
-            (at, [next(fresh) for _ in range(draw(st.integers(0, 4)))], draw(rewards)) for at in cuts)))
+        forest.append(
+            response(
+                tokens,
+                draw(rewards),
+                *(
+                    (at, [next(fresh) for _ in range(draw(st.integers(0, 4)))], draw(rewards))
+                    for at in cuts
+                ),
+            )
+        )
     return forest
 
 
 def leaves_of(forest):
-    """(response index, cut or infinity for the response itself, tokens, log-probs, reward), straight from the data."""
+    """(response index, cut or infinity for the response itself, tokens, log-probs, reward),
+    straight from the data."""
     found = []
     for i, r in enumerate(forest):
         found.append((i, math.inf, r.tokens, r.logprobs, r.reward))
         for c in r.continuations:
-            found.append((i, c.at, r.tokens[:c.at] + c.tokens, r.logprobs[:c.at] + c.logprobs, c.reward))
+            found.append(
+                (i, c.at, r.tokens[: c.at] + c.tokens, r.logprobs[: c.at] + c.logprobs, c.reward)
+            )
     return found
 
 
 def brute_force(forest):
-    """Eq. 2-3 without a tree. Two leaves of one response share a position iff it lies before both their cuts; those
-    that share a position ARE its node, and its parent is the last different set before it, or all leaves (the root)."""
+    """Eq. 2-3 without a tree. Two leaves of one response share a position iff it lies before both
+    their cuts; those that share a position ARE its node, and its parent is the last different set
+    before it, or all leaves (the root)."""
     leaves = leaves_of(forest)
 
     def value(indices):
@@ -190,13 +256,18 @@ def brute_force(forest):
     for me, (i, cut, tokens, _, _) in enumerate(leaves):
         advantages, node, parent = [], None, everyone
         for position in range(len(tokens)):
-            sharing = frozenset(m for m, (j, other, *_) in enumerate(leaves)
-                                if m == me or (j == i and position < min(cut, other)))
+            sharing = frozenset(
+                m
+                for m, (j, other, *_) in enumerate(leaves)
+                if m == me or (j == i and position < min(cut, other))
+            )
             if node is not None and sharing != node:
                 parent = node
             node = sharing
             v = value(sharing)
-            advantages.append(float((v - value(everyone)) + (v - value(parent))) / len(sharing) ** 0.5)
+            advantages.append(
+                float((v - value(everyone)) + (v - value(parent))) / len(sharing) ** 0.5
+            )
         result.append(advantages)
     return result
 
@@ -215,7 +286,9 @@ def by_tokens(sequences):
 @quick
 @given(forests())
 def test_eq2_eq3_equal_brute_force_over_leaf_sets(forest):
-    expected = sorted((leaf[2], a, leaf[3]) for leaf, a in zip(leaves_of(forest), brute_force(forest)))
+    expected = sorted(
+        (leaf[2], a, leaf[3]) for leaf, a in zip(leaves_of(forest), brute_force(forest))
+    )
     got = by_tokens(tree_sequences(PROMPT, forest))
     assert [tokens for tokens, _, _ in got] == [tokens for tokens, _, _ in expected]
     for (_, advantages, logprobs), (_, wanted, wanted_logprobs) in zip(got, expected):
@@ -228,7 +301,8 @@ def test_eq2_eq3_equal_brute_force_over_leaf_sets(forest):
 def test_eq2_children_deviate_from_their_parent_by_zero_in_sum(forest):
     root = build_tree(forest)
     for node in inner_nodes(root):
-        assert sum(child.leaves * (child.value - node.value) for child in node.children) == 0  # exact: fractions
+        # exact: fractions
+        assert sum(child.leaves * (child.value - node.value) for child in node.children) == 0
         assert node.leaves == sum(child.leaves for child in node.children)
     rewards = [Fraction(leaf[4]) for leaf in leaves_of(forest)]
     assert sum(reward - root.value for reward in rewards) == 0
@@ -240,7 +314,9 @@ def test_eq2_children_deviate_from_their_parent_by_zero_in_sum(forest):
 def test_every_leaf_is_one_sequence_with_exactly_its_tokens_and_logprobs(forest):
     sequences = tree_sequences(PROMPT, forest)
     assert len(sequences) == len(forest) + sum(len(r.continuations) for r in forest)
-    assert sorted((s.tokens, s.logprobs) for s in sequences) == sorted((leaf[2], leaf[3]) for leaf in leaves_of(forest))
+    assert sorted((s.tokens, s.logprobs) for s in sequences) == sorted(
+        (leaf[2], leaf[3]) for leaf in leaves_of(forest)
+    )
     for s in sequences:
         assert s.prompt_ids == PROMPT
         assert len(s.tokens) == len(s.advantages) == len(s.logprobs)
@@ -249,7 +325,8 @@ def test_every_leaf_is_one_sequence_with_exactly_its_tokens_and_logprobs(forest)
 @quick
 @given(forests())
 def test_shared_prefixes_have_identical_advantages_and_logprobs(forest):
-    """Token ids are unique to one sampled token here, so an equal id is the same node wherever it stands."""
+    """Token ids are unique to one sampled token here, so an equal id is the same node wherever it
+    stands."""
     seen = {}
     for s in tree_sequences(PROMPT, forest):
         for token, advantage, logprob in zip(s.tokens, s.advantages, s.logprobs):
@@ -259,11 +336,14 @@ def test_shared_prefixes_have_identical_advantages_and_logprobs(forest):
 @quick
 @given(st.data())
 def test_equal_rewards_give_exactly_zero(data):
-    reward = data.draw(st.floats(allow_nan=False, allow_infinity=False))  # any: 0.1 + 0.1 + 0.1 is not 0.3 in floats
+    # any: 0.1 + 0.1 + 0.1 is not 0.3 in floats
+    reward = data.draw(st.floats(allow_nan=False, allow_infinity=False))
     forest = data.draw(forests(st.just(reward)))
     assert all(a == 0 for s in tree_sequences(PROMPT, forest) for a in s.advantages)
     assert all(a == 0 for s in grpo_sequences(PROMPT, forest) for a in s.advantages)
-    assert drop_zero(tree_sequences(PROMPT, forest)) == drop_zero(grpo_sequences(PROMPT, forest)) == []
+    assert (
+        drop_zero(tree_sequences(PROMPT, forest)) == drop_zero(grpo_sequences(PROMPT, forest)) == []
+    )
 
 
 @quick
@@ -285,12 +365,18 @@ def test_input_is_not_modified(forest):
     assert forest == before
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sequences
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_behaviour_logprobs_prefix_from_the_response_suffix_from_the_continuation():
-    """The continuation repeats the response's tokens, but the newer policy that sampled it gave other log-probs."""
-    r = Response([5, 6, 7], [-0.1, -0.2, -0.3], 1.0, continuations=[Continuation(1, [6, 7], [-2.0, -3.0], 0.0)])
+    """The continuation repeats the response's tokens, but the newer policy that sampled it gave
+    other log-probs."""
+    r = Response(
+        [5, 6, 7],
+        [-0.1, -0.2, -0.3],
+        1.0,
+        continuations=[Continuation(1, [6, 7], [-2.0, -3.0], 0.0)],
+    )
     own, continued = tree_sequences(PROMPT, [r])
     assert own.logprobs == [-0.1, -0.2, -0.3]
     assert continued.logprobs == [-0.1, -2.0, -3.0]
@@ -307,16 +393,23 @@ def test_drop_zero_keeps_a_sequence_with_one_nonzero_token():
     assert drop_zero([zero, partly, zero]) == [partly]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The public function
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def plain_forest():
-    return [{"tokens": [1, 2, 3], "reward": 1.0, "continuations": [{"at": 1, "tokens": [4], "reward": 0.0}]},
-            {"tokens": [5], "reward": 0.0}]
+    return [
+        {
+            "tokens": [1, 2, 3],
+            "reward": 1.0,
+            "continuations": [{"at": 1, "tokens": [4], "reward": 0.0}],
+        },
+        {"tokens": [5], "reward": 0.0},
+    ]
 
 
 def test_step_advantages_by_hand():
-    """V(root) = 1/3; prefix: V = 1/2, L = 2, A = (1/6 + 1/6) / sqrt 2; leaves 2/3 + 1/2, -1/3 - 1/2; other -2/3."""
+    """V(root) = 1/3; prefix: V = 1/2, L = 2, A = (1/6 + 1/6) / sqrt 2; leaves 2/3 + 1/2, -1/3 -
+    1/2; other -2/3."""
     responses = plain_forest()
     (own, a_own), (new, a_new), (other, a_other) = step_advantages(responses)
     prefix = (1 / 3) / math.sqrt(2)
@@ -340,61 +433,84 @@ def test_step_advantages_refuses_a_cut_outside_the_response(at):
 def test_rewards_that_are_not_finite_are_refused(reward):
     for place in ("response", "cut response", "continuation"):
         cut, uncut = responses = plain_forest()
-        {"response": uncut, "cut response": cut, "continuation": cut["continuations"][0]}[place]["reward"] = reward
+        {"response": uncut, "cut response": cut, "continuation": cut["continuations"][0]}[place][
+            "reward"
+        ] = reward
         with pytest.raises(ValueError, match="finite"):
             step_advantages(responses)
     with pytest.raises(ValueError, match="finite"):
         grpo_sequences(PROMPT, [response([1], 0.0), response([2], reward)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Eq. 7: branch points
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def tens(fci):
     return list(range(0, 10 * len(fci), 10))
 
 
 def test_eq7_quantile_is_over_all_steps_with_zeros_and_interpolates_linearly():
-    """0.8 * (6 - 1) = index 4 of 0 0 0 0 .2 .3: the threshold is exactly .2, a candidate (>=) and the earlier one.
-    Without the zeros (or without the first step) the threshold would be .28 (.22), and step 1 no candidate."""
-    fci = [0, .2, .3, 0, 0, 0]
+    """0.8 * (6 - 1) = index 4 of 0 0 0 0 .2 .3: the threshold is exactly .2, a candidate (>=) and
+    the earlier one. Without the zeros (or without the first step) the threshold would be .28 (.22),
+    and step 1 no candidate."""
+    fci = [0, 0.2, 0.3, 0, 0, 0]
     assert fci_branch_steps(fci, tens(fci), n=1) == [1]
-    # 0.8 * 9 = 7.2 of 0 0 0 0 0 .1 .2 .5 .8 .9: threshold .5 + .2 * .3 = .56, so .5 at step 2 is no candidate
-    fci = [0, .1, .5, .2, .9, .8, 0, 0, 0, 0]
+    # 0.8 * 9 = 7.2 of 0 0 0 0 0 .1 .2 .5 .8 .9: threshold .5 + .2 * .3 = .56, so .5 at step 2 is no
+    # candidate
+    fci = [0, 0.1, 0.5, 0.2, 0.9, 0.8, 0, 0, 0, 0]
     assert fci_branch_steps(fci, tens(fci), n=2) == [4, 5]
-    assert fci_branch_steps(fci, tens(fci), n=3, rho=0.3) == [2, 4, 5]  # 0.7 * 9 = 6.3: threshold .2 + .3 * .3 = .29
+    # 0.7 * 9 = 6.3: threshold .2 + .3 * .3 = .29
+    assert fci_branch_steps(fci, tens(fci), n=3, rho=0.3) == [2, 4, 5]
 
 
 def test_eq7_takes_the_earliest_of_the_candidates_not_the_highest():
-    fci = [0, 0, .6, .7, .8, .9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]  # index 0.8 * 15 = 12: threshold .6, C = {2, 3, 4, 5}
+    # index 0.8 * 15 = 12: threshold .6, C = {2, 3, 4, 5}
+    fci = [0, 0, 0.6, 0.7, 0.8, 0.9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
     assert fci_branch_steps(fci, tens(fci), n=2) == [2, 3]
     assert fci_branch_steps(fci, tens(fci), n=1) == [2]
     assert fci_branch_steps(fci, tens(fci), n=9) == [2, 3, 4, 5]
 
 
 def test_eq7_quantile_zero_means_the_smallest_positive_score():
-    fci = [0, 0, 0, .4, .1] + [0] * 15  # 2 of 20 steps score: the 0.8 quantile is 0, and every positive score counts
+    # 2 of 20 steps score: the 0.8 quantile is 0, and every positive score counts
+    fci = [0, 0, 0, 0.4, 0.1] + [0] * 15
     assert fci_branch_steps(fci, tens(fci), n=3) == [3, 4]
     assert fci_branch_steps([0.0] * 6, tens([0] * 6), n=2) == []
     assert fci_branch_steps([], [], n=2) == []
 
 
 def test_eq7_never_the_first_step():
-    assert fci_branch_steps([.9, .8, 0, 0, 0, 0], tens([0] * 6), n=2) == [1]
+    assert fci_branch_steps([0.9, 0.8, 0, 0, 0, 0], tens([0] * 6), n=2) == [1]
 
 
 def test_eq7_min_gap_from_the_start_and_between_branch_points():
-    fci = [0, .9, .9, .9, .9, .9, 0, 0]  # all of 1..5 are candidates, starting at 10, 20, ... 50
+    fci = [
+        0,
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0.9,
+        0,
+        0,
+    ]  # all of 1..5 are candidates, starting at 10, 20, ... 50
     assert fci_branch_steps(fci, tens(fci), n=3, min_gap=10) == [1, 2, 3]
-    assert fci_branch_steps(fci, tens(fci), n=3, min_gap=11) == [2, 4]  # 10 is too near the start, 30 too near 20
+    # 10 is too near the start, 30 too near 20
+    assert fci_branch_steps(fci, tens(fci), n=3, min_gap=11) == [2, 4]
     assert fci_branch_steps(fci, tens(fci), n=3, min_gap=51) == []
 
 
 def stepped(fci, branchable=None, length=10):
-    """A response with these scores, `length` tokens a step, so that step k starts at token k * length."""
+    """A response with these scores, `length` tokens a step, so that step k starts at token k *
+    length."""
     count = len(fci)
-    return Response([1] * (length * count), [0.0] * (length * count), bounds=[length * k for k in range(count + 1)],
-                    fci=fci, branchable=count if branchable is None else branchable)
+    return Response(
+        [1] * (length * count),
+        [0.0] * (length * count),
+        bounds=[length * k for k in range(count + 1)],
+        fci=fci,
+        branchable=count if branchable is None else branchable,
+    )
 
 
 def choose(r, method="fci", n=2, rng=None, **options):
@@ -402,8 +518,9 @@ def choose(r, method="fci", n=2, rng=None, **options):
 
 
 def test_eq7_fill_up_with_the_earliest_other_steps():
-    assert choose(stepped([0, 0, 0, .4, 0, 0])) == [10, 30]  # one candidate, step 3; step 1 fills up; rising order
-    assert choose(stepped([0, .4, 0, 0, 0, 0])) == [10, 20]  # never the same twice
+    # one candidate, step 3; step 1 fills up; rising order
+    assert choose(stepped([0, 0, 0, 0.4, 0, 0])) == [10, 30]
+    assert choose(stepped([0, 0.4, 0, 0, 0, 0])) == [10, 20]  # never the same twice
     assert choose(stepped([0.0] * 6)) == [10, 20]  # no candidate at all
     assert choose(stepped([0.0] * 6), n=0) == []
 
@@ -413,19 +530,22 @@ def test_eq7_short_responses_have_fewer_branch_points():
     assert choose(stepped([])) == []
     assert choose(stepped([0.0, 0.0])) == [10]
     assert choose(stepped([0.0] * 3), n=9) == [10, 20]
-    assert choose(Response([1], [0.0], bounds=[0, 1], branchable=1)) == []  # as `score` leaves it: no fci for one step
+    # as `score` leaves it: no fci for one step
+    assert choose(Response([1], [0.0], bounds=[0, 1], branchable=1)) == []
 
 
 def test_eq7_min_gap_binds_candidates_but_not_fill_ups():
-    r = stepped([0, .9, .9, .9, .9, .9, 0, 0])
-    assert choose(r, min_gap=40) == [10, 40]  # step 4 is chosen, then step 1 fills up although it is 10 tokens in
+    r = stepped([0, 0.9, 0.9, 0.9, 0.9, 0.9, 0, 0])
+    # step 4 is chosen, then step 1 fills up although it is 10 tokens in
+    assert choose(r, min_gap=40) == [10, 40]
     assert choose(r, min_gap=25) == [10, 30]
     assert choose(r, n=1, min_gap=25) == [30]
 
 
 def test_eq7_steps_beyond_branchable_are_neither_candidates_nor_fill_ups_but_count_as_zeros():
-    scores = [0, .1, .2, .3, .9, .9, .9, .9, .9, .9]
-    # As zeros they leave 0 .1 .2 .3 0 0 0 0 0 0: index 7.2, threshold .1 + .2 * .1 = .12, C = {2, 3}
+    scores = [0, 0.1, 0.2, 0.3, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+    # As zeros they leave 0 .1 .2 .3 0 0 0 0 0 0: index 7.2, threshold .1 + .2 * .1 = .12, C = {2,
+    # 3}
     assert choose(stepped(scores, branchable=4)) == [20, 30]
     assert choose(stepped(scores, branchable=2)) == [10]
     assert choose(stepped(scores, branchable=1)) == choose(stepped(scores, branchable=0)) == []
@@ -461,9 +581,17 @@ def scored_responses(draw):
     # eighths: sums and products of few bits, so that floats and fractions agree, ties included
     scores = st.integers(0, 16).map(lambda i: i / 8) | st.just(0.0)
     fci = draw(st.lists(scores, min_size=len(lengths), max_size=len(lengths)))
-    entropies = draw(st.lists(st.integers(0, 9).map(float), min_size=bounds[-1], max_size=bounds[-1]))
-    return Response(list(range(bounds[-1])), [0.0] * bounds[-1], entropies=entropies, bounds=bounds, fci=fci,
-                    branchable=draw(st.integers(0, len(lengths))))
+    entropies = draw(
+        st.lists(st.integers(0, 9).map(float), min_size=bounds[-1], max_size=bounds[-1])
+    )
+    return Response(
+        list(range(bounds[-1])),
+        [0.0] * bounds[-1],
+        entropies=entropies,
+        bounds=bounds,
+        fci=fci,
+        branchable=draw(st.integers(0, len(lengths))),
+    )
 
 
 @quick
@@ -474,7 +602,12 @@ def test_eq7_equals_an_exact_second_implementation(r, n, gap):
 
 
 @quick
-@given(scored_responses(), st.sampled_from(["fci", "entropy", "random"]), st.integers(0, 6), st.integers(0, 9))
+@given(
+    scored_responses(),
+    st.sampled_from(["fci", "entropy", "random"]),
+    st.integers(0, 6),
+    st.integers(0, 9),
+)
 def test_branch_points_are_distinct_sorted_inside_and_on_usable_steps(r, method, n, gap):
     before = copy.deepcopy(r)
     at = choose(r, method, n, min_gap=gap)
@@ -482,34 +615,41 @@ def test_branch_points_are_distinct_sorted_inside_and_on_usable_steps(r, method,
     if method == "entropy":
         assert len(at) == min(n, max(0, len(r.tokens) - 2)) and len(r.tokens) - 1 not in at
     else:
-        usable = r.bounds[1:r.branchable] if r.branchable else []
+        usable = r.bounds[1 : r.branchable] if r.branchable else []
         assert set(at) <= set(usable) and len(at) == min(n, len(usable))
     assert r == before
 
 
 def test_entropy_baseline_takes_the_top_tokens_without_the_first_and_the_last():
-    r = Response([1] * 6, [0.0] * 6, entropies=[9.0, .2, .8, .1, .5, 9.0], bounds=[0, 6], branchable=1)
+    r = Response(
+        [1] * 6, [0.0] * 6, entropies=[9.0, 0.2, 0.8, 0.1, 0.5, 9.0], bounds=[0, 6], branchable=1
+    )
     assert choose(r, "entropy", 2) == [2, 4]
     assert choose(r, "entropy", 1) == [2]
     assert choose(r, "entropy", 9) == [1, 2, 3, 4]
 
 
 def test_entropy_baseline_ties_go_to_the_earlier_token():
-    r = Response([1] * 6, [0.0] * 6, entropies=[0, .5, .7, .5, .7, .7], bounds=[0, 6], branchable=1)
+    r = Response(
+        [1] * 6, [0.0] * 6, entropies=[0, 0.5, 0.7, 0.5, 0.7, 0.7], bounds=[0, 6], branchable=1
+    )
     assert choose(r, "entropy", 1) == [2]
     assert choose(r, "entropy", 3) == [1, 2, 4]
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_entropy_baseline_has_no_choice_in_two_tokens(length):
-    assert choose(Response([1] * length, [0.0] * length, entropies=[1.0] * length), "entropy", 2) == []
+    assert (
+        choose(Response([1] * length, [0.0] * length, entropies=[1.0] * length), "entropy", 2) == []
+    )
 
 
 def test_random_baseline_is_reproducible_and_reaches_every_usable_step():
     r = stepped([0.0] * 6, branchable=5)
     draws = [choose(r, "random", 2, random.Random(seed)) for seed in range(100)]
     assert draws == [choose(r, "random", 2, random.Random(seed)) for seed in range(100)]
-    assert {at for draw in draws for at in draw} == {10, 20, 30, 40}  # not step 0, not step 5 beyond branchable
+    # not step 0, not step 5 beyond branchable
+    assert {at for draw in draws for at in draw} == {10, 20, 30, 40}
     assert all(len(set(draw)) == 2 for draw in draws)
 
 
@@ -517,7 +657,7 @@ def test_only_the_random_baseline_consumes_random_numbers():
     """Otherwise a change of method would change every later draw of the same generator."""
     rng = random.Random(3)
     state = rng.getstate()
-    r = stepped([0, .4, 0, 0, 0, 0])
+    r = stepped([0, 0.4, 0, 0, 0, 0])
     r.entropies = [0.0] * len(r.tokens)
     choose(r, "fci", rng=rng)
     choose(r, "entropy", rng=rng)

@@ -1,5 +1,7 @@
-"""docs/variants.md does what it says: each diff is small, applies to a copy of the project, its example and its commands run
-there, and the run's log shows that the rule acted. Without the diff, both fail."""
+"""docs/variants.md does what it says: each diff is small, applies to a copy of the project, its
+example and its commands run there, and the run's log shows that the rule acted. Without the diff,
+both fail."""
+
 import json
 import os
 import re
@@ -12,26 +14,60 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fixtures import ROOT, TOY_MODEL, same_file
+from test_attnrl import metrics_of
 
 import attnrl
 from errors import stop_on_user_error
 from eval import load_model
 from fci import Sequence, score, separator_tokens, split_steps
-from fixtures import ROOT, TOY_MODEL, same_file
 from sampler import ProblemStream
-from test_attnrl import metrics_of
 from toy.programs import toy_set
 from tree import fci_branch_steps
 
 PAGE = ROOT / "docs" / "variants.md"
-# The page's commands are those of real runs; these options, which come last and so have the last word, make them short.
-SMALL = ["--steps", "1", "--batch_size", "4", "--group_size", "4", "--grpo_samples", "8", "--mini_batch", "64",
-         "--eval_samples", "1", "--eval_every", "0", "--log_samples", "99"]
+# The page's commands are those of real runs; these options, which come last and so have the last
+# word, make them short.
+SMALL = [
+    "--steps",
+    "1",
+    "--batch_size",
+    "4",
+    "--group_size",
+    "4",
+    "--grpo_samples",
+    "8",
+    "--mini_batch",
+    "64",
+    "--eval_samples",
+    "1",
+    "--eval_every",
+    "0",
+    "--log_samples",
+    "99",
+]
 TOY = ["--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2"]
-FEW = [*SMALL, *TOY, "--problems", "toy:6:8:1", "--steps", "4", "--group_size", "2", "--branch_points", "1",
-       "--ads_batch", "false"]  # eight problems, asked twice in four steps
+FEW = [
+    *SMALL,
+    *TOY,
+    "--problems",
+    "toy:6:8:1",
+    "--steps",
+    "4",
+    "--group_size",
+    "2",
+    "--branch_points",
+    "1",
+    "--ads_batch",
+    "false",
+]  # eight problems, asked twice in four steps
 HOT = [*SMALL, *TOY, "--temperature", "1.6"]  # so that responses differ in length
-OPTIONS = {"A branching rule": [*SMALL, *TOY], "An advantage estimator": HOT, "A sampler rule": FEW, "An own task": SMALL}
+OPTIONS = {
+    "A branching rule": [*SMALL, *TOY],
+    "An advantage estimator": HOT,
+    "A sampler rule": FEW,
+    "An own task": SMALL,
+}
 NAMES = list(OPTIONS)
 
 
@@ -48,10 +84,14 @@ class Variant:
 def variants() -> dict[str, Variant]:
     """The page's walk-throughs by the first words of their titles."""
     found = {}
-    for section in re.split(r"^## \d+\. ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]:
+    for section in re.split(r"^## \d+\. ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[
+        1:
+    ]:
         name = next((name for name in NAMES if section.startswith(name)), section[:60])
-        (diff,), (commands,), (example,) = (re.findall(rf"^```{kind}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-                                            for kind in ("diff", "sh", "python"))  # one of each
+        (diff,), (commands,), (example,) = (
+            re.findall(rf"^```{kind}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+            for kind in ("diff", "sh", "python")
+        )  # one of each
         found[name] = Variant(diff, [shlex.split(line) for line in commands.splitlines()], example)
     return found
 
@@ -60,10 +100,17 @@ VARIANTS = variants()
 
 
 def execute(folder: Path, *command) -> subprocess.CompletedProcess:
-    """A command in `folder`, with no trace of a repository around it (git hooks set GIT_DIR and the like)."""
+    """A command in `folder`, with no trace of a repository around it (git hooks set GIT_DIR and the
+    like)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    return subprocess.run([str(part) for part in command], cwd=folder, capture_output=True, text=True, timeout=300,
-                          env=environment | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    )
 
 
 def python(folder: Path, *arguments) -> str:
@@ -73,7 +120,8 @@ def python(folder: Path, *arguments) -> str:
 
 
 def fork(folder: Path, *diffs: str) -> Path:
-    """A copy of the project with these diffs applied; in a repository of its own, so that git looks no further up."""
+    """A copy of the project with these diffs applied; in a repository of its own, so that git looks
+    no further up."""
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
@@ -96,18 +144,29 @@ def forked(tmp_path_factory):
         if name not in made:
             made[name] = fork(tmp_path_factory.mktemp("fork") / "attnrl", VARIANTS[name].diff)
         return made[name]
+
     return folder
 
 
-def run_page(folder: Path, name: str, out: str = "run", *more: str) -> tuple[list[dict], list[dict]]:
-    """The walk-through's commands, one after the other, with the small options; (metrics, samples) of the run."""
+def run_page(
+    folder: Path, name: str, out: str = "run", *more: str
+) -> tuple[list[dict], list[dict]]:
+    """The walk-through's commands, one after the other, with the small options; (metrics, samples)
+    of the run."""
     for program, *arguments in VARIANTS[name].commands:
         assert program == "python"
-        python(folder, *arguments, *([*OPTIONS[name], "--out", out, *more] if arguments[0] == "attnrl.py" else []))
-    return metrics_of(folder / out), [json.loads(line) for line in (folder / out / "samples.jsonl").read_text().splitlines()]
+        python(
+            folder,
+            *arguments,
+            *([*OPTIONS[name], "--out", out, *more] if arguments[0] == "attnrl.py" else []),
+        )
+    return metrics_of(folder / out), [
+        json.loads(line) for line in (folder / out / "samples.jsonl").read_text().splitlines()
+    ]
 
 
-# --- of all four ------------------------------------------------------------------------------------------------------
+# --- of all four
+# --------------------------------------------------------------------------------------------------
 def test_the_page_has_the_four_walk_throughs():
     assert list(VARIANTS) == NAMES
     assert PAGE.read_text(encoding="utf-8").count("```diff") == 4
@@ -123,16 +182,22 @@ def test_a_diff_has_under_30_changed_lines_and_small_context(name):
     lines = VARIANTS[name].diff.splitlines()
     assert 1 <= len(VARIANTS[name].changed_lines()) < 30
     assert all(len(line) <= 131 for line in VARIANTS[name].changed_lines())  # 130 and the sign
-    assert sum(not re.match(r"[+-]|@@|diff ", line) for line in lines) <= 2 * sum(line.startswith("@@") for line in lines)
+    assert sum(not re.match(r"[+-]|@@|diff ", line) for line in lines) <= 2 * sum(
+        line.startswith("@@") for line in lines
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_holds_with_the_diff_and_fails_without(name, forked, tmp_path):
-    """Checked by Python's doctest. Without the diff: the name, the rule or the module is not there."""
+    """Checked by Python's doctest. Without the diff: the name, the rule or the module is not
+    there."""
     (tmp_path / "example.txt").write_text(VARIANTS[name].example, encoding="utf-8")
     assert VARIANTS[name].example.count(">>>") >= 3
     python(forked(name), "-m", "doctest", tmp_path / "example.txt")
-    assert "***Test Failed***" in execute(ROOT, sys.executable, "-m", "doctest", tmp_path / "example.txt").stdout
+    assert (
+        "***Test Failed***"
+        in execute(ROOT, sys.executable, "-m", "doctest", tmp_path / "example.txt").stdout
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -143,16 +208,21 @@ def test_the_command_is_refused_without_the_diff(name, tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
         attnrl.main([*command[2:], *OPTIONS[name], "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
-    assert re.search("invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file", capsys.readouterr().err)
+    assert re.search(
+        "invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file",
+        capsys.readouterr().err,
+    )
 
 
 def test_all_four_also_apply_one_after_the_other(tmp_path):
     fork(tmp_path / "attnrl", *(variant.diff for variant in VARIANTS.values()))
 
 
-# --- each acts in a real run --------------------------------------------------------------------------------------------
+# --- each acts in a real run
+# --------------------------------------------------------------------------------------------
 def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
-    """From the texts in samples.jsonl, scored anew by the initial model (which sampled the first step's responses)."""
+    """From the texts in samples.jsonl, scored anew by the initial model (which sampled the first
+    step's responses)."""
     _, samples = run_page(forked("A branching rule"), "A branching rule")
     model, tokenizer, eos_ids = load_model(str(TOY_MODEL), "cpu")
     checked = other_than_eq7 = 0
@@ -177,7 +247,8 @@ def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
 
 @pytest.mark.full
 def test_a_run_is_credited_by_leaving_one_out(forked):
-    """The first step's loss: its policy is the one that sampled, so the ratio is 1 and the loss -mean(A) over trained tokens."""
+    """The first step's loss: its policy is the one that sampled, so the ratio is 1 and the loss
+    -mean(A) over trained tokens."""
     metrics, samples = run_page(forked("An advantage estimator"), "An advantage estimator")
     _, tokenizer, _ = load_model(str(TOY_MODEL), "cpu")
     assert metrics[1]["cut_off"] == 0 and metrics[1]["train/updates"] == 1 and len(samples) == 4
@@ -195,21 +266,25 @@ def test_a_run_is_credited_by_leaving_one_out(forked):
         return total / tokens
 
     rloo = loss(lambda rewards, i: rewards[i] - (sum(rewards) - rewards[i]) / 7)
-    grpo = loss(lambda rewards, i: (rewards[i] - sum(rewards) / 8) / (statistics.stdev(rewards) + 1e-6))
+    grpo = loss(
+        lambda rewards, i: (rewards[i] - sum(rewards) / 8) / (statistics.stdev(rewards) + 1e-6)
+    )
     assert metrics[1]["train/policy_loss"] == pytest.approx(rloo, abs=1e-5)
     assert abs(rloo - grpo) > 1e-3
 
 
 @pytest.mark.full
 def test_a_run_passes_over_settled_problems(forked):
-    """samples.jsonl holds every problem that was asked: the same walk through the shuffled set, rule applied by hand."""
+    """samples.jsonl holds every problem that was asked: the same walk through the shuffled set,
+    rule applied by hand."""
     metrics, samples = run_page(forked("A sampler rule"), "A sampler rule")
     texts = [text for text, _ in toy_set("toy:6:8:1")]
     batches = [[s for s in samples if s["step"] == m["step"]] for m in metrics[1:]]
     assert [len(batch) for batch in batches] == [4, 4, 4, 4]
     in_turn, settled, skipped = iter(ProblemStream(8).take(100)), set(), 0
     for m, batch in enumerate(batches):
-        for s in batches[m - 2] if m >= 2 else []:  # batch m is drawn before batch m - 1 is finished
+        # batch m is drawn before batch m - 1 is finished
+        for s in batches[m - 2] if m >= 2 else []:
             rewards = [r["reward"] for r in s["responses"]]
             (settled.add if len(set(rewards)) == 1 else settled.discard)(texts.index(s["problem"]))
         for s in batch:
@@ -229,9 +304,14 @@ def test_what_the_sampler_rule_remembers_survives_a_resume(forked):
     for step in folder.glob("again/step-*"):
         if int(step.name.split("-")[1]) > 2:
             shutil.rmtree(step)
-    run_page(folder, "A sampler rule", "again", "--save_every", "1", "--keep", "9", "--resume", "auto")
+    run_page(
+        folder, "A sampler rule", "again", "--save_every", "1", "--keep", "9", "--resume", "auto"
+    )
     same_file(folder / "again" / "samples.jsonl", folder / "whole" / "samples.jsonl")
-    same_file(folder / "again" / "last" / "model.safetensors", folder / "whole" / "last" / "model.safetensors")
+    same_file(
+        folder / "again" / "last" / "model.safetensors",
+        folder / "whole" / "last" / "model.safetensors",
+    )
 
 
 @pytest.mark.full
@@ -240,19 +320,31 @@ def test_a_run_on_an_own_task_with_its_own_reward(forked):
     metrics, samples = run_page(forked("An own task"), "An own task")
     folder, seen = forked("An own task"), []
     for name, count in (("train", 2000), ("test", 50)):
-        rows = [json.loads(line) for line in (folder / f"middle_{name}.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in (folder / f"middle_{name}.jsonl").read_text().splitlines()
+        ]
         assert len(rows) == count and all(re.search(r";\?[defg]$", row["problem"]) for row in rows)
     for s in samples:
         steps = s["answers"][0].split("\n\n")
-        value = next(step[-1] for step in steps if step[0] == s["problem"][-1])  # of the variable that is asked for
+        # of the variable that is asked for
+        value = next(step[-1] for step in steps if step[0] == s["problem"][-1])
         assert steps[-1] == f"\\boxed{{{value}}}"
         for r in s["responses"]:
-            texts = ["".join([*r["tokens"][:c.get("at", 0)], *c["tokens"]]).removesuffix("<eos>") for c in [r, *r["continuations"]]]
-            for text, reward in zip(texts, [r["reward"]] + [c["reward"] for c in r["continuations"]]):
+            texts = [
+                "".join([*r["tokens"][: c.get("at", 0)], *c["tokens"]]).removesuffix("<eos>")
+                for c in [r, *r["continuations"]]
+            ]
+            for text, reward in zip(
+                texts, [r["reward"]] + [c["reward"] for c in r["continuations"]]
+            ):
                 good = 0
-                while good < 8 and text.split("\n\n")[:-1][good:good + 1] == steps[good:good + 1]:
+                while (
+                    good < 8 and text.split("\n\n")[:-1][good : good + 1] == steps[good : good + 1]
+                ):
                     good += 1
-                assert reward == pytest.approx(1.0 if text.split("\n\n")[-1] == steps[-1] else 0.4 * good / 8)
+                assert reward == pytest.approx(
+                    1.0 if text.split("\n\n")[-1] == steps[-1] else 0.4 * good / 8
+                )
                 seen.append(reward)
     assert len({r for r in seen if 0 < r < 0.5}) >= 2 and metrics[1]["sequences"] > 0
     initial = [r["reward"] for s in samples for r in s["responses"]]

@@ -1,6 +1,8 @@
-"""The explorer: what view.py writes, and the page in a real headless Chromium (Debian: apt install chromium chromium-driver).
+"""The explorer: what view.py writes, and the page in a real headless Chromium (Debian: apt install
+chromium chromium-driver).
 
-Numbers on the page are compared with the run's own files and with tree.py, not with what the page computed.
+Numbers on the page are compared with the run's own files and with tree.py, not with what the page
+computed.
 
     python -m pytest tests/test_view.py
 """
@@ -13,22 +15,31 @@ import shutil
 import time
 
 import pytest
+from fixtures import bpe_tokenizer, toy_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_dist import lines
 
 import view
 from attnrl import Config, parse_config, train
 from errors import UserError
-from fixtures import bpe_tokenizer, toy_tokenizer
 from runlog import token_texts
-from test_dist import lines
 from tree import fci_threshold, step_advantages
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+CHROMIUM, DRIVER = (
+    shutil.which("chromium") or shutil.which("google-chrome"),
+    shutil.which("chromedriver"),
+)
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
     "<img src=x onerror=\"document.title='owned'\">",
-    "\u202eevil\u202c", "\x00\x1b[31m", "مرحبا بالعالم", "中文字符", "👩‍👩‍👧 é", "&lt;b&gt; ${7*7} {{7*7}}", "DATA</",
+    "\u202eevil\u202c",
+    "\x00\x1b[31m",
+    "مرحبا بالعالم",
+    "中文字符",
+    "👩‍👩‍👧 é",
+    "&lt;b&gt; ${7*7} {{7*7}}",
+    "DATA</",
     "\u2028\u2029",
 ]
 
@@ -38,12 +49,38 @@ def run(tmp_path_factory):
     """A real run of AttnRL whose batches shrink and grow, with three problems a step in its log."""
     folder = tmp_path_factory.mktemp("view") / "run <b>"
     return train(
-        parse_config(["--steps", "4", "--batch_size", "6", "--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2",
-                "--eval_samples", "2", "--eval_every", "2", "--log_samples", "3", "--out", str(folder)])
+        parse_config(
+            [
+                "--steps",
+                "4",
+                "--batch_size",
+                "6",
+                "--problems",
+                "toy:6:50:1",
+                "--test_problems",
+                "toy:6:5:2",
+                "--eval_samples",
+                "2",
+                "--eval_every",
+                "2",
+                "--log_samples",
+                "3",
+                "--out",
+                str(folder),
+            ]
+        )
     )
 
 
-def made_up(folder, responses: list[dict], problem: str = "why?", answers=("42",), steps: int = 1, samples: int = 1, **settings):
+def made_up(
+    folder,
+    responses: list[dict],
+    problem: str = "why?",
+    answers=("42",),
+    steps: int = 1,
+    samples: int = 1,
+    **settings,
+):
     """A run's folder written by hand."""
     folder.mkdir()
     config = vars(Config()) | {"method": "attnrl", "problems": "made up"} | settings
@@ -51,7 +88,14 @@ def made_up(folder, responses: list[dict], problem: str = "why?", answers=("42",
     rewards = [e["reward"] for r in responses for e in (r, *r["continuations"])]
     for name, records in {
         "metrics": [
-            {"step": s, "generated_tokens": s, "problems": 1, "sequences": 9, "seconds/total": 1.0, "test_accuracy": 0.5}
+            {
+                "step": s,
+                "generated_tokens": s,
+                "problems": 1,
+                "sequences": 9,
+                "seconds/total": 1.0,
+                "test_accuracy": 0.5,
+            }
             for s in range(steps + 1)
         ],
         "batches": [
@@ -73,12 +117,21 @@ def made_up(folder, responses: list[dict], problem: str = "why?", answers=("42",
             for s in range(1, steps + 1)
         ],
         "samples": [
-            {"step": s, "number": 7, "problem": problem, "answers": list(answers), "filtered": False, "responses": responses}
+            {
+                "step": s,
+                "number": 7,
+                "problem": problem,
+                "answers": list(answers),
+                "filtered": False,
+                "responses": responses,
+            }
             for s in range(1, steps + 1)
             for _ in range(samples)
         ],
     }.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in records), encoding="utf-8"
+        )
     return folder
 
 
@@ -94,7 +147,9 @@ def ending(tokens: list[str], reward: float, **more) -> dict:
     }
 
 
-def response(tokens: list[str], reward: float, bounds: list[int], at: int, ends: list[dict]) -> dict:
+def response(
+    tokens: list[str], reward: float, bounds: list[int], at: int, ends: list[dict]
+) -> dict:
     return ending(tokens, reward) | {
         "bounds": bounds,
         "fci": [0.0, *(0.1 * k for k in range(1, len(bounds) - 1))],
@@ -103,7 +158,8 @@ def response(tokens: list[str], reward: float, bounds: list[int], at: int, ends:
     }
 
 
-# --- what is logged, and what is written ----------------------------------------------------------------------------------
+# --- what is logged, and what is written
+# ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("tokenizer", [toy_tokenizer(), bpe_tokenizer()], ids=["toy", "bpe"])
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
@@ -117,16 +173,21 @@ def test_a_character_of_several_tokens_stands_at_the_last_and_broken_ones_are_sh
     tokenizer = bpe_tokenizer()
     ids = tokenizer("a中b")["input_ids"]
     assert token_texts(tokenizer, ids) == ["a", "", "", "中", "b"]
-    assert token_texts(tokenizer, ids[:3]) == ["a", "", "\ufffd"] and token_texts(tokenizer, ids[2:3] * 20)[-1].endswith("\ufffd")
+    assert token_texts(tokenizer, ids[:3]) == ["a", "", "\ufffd"] and token_texts(
+        tokenizer, ids[2:3] * 20
+    )[-1].endswith("\ufffd")
     assert token_texts(tokenizer, []) == []
 
 
 def test_logged_advantages_are_those_of_the_tree(run):
-    """Eq. 2-3 from the logged rewards and positions alone, by tree.step_advantages: the same advantages for every token."""
+    """Eq. 2-3 from the logged rewards and positions alone, by tree.step_advantages: the same
+    advantages for every token."""
     checked = 0
     for sample in lines(run / "samples.jsonl"):
         wanted = iter(
-            step_advantages([{
+            step_advantages(
+                [
+                    {
                         "tokens": r["tokens"],
                         "reward": r["reward"],
                         "continuations": sorted(r["continuations"], key=lambda c: c["at"]),
@@ -139,7 +200,9 @@ def test_logged_advantages_are_those_of_the_tree(run):
             for end in [r, *sorted(r["continuations"], key=lambda c: -c["at"])]:
                 tokens, advantages = next(wanted)
                 assert tokens == [*r["tokens"][: end.get("at", 0)], *end["tokens"]]
-                assert [a for count, a in end["advantages"] for _ in range(count)] == pytest.approx(advantages, abs=1e-12)
+                assert [a for count, a in end["advantages"] for _ in range(count)] == pytest.approx(
+                    advantages, abs=1e-12
+                )
                 checked += 1
         assert next(wanted, None) is None
     assert checked > 100
@@ -147,7 +210,8 @@ def test_logged_advantages_are_those_of_the_tree(run):
 
 def test_the_page_holds_the_run_and_nothing_from_elsewhere(run):
     text = view.write_explorer(run).read_text(encoding="utf-8")
-    assert "http://www.w3.org/2000/svg" in text and text.count("://") == 1  # an SVG namespace, no network
+    # an SVG namespace, no network
+    assert "http://www.w3.org/2000/svg" in text and text.count("://") == 1
     data = json.loads(text.split('id="data">')[1].split("</script>")[0])
     assert [s["step"] for s in data["steps"]] == [1, 2, 3, 4] and data["total_steps"] == 4
     for record in lines(run / "batches.jsonl"):
@@ -158,15 +222,28 @@ def test_the_page_holds_the_run_and_nothing_from_elsewhere(run):
 
 
 def test_steps_can_be_chosen_and_a_large_run_keeps_the_page_small(tmp_path):
-    long = [response([f"word{i}\n\n" for i in range(1000)], 1.0, list(range(1001)), 5, [ending(["x"] * 995, 0.0, at=5)])]
+    long = [
+        response(
+            [f"word{i}\n\n" for i in range(1000)],
+            1.0,
+            list(range(1001)),
+            5,
+            [ending(["x"] * 995, 0.0, at=5)],
+        )
+    ]
     folder = made_up(tmp_path / "run", long, steps=60)
     page = view.write_explorer(folder)
     data = json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
     kept = [s["step"] for s in data["steps"]]
     assert (
-        page.stat().st_size < 3_000_000 and 10 < len(kept) < 60 and kept[0] == 1 and kept[-1] == 60 and data["total_steps"] == 60
+        page.stat().st_size < 3_000_000
+        and 10 < len(kept) < 60
+        and kept[0] == 1
+        and kept[-1] == 60
+        and data["total_steps"] == 60
     )
-    assert max(b - a for a, b in zip(kept, kept[1:])) <= 2 * math.ceil(60 / len(kept))  # spread over the run
+    # spread over the run
+    assert max(b - a for a, b in zip(kept, kept[1:])) <= 2 * math.ceil(60 / len(kept))
     view.write_explorer(folder, [3, 7])
     data = json.loads(page.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0])
     assert [s["step"] for s in data["steps"]] == [3, 7] and data["total_steps"] == 60
@@ -177,13 +254,20 @@ def test_steps_can_be_chosen_and_a_large_run_keeps_the_page_small(tmp_path):
 def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
     with pytest.raises(UserError, match="metrics.jsonl"):
         view.write_explorer(tmp_path)
-    copy = shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("step-*", "last", "best"), symlinks=True)
+    copy = shutil.copytree(
+        run,
+        tmp_path / "copy",
+        ignore=shutil.ignore_patterns("step-*", "last", "best"),
+        symlinks=True,
+    )
     for name, words in (
         ("samples", "samples.jsonl, line 13: not a step's record"),
         ("batches", "batches.jsonl, line 5: not a step's"),
     ):
         whole = (copy / f"{name}.jsonl").read_text()
-        (copy / f"{name}.jsonl").write_text(whole + ('{"step": 4, "pro' if name == "samples" else '{"st'))
+        (copy / f"{name}.jsonl").write_text(
+            whole + ('{"step": 4, "pro' if name == "samples" else '{"st')
+        )
         with pytest.raises(UserError, match=words):
             view.write_explorer(copy)
         (copy / f"{name}.jsonl").write_text(whole)
@@ -194,10 +278,13 @@ def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
 
 def test_a_curve_has_the_name_that_was_asked_for(tmp_path):
     view.plot_scores(str(tmp_path / "curve"), [0.0, 1.0], [1], ["a", "b"])
-    assert [path.name for path in tmp_path.iterdir()] == ["curve"]  # matplotlib alone would write curve.png
+    # matplotlib alone would write curve.png
+    assert [path.name for path in tmp_path.iterdir()] == ["curve"]
 
 
-def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn_is_named(tmp_path, capsys):
+def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn_is_named(
+    tmp_path, capsys
+):
     folder = made_up(tmp_path / "run", big(leaves=5, length=40), steps=3)
     with pytest.raises(UserError, match=r"--steps 7: .* has no such step \(it has 1 to 3\)"):
         view.main([str(folder), "--steps", "7"])
@@ -208,14 +295,20 @@ def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
     folder = made_up(tmp_path / "other", big(leaves=5, length=40), steps=3)
     view.main(["--plots", str(folder), str(run), f"{folder}/"])  # given twice, shown once
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [str(tmp_path / "compare.png"), str(tmp_path / "compare.svg")] and sum(line.startswith("| other") for line in said) == 1
-    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (tmp_path / "compare.svg").read_text()
+    assert (
+        said[-2:] == [str(tmp_path / "compare.png"), str(tmp_path / "compare.svg")]
+        and sum(line.startswith("| other") for line in said) == 1
+    )
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG" and "<svg" in (
+        tmp_path / "compare.svg"
+    ).read_text()
     assert not (folder / "explorer.html").exists()
     with pytest.raises(UserError, match="cannot be written"):
         view.draw_comparison([folder], tmp_path / "nowhere" / "compare")
 
 
-# --- in a browser ---------------------------------------------------------------------------------------------------------
+# --- in a browser
+# --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def chromium():
     if not (CHROMIUM and DRIVER):
@@ -223,7 +316,13 @@ def chromium():
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1200,900"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--window-size=1200,900",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -252,7 +351,9 @@ class Page:
         return self.driver.execute_script(f"return {code}")
 
     def text(self, selector: str) -> list[str]:
-        return self.script(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
+        return self.script(
+            f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)"
+        )
 
     def click(self, selector: str) -> None:
         self.driver.find_element("css selector", selector).click()
@@ -266,7 +367,8 @@ def number(text: str) -> float:
 
 
 def test_numbers_on_the_page_are_the_files(run, open_page):
-    """For every logged problem: grade and advantage of every leaf, V and A of every node, FCI of every step."""
+    """For every logged problem: grade and advantage of every leaf, V and A of every node, FCI of
+    every step."""
     samples, nodes = lines(run / "samples.jsonl"), 0
     for n, sample in enumerate(samples):
         page = open_page(run, f"#step={sample['step']}&problem={n % 3}&leaf=0")
@@ -276,7 +378,9 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
         for shown, end in zip(outcomes, ends):
             assert shown.split()[1] == ("right" if end["reward"] else "wrong")
             assert number(shown.split()[3]) == pytest.approx(end["advantages"][-1][1], abs=0.00501)
-        labels = page.script("[...document.querySelectorAll('.node')].map(e => [e.textContent, e.title])")
+        labels = page.script(
+            "[...document.querySelectorAll('.node')].map(e => [e.textContent, e.title])"
+        )
         drawn = iter(labels)
         root = sum(e["reward"] for e in ends) / len(ends)
         for r in sample["responses"]:
@@ -285,13 +389,27 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
                 below = [r["reward"], *(c["reward"] for c in r["continuations"] if c["at"] > cut)]
                 label, formula = next(drawn)  # the label as far as it has room, the formula in full
                 value, advantage = re.match(r"A = \[\((\S+) .* = (\S+)$", formula).groups()
-                assert label == "" or f"V {value} · A {advantage}".startswith(label) and len(label) >= len(f"V {value}")
+                assert (
+                    label == ""
+                    or f"V {value} · A {advantage}".startswith(label)
+                    and len(label) >= len(f"V {value}")
+                )
                 assert number(value) == pytest.approx(sum(below) / len(below), abs=0.00501)
-                assert number(advantage) == pytest.approx(advantage_at(r["advantages"], cut), abs=0.00501)
+                assert number(advantage) == pytest.approx(
+                    advantage_at(r["advantages"], cut), abs=0.00501
+                )
                 nodes += 1
-        assert next(drawn, None) is None and any("A" in label for label, _ in labels) and f"= {root:.2f}" in page.text("#problem")[0]
-        titles = page.script("[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)")
-        assert titles == [f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])]
+        assert (
+            next(drawn, None) is None
+            and any("A" in label for label, _ in labels)
+            and f"= {root:.2f}" in page.text("#problem")[0]
+        )
+        titles = page.script(
+            "[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)"
+        )
+        assert titles == [
+            f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])
+        ]
         marks = page.script("[...document.querySelectorAll('.mark')].map(e => e.title)")
         assert len(marks) == sum(len(r["branch_points"]) for r in sample["responses"]) and all(
             m.startswith("FCI 0.") for m in marks
@@ -312,21 +430,42 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
         for i, p in enumerate(record["problems"]):
             name, z, fci, expanded, trees, leaves, right = rows[7 * i : 7 * i + 7]
             assert (int(name), int(trees), int(leaves)) == (p["number"], p["trees"], p["leaves"])
-            assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(fci) == pytest.approx(p["fci"], abs=0.0000501)
-            assert expanded.startswith("filtered") == p["filtered"] and float(right) == pytest.approx(
-                100 * p["reward"], abs=0.501
-            )
+            assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(
+                fci
+            ) == pytest.approx(p["fci"], abs=0.0000501)
+            assert expanded.startswith("filtered") == p["filtered"] and float(
+                right
+            ) == pytest.approx(100 * p["reward"], abs=0.501)
         shown = page.text("#sizes")[0]
-        if record["step"] + 2 < len(metrics):  # the formula's result is the size that the run really took
+        # the formula's result is the size that the run really took
+        if record["step"] + 2 < len(metrics):
             assert f") = {metrics[record['step'] + 2]['problems']}" in shown
             sized += 1
     assert sized == 2
-    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict(x).textContent)") == ["✓ right", "✗ wrong", "✓ 0.70", "✗ 0.40"]
-    row = {"number": 7, "rate": 1.0, "fci": 0.05, "filtered": True, "trees": 0, "leaves": 6, "reward": 1.0}
+    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict(x).textContent)") == [
+        "✓ right",
+        "✗ wrong",
+        "✓ 0.70",
+        "✗ 0.40",
+    ]
+    row = {
+        "number": 7,
+        "rate": 1.0,
+        "fci": 0.05,
+        "filtered": True,
+        "trees": 0,
+        "leaves": 6,
+        "reward": 1.0,
+    }
     words = page.script(f"whyExpanded({json.dumps(row)})")
-    assert len(words) == 1 and "filtered, not expanded (Eq. 8)" in words[0] and "mean FCI 0.0500 is below" in words[0]
     assert (
-        "Round(6 · exp(−0.50)) = Round(3.64) = 4 (Eq. 9): that many responses are branched, wrong ones first."
+        len(words) == 1
+        and "filtered, not expanded (Eq. 8)" in words[0]
+        and "mean FCI 0.0500 is below" in words[0]
+    )
+    assert (
+        "Round(6 · exp(−0.50)) = Round(3.64) = 4 (Eq. 9): that many responses are branched, wrong"
+        " ones first."
         in page.script(f"whyExpanded({json.dumps(row | dict(rate=0.5, filtered=False))})")[1]
     )
 
@@ -339,16 +478,26 @@ def test_clicking_a_branch_shows_its_continuation(run, open_page):
         for end in [r, *r["continuations"]]:
             page.click(f"#leaf-{n} .outcome")
             tokens = [*r["tokens"][: end.get("at", 0)], *end["tokens"]]
-            assert "".join(page.text("#leaf .tokens")).replace("⏎", "\n").replace("\n\n\n", "\n\n") == "".join(tokens)
-            assert len(page.text("#leaf .part.kept [data-t]")) == end.get("at", 0) and page.text("[aria-selected=true].leaf")
+            assert "".join(page.text("#leaf .tokens")).replace("⏎", "\n").replace(
+                "\n\n\n", "\n\n"
+            ) == "".join(tokens)
+            assert len(page.text("#leaf .part.kept [data-t]")) == end.get("at", 0) and page.text(
+                "[aria-selected=true].leaf"
+            )
             assert f"{len(tokens)} tokens" in page.text("#leaf .row")[0]
-            ends = [0, *sorted({c["at"] for c in r["continuations"] if c["at"] <= end.get("at", 10**6)}), len(tokens)]
+            ends = [
+                0,
+                *sorted({c["at"] for c in r["continuations"] if c["at"] <= end.get("at", 10**6)}),
+                len(tokens),
+            ]
             cells = page.text("#leaf td")  # tokens, V and A of every node on the way to this leaf
             assert cells[::3] == [f"{a} to {b - 1}" for a, b in zip(ends, ends[1:])]
             assert number(cells[-2]) == end["reward"] or not end.get("at")
             for cell, first in zip(cells[2::3], ends):
                 theirs = advantage_at(end["advantages"], first)
-                assert number(cell.split(" = ")[-1]) == pytest.approx(theirs, abs=0.00501) and cell.startswith("A = [(")
+                assert number(cell.split(" = ")[-1]) == pytest.approx(
+                    theirs, abs=0.00501
+                ) and cell.startswith("A = [(")
             n += 1
     last = page.script(
         "(() => { const e = document.querySelector('#leaf [data-t=\"2\"]'); tip({target: e});"
@@ -369,7 +518,9 @@ def test_keys_slider_and_address(run, open_page):
     page.press("]")
     assert page.script("[step().step, state.problem, state.leaf]") == [2, 2, 0]
     page.press(Keys.ARROW_RIGHT)
-    assert page.script("location.hash") == "#step=3&problem=0&leaf=0" and page.text("#now")[0].startswith("step 3")
+    assert page.script("location.hash") == "#step=3&problem=0&leaf=0" and page.text("#now")[
+        0
+    ].startswith("step 3")
     page.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert page.script("step().step") == 4  # the end
     page.driver.find_element("id", "slider").send_keys(Keys.HOME)
@@ -378,15 +529,22 @@ def test_keys_slider_and_address(run, open_page):
     assert page.text("#leaf button[aria-pressed=true]") == ["log-prob"]
     page.click("#batch tr.open:nth-child(2)")
     assert page.script("state.problem") == 1
-    # no part of the page keeps the keyboard, and none loses it: a button that was drawn anew has the focus again
+    # no part of the page keeps the keyboard, and none loses it: a button that was drawn anew has
+    # the focus again
     page.script("document.querySelector('#batch tr.open').focus()")
     page.driver.switch_to.active_element.send_keys(Keys.TAB)
     assert page.script("document.activeElement === document.querySelectorAll('#batch tr.open')[1]")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
-    assert page.script("state.problem") == 1 and page.script("document.activeElement.closest('#batch') !== null")
+    assert page.script("state.problem") == 1 and page.script(
+        "document.activeElement.closest('#batch') !== null"
+    )
     page.script("document.querySelectorAll('#tabs button')[2].focus()")
     page.driver.switch_to.active_element.send_keys(Keys.ENTER)
-    assert page.script("state.problem") == 2 and page.script("document.activeElement.textContent") == page.text("#tabs [aria-selected=true]")[0]
+    assert (
+        page.script("state.problem") == 2
+        and page.script("document.activeElement.textContent")
+        == page.text("#tabs [aria-selected=true]")[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -401,33 +559,59 @@ def test_keys_slider_and_address(run, open_page):
 )
 def test_every_method_can_be_seen(options, open_page, tmp_path):
     run = train(
-        parse_config(["--steps", "1", "--batch_size", "2", "--problems", "toy:6:50:1", "--test_problems", "toy:6:2:2",
-                "--eval_samples", "1", "--out",
+        parse_config(
+            [
+                "--steps",
+                "1",
+                "--batch_size",
+                "2",
+                "--problems",
+                "toy:6:50:1",
+                "--test_problems",
+                "toy:6:2:2",
+                "--eval_samples",
+                "1",
+                "--out",
                 str(tmp_path / "run"),
-                *options])
+                *options,
+            ]
+        )
     )
     page = open_page(run)
     leaves = (
-        [e for s in lines(run / "samples.jsonl")[:1] for r in s["responses"] for e in (r, *r["continuations"])]
+        [
+            e
+            for s in lines(run / "samples.jsonl")[:1]
+            for r in s["responses"]
+            for e in (r, *r["continuations"])
+        ]
         if "0" not in options
         else []
     )
     assert len(page.text(".leaf")) == len(leaves) and len(page.text("#batch tbody tr")) == 2
     if "log_samples" not in options[-2]:
-        assert page.text("#what") == (["The tree"] if options[-1] == "treerl" else ["The responses"])
+        assert page.text("#what") == (
+            ["The tree"] if options[-1] == "treerl" else ["The responses"]
+        )
     if options[-1] == "treerl":
         assert "entropy" in page.script("document.querySelector('.mark').title")
         sample = lines(run / "samples.jsonl")[0]
-        for n, (r, c) in enumerate((r, c) for r in sample["responses"] for c in (None, *r["continuations"])):
+        for n, (r, c) in enumerate(
+            (r, c) for r in sample["responses"] for c in (None, *r["continuations"])
+        ):
             page.script(f"go({{leaf: {n}}})")
             points = [at for at in r["branch_points"] if c is None or at < c["at"]]
             assert len(page.text("#leaf i.at")) == len(points), "a branch point inside a step"
-            assert sum(text.count("entropy ") for text in page.text("#leaf .part .soft")) == len(points)
+            assert sum(text.count("entropy ") for text in page.text("#leaf .part .soft")) == len(
+                points
+            )
             if c is not None:
                 step = max(k for k, bound in enumerate(r["bounds"][:-1]) if bound <= c["at"])
                 inside = "" if c["at"] in r["bounds"] else f", token {c['at']}"
                 assert page.text("#leaf b")[0].endswith(f" from step {step}{inside}")
-        assert "one update earlier" not in page.script("document.querySelector('#leaf .kept i').what")
+        assert "one update earlier" not in page.script(
+            "document.querySelector('#leaf .kept i').what"
+        )
 
 
 def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
@@ -442,26 +626,45 @@ def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
         page = open_page(folder, place)
         assert (
             page.script("document.title") == "attnrl: run"
-            and page.script("document.querySelectorAll('img, #leaf script, #problem script').length") == 0
+            and page.script(
+                "document.querySelectorAll('img, #leaf script, #problem script').length"
+            )
+            == 0
         )
         seen = page.text("#leaf .tokens")
-        assert len(seen) == len(HOSTILE) and seen[0].startswith(HOSTILE[0]) and seen[1].startswith(HOSTILE[1])
+        assert (
+            len(seen) == len(HOSTILE)
+            and seen[0].startswith(HOSTILE[0])
+            and seen[1].startswith(HOSTILE[1])
+        )
         assert (
             seen[2].startswith("‹202e›evil‹202c›")
             and seen[3].startswith("‹0000›‹001b›[31m")
             and seen[9].startswith("‹2028›‹2029›")
         )
-        assert seen[4].startswith(HOSTILE[4]) and seen[5].startswith(HOSTILE[5]) and seen[7].startswith(HOSTILE[7])
-        assert page.script("getComputedStyle(document.querySelectorAll('#leaf .tokens')[4]).direction") == "rtl"
+        assert (
+            seen[4].startswith(HOSTILE[4])
+            and seen[5].startswith(HOSTILE[5])
+            and seen[7].startswith(HOSTILE[7])
+        )
+        assert (
+            page.script("getComputedStyle(document.querySelectorAll('#leaf .tokens')[4]).direction")
+            == "rtl"
+        )
 
 
 def big(leaves: int = 30, length: int = 2000) -> list[dict]:
-    """Six responses of `length` tokens in steps of 40, each with four continuations from two branch points."""
+    """Six responses of `length` tokens in steps of 40, each with four continuations from two branch
+    points."""
     rng = random.Random(0)
 
     def words(n):
         return [
-            rng.choice(["the ", "sum ", "is ", "x^2 ", "therefore ", "\\frac{1}{2} "]) if (i + 1) % 40 else "so.\n\n"
+            (
+                rng.choice(["the ", "sum ", "is ", "x^2 ", "therefore ", "\\frac{1}{2} "])
+                if (i + 1) % 40
+                else "so.\n\n"
+            )
             for i in range(n)
         ]
 
@@ -495,11 +698,15 @@ def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_pag
     assert page.script("performance.getEntriesByType('navigation')[0].domInteractive") < 1000
     assert len(page.text(".leaf")) == 30
     folded = len(page.text("#leaf [data-t]"))
-    assert folded < 400 and "2000 tokens" in page.text("#leaf .row")[0]  # the branch points' steps are open, the rest is folded
+    # the branch points' steps are open, the rest is folded
+    assert folded < 400 and "2000 tokens" in page.text("#leaf .row")[0]
     times = []
     for n in (7, 13, 22):
         times.append(
-            page.script(f"(() => {{ const t = performance.now(); go({{leaf: {n}}}); return performance.now() - t; }})()")
+            page.script(
+                f"(() => {{ const t = performance.now(); go({{leaf: {n}}}); return"
+                " performance.now() - t; })()"
+            )
         )
     assert sorted(times)[1] < 500
     page.click("#unfold")
@@ -512,20 +719,25 @@ def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_pag
 @pytest.mark.parametrize("width", [360, 768])
 def test_it_fits_a_phone(run, open_page, width):
     open_page(run).driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 780, "deviceScaleFactor": 2, "mobile": True}
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 780, "deviceScaleFactor": 2, "mobile": True},
     )
     page = open_page(run, "#step=2&problem=1&leaf=2")
     try:
         assert page.script("document.documentElement.scrollWidth") <= width
         assert (
-            page.script("Math.min(...[...document.querySelectorAll('.lane')].map(e => e.getBoundingClientRect().width))")
+            page.script(
+                "Math.min(...[...document.querySelectorAll('.lane')].map(e =>"
+                " e.getBoundingClientRect().width))"
+            )
             > width / 3
         )
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-# WCAG's contrast of every text on the page with what lies behind it: the lowest one, and of which text
+# WCAG's contrast of every text on the page with what lies behind it: the lowest one, and of which
+# text
 CONTRAST = """(() => {
   const parse = c => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
   const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
@@ -551,7 +763,10 @@ CONTRAST = """(() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_can_be_read_in_light_and_dark(scheme, run, open_page):
     page = open_page(run, "#step=1&leaf=1")
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+    )
     try:
         time.sleep(0.5)  # colours change slowly
         found = page.script(CONTRAST)

@@ -1,10 +1,13 @@
-"""test_vllm.py: the real vLLM inside the training process. It samples with the learner's weights, or the run stops and says so.
+"""test_vllm.py: the real vLLM inside the training process. It samples with the learner's weights,
+or the run stops and says so.
 
-Needs vLLM's CPU build (`make test-vllm`); elsewhere only the first test runs, the others are skipped. vLLM takes seconds
-to import and keeps module state, so nothing here imports it before a test needs it, and one engine lives at a time.
+Needs vLLM's CPU build (`make test-vllm`); elsewhere only the first test runs, the others are
+skipped. vLLM takes seconds to import and keeps module state, so nothing here imports it before a
+test needs it, and one engine lives at a time.
 
     .venv-vllm/bin/python -m pytest tests/test_vllm.py
 """
+
 import copy
 import importlib.util
 import json
@@ -22,35 +25,52 @@ from statistics import fmean
 
 import pytest
 import torch
+from fixtures import ROOT, TOY_MODEL, same_file, step_without_sync
+from helpers import random_tokens, tiny_model
+from test_dist import assert_same
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 import eval as evaluation
 from attnrl import Config, Trainer, parse_config, train
 from data import load_problems
-from errors import UserError, stop_on_user_error
 from dist import full_weights
+from errors import UserError, stop_on_user_error
 from fci import Sequence, score
-from fixtures import ROOT, TOY_MODEL, same_file, step_without_sync
-from helpers import random_tokens, tiny_model
 from learner import Learner
 from rollout import Request, TransformersEngine, request_seed
 from runlog import Display
-from test_dist import assert_same
 from tree import TrainingSequence
 from vllm_engine import VLLMEngine, engine_gap, probe_requests
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
-    reason="needs vLLM's CPU build: `make test-vllm` (on a GPU: tests/test_gpu.py)")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # vLLM's and torch's own
-logging.getLogger("torch.__trace").addFilter(lambda record: False)  # or a failed test's report has a thousand empty lines of it
-TOY = parse_config([])  # the toy preset: its learning rate and the tolerance of the check are the real ones
+    reason="needs vLLM's CPU build: `make test-vllm` (on a GPU: tests/test_gpu.py)",
+)
+# vLLM's and torch's own
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+# or a failed test's report has a thousand empty lines of it
+logging.getLogger("torch.__trace").addFilter(lambda record: False)
+# the toy preset: its learning rate and the tolerance of the check are the real ones
+TOY = parse_config([])
 EOS = [1]  # the toy's
 LONGEST = 160  # prompt and completion
-SMALL = ["--engine", "vllm", "--steps", "2", "--batch_size", "4", "--eval_samples", "2", "--test_problems", "toy:8:10:2",
-         "--log_samples", "99"]
-VISIBLE = 0.003  # a learning rate at which one update changes every kind of stale weight by more than the tolerance
+SMALL = [
+    "--engine",
+    "vllm",
+    "--steps",
+    "2",
+    "--batch_size",
+    "4",
+    "--eval_samples",
+    "2",
+    "--test_problems",
+    "toy:8:10:2",
+    "--log_samples",
+    "99",
+]
+# a learning rate at which one update changes every kind of stale weight by more than the tolerance
+VISIBLE = 0.003
 LEAVING = 20  # seconds from the last line of a run to the end of its process (measured: 1 to 3)
 
 
@@ -113,31 +133,43 @@ def tiny(engines, tiny_folder):
 
 def random_model(kind: str, tied: bool = True):
     """vLLM's attention on the CPU wants a head dimension of 32."""
-    return tiny_model(kind, hidden_size=128, head_dim=32, intermediate_size=192, tie_word_embeddings=tied)
+    return tiny_model(
+        kind, hidden_size=128, head_dim=32, intermediate_size=192, tie_word_embeddings=tied
+    )
 
 
 def requests_for(seed: int, temperatures=(1.0, 0.6)) -> list[Request]:
-    """Like a training step's call, with prefixes of several blocks (32 tokens): four samples of each of three problems, two
-    continuations from the middle of a response, and short prompts (one token is the shortest)."""
+    """Like a training step's call, with prefixes of several blocks (32 tokens): four samples of
+    each of three problems, two continuations from the middle of a response, and short prompts (one
+    token is the shortest)."""
     rng = random.Random(seed)
     prompts = []
     for length in (33, 50, 70):
         problem = random_tokens(rng, length)
         prompts += [problem] * 4 + [problem + random_tokens(rng, 20)] * 2
     prompts += [random_tokens(rng, length) for length in (1, 2, 32)]
-    return [Request(prompt, rng.randint(1, 30), temperatures[i % len(temperatures)], request_seed(seed, i))
-            for i, prompt in enumerate(prompts)]
+    return [
+        Request(
+            prompt, rng.randint(1, 30), temperatures[i % len(temperatures)], request_seed(seed, i)
+        )
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def toy_requests(count: int, max_tokens: int = 40) -> list[Request]:
     problems = load_problems("toy:8:20:7", AutoTokenizer.from_pretrained(TOY_MODEL), max_prompt=100)
-    return [Request(problems[i // 2].prompt_ids, max_tokens, 1.0, request_seed(1, i)) for i in range(count)]
+    return [
+        Request(problems[i // 2].prompt_ids, max_tokens, 1.0, request_seed(1, i))
+        for i in range(count)
+    ]
 
 
 def learner_logprobs(policy, requests, completions) -> list[list[float]]:
     """The learner's log-probs of sampled tokens, each at its own request's temperature."""
-    return [score(policy, [Sequence(r.prompt_ids, c.tokens)], r.temperature or 1.0)[0].logprobs
-            for r, c in zip(requests, completions)]
+    return [
+        score(policy, [Sequence(r.prompt_ids, c.tokens)], r.temperature or 1.0)[0].logprobs
+        for r, c in zip(requests, completions)
+    ]
 
 
 def largest(first: list[list[float]], second: list[list[float]]) -> float:
@@ -149,32 +181,40 @@ def largest(first: list[list[float]], second: list[list[float]]) -> float:
 def update(policy, requests, completions, lr: float) -> None:
     """One real PPO update on what was sampled, good and bad in turn."""
     logprobs = learner_logprobs(policy, requests, completions)
-    sequences = [TrainingSequence(r.prompt_ids, c.tokens, [(-1.0) ** i] * len(c.tokens), lp)
-                 for i, (r, c, lp) in enumerate(zip(requests, completions, logprobs))]
+    sequences = [
+        TrainingSequence(r.prompt_ids, c.tokens, [(-1.0) ** i] * len(c.tokens), lp)
+        for i, (r, c, lp) in enumerate(zip(requests, completions, logprobs))
+    ]
     assert Learner(policy, lr=lr, kl_coef=0.0).train(sequences, mini_batch=999, seed=0).updates == 1
 
 
 def sampled_by(engine):
-    """Eight requests on the toy's problems, their completions, and the probes that a run would make of them."""
+    """Eight requests on the toy's problems, their completions, and the probes that a run would make
+    of them."""
     requests = toy_requests(8)
     completions = engine.generate(requests)
     return requests, completions, probe_requests(requests, completions)
 
 
 def refused(engine, policy, requests) -> tuple[float, float, float]:
-    """engine_gap stops the run; what its message says: the engine's and the learner's mean log-prob, and the gap."""
+    """engine_gap stops the run; what its message says: the engine's and the learner's mean
+    log-prob, and the gap."""
     with pytest.raises(UserError) as stop:
         engine_gap(engine, policy, requests, TOY.sync_tolerance)
-    numbers = re.search(r"engine's mean log-prob is (\S+), the learner's (\S+), mean \|difference\| (\S+), above", str(stop.value))
+    numbers = re.search(
+        r"engine's mean log-prob is (\S+), the learner's (\S+), mean \|difference\| (\S+), above",
+        str(stop.value),
+    )
     assert numbers and "\n" not in str(stop.value), stop.value
     return tuple(map(float, numbers.groups()))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Where vLLM is missing
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def test_asking_for_vllm_where_it_is_missing_says_how_to_install_it(capsys, monkeypatch, tmp_path):
-    """One line and exit code 2, before anything is written. (Where vLLM is installed it is hidden from the import.)"""
+    """One line and exit code 2, before anything is written. (Where vLLM is installed it is hidden
+    from the import.)"""
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
         attnrl.main([*SMALL, "--out", str(tmp_path / "run")])
@@ -184,16 +224,31 @@ def test_asking_for_vllm_where_it_is_missing_says_how_to_install_it(capsys, monk
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A whole run
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 def launch(*options, ranks: int = 0, code: int = 0) -> tuple[str, str, float]:
-    """Run attnrl.py as a user does, with torchrun if there are ranks; (stdout, stderr, seconds it took to leave)."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    """Run attnrl.py as a user does, with torchrun if there are ranks; (stdout, stderr, seconds it
+    took to leave)."""
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        if ranks
+        else []
+    )
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
     with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, *torchrun, "attnrl.py", *map(str, options)], cwd=ROOT, text=True,
-                                   env=environment, stdout=subprocess.PIPE, stderr=errors)
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, "attnrl.py", *map(str, options)],
+            cwd=ROOT,
+            text=True,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
         alarm = threading.Timer(300, process.kill)
         alarm.start()
         lines, last = [], time.perf_counter()
@@ -215,7 +270,8 @@ def records_of(folder) -> list[dict]:
 
 
 def assert_agreement(records: list[dict], scored: tuple[int, ...] = (1, 2)) -> None:
-    """Engine and learner agreed in every step: over all tokens, in the steps that score any, and in the check after the sync."""
+    """Engine and learner agreed in every step: over all tokens, in the steps that score any, and in
+    the check after the sync."""
     assert [m["step"] for m in records] == [0, 1, 2]
     for m in records[1:]:
         assert m["train/updates"] >= 1 and 0 < m["logprob_gap/sync"] < 1e-4
@@ -239,13 +295,17 @@ def test_a_run_samples_with_the_learners_weights_and_ends_by_itself(finished):
     folder, leaving = finished
     assert_agreement(records_of(folder))
     assert leaving < LEAVING
-    first, last = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (TOY_MODEL, folder / "last"))
+    first, last = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (TOY_MODEL, folder / "last")
+    )
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
 @needs_vllm
 def test_a_resumed_run_has_the_state_and_the_tokens_of_the_undisturbed_one(tmp_path):
-    """Killed after the checkpoint of step 1: steps 2 and 3 must sample the same tokens, and end with the same weights."""
+    """Killed after the checkpoint of step 1: steps 2 and 3 must sample the same tokens, and end
+    with the same weights."""
     options = [*SMALL, "--steps", "3", "--save_every", "1", "--keep", "9"]
     launch(*options, "--out", tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run", symlinks=True)
@@ -264,15 +324,37 @@ def assert_two_ranks_equal_one(finished, tmp_path, *options) -> None:
     one, _ = finished
     *_, leaving = launch(*SMALL, *options, "--out", tmp_path / "two", ranks=2)
     assert leaving < LEAVING
-    for mine, theirs in zip(*((folder / "samples.jsonl").read_text().splitlines() for folder in (one, tmp_path / "two")), strict=True):
-        numbers: list[list[float]] = [[], []]  # rounded to four decimals, so what differs in the last bit may differ there
-        trees = [json.loads(line, object_hook=lambda node, to=to: {key: value for key, value in node.items() if not (
-            key in ("logprobs", "entropies") and to.extend(value) is None)}) for line, to in zip((mine, theirs), numbers)]
-        assert trees[0] == trees[1] and numbers[0] == pytest.approx(numbers[1], abs=2e-4) and len(numbers[0]) > 100
+    for mine, theirs in zip(
+        *(
+            (folder / "samples.jsonl").read_text().splitlines()
+            for folder in (one, tmp_path / "two")
+        ),
+        strict=True,
+    ):
+        # rounded to four decimals, so what differs in the last bit may differ there
+        numbers: list[list[float]] = [[], []]
+        trees = [
+            json.loads(
+                line,
+                object_hook=lambda node, to=to: {
+                    key: value
+                    for key, value in node.items()
+                    if not (key in ("logprobs", "entropies") and to.extend(value) is None)
+                },
+            )
+            for line, to in zip((mine, theirs), numbers)
+        ]
+        assert (
+            trees[0] == trees[1]
+            and numbers[0] == pytest.approx(numbers[1], abs=2e-4)
+            and len(numbers[0]) > 100
+        )
     assert_agreement(records_of(tmp_path / "two"))
     for mine, theirs in zip(records_of(one), records_of(tmp_path / "two")):
         same = [key for key in mine if not key.startswith(("seconds/", "logprob_gap/"))]
-        assert {key: mine[key] for key in same} == pytest.approx({key: theirs[key] for key in same}, rel=1e-4, abs=1e-6)
+        assert {key: mine[key] for key in same} == pytest.approx(
+            {key: theirs[key] for key in same}, rel=1e-4, abs=1e-6
+        )
 
 
 @needs_vllm
@@ -290,9 +372,13 @@ def test_two_ranks_with_sharded_weights_sample_what_one_samples(finished, tmp_pa
 @needs_vllm
 @pytest.mark.full
 def test_a_run_that_must_stop_leaves_at_once(tmp_path):
-    """The check after the sync fails while vLLM is alive: one line, exit code 2, and the process ends."""
+    """The check after the sync fails while vLLM is alive: one line, exit code 2, and the process
+    ends."""
     _, error, _ = launch(*SMALL, "--sync_tolerance", "1e-12", "--out", tmp_path / "run", code=2)
-    assert error.count("attnrl.py: engine and learner disagree after the weight sync") == 1 and "Traceback" not in error
+    assert (
+        error.count("attnrl.py: engine and learner disagree after the weight sync") == 1
+        and "Traceback" not in error
+    )
 
 
 def run_here(engines, tmp_path, *options) -> list[dict]:
@@ -302,14 +388,23 @@ def run_here(engines, tmp_path, *options) -> list[dict]:
 
 
 @needs_vllm
-@pytest.mark.parametrize("options", [["--one_step_off_policy", "false"], ["--behaviour", "engine"],
-                                     pytest.param(["--tis_cap", "2"], marks=pytest.mark.full),
-                                     pytest.param(["--parallel", "fsdp"], marks=pytest.mark.full)], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--one_step_off_policy", "false"],
+        ["--behaviour", "engine"],
+        pytest.param(["--tis_cap", "2"], marks=pytest.mark.full),
+        pytest.param(["--parallel", "fsdp"], marks=pytest.mark.full),
+    ],
+    ids=" ".join,
+)
 def test_every_way_to_train_runs_with_vllm(engines, tmp_path, options):
     records = run_here(engines, tmp_path, *options)
-    # the last step samples continuations only, of which the engine's log-probs are all that is wanted
+    # the last step samples continuations only, of which the engine's log-probs are all that is
+    # wanted
     assert_agreement(records, scored=(1,) if "--behaviour" in options else (1, 2))
-    assert records[1]["train/ratio"] == pytest.approx(1, abs=1e-5)  # the policy that sampled is the one that trains
+    # the policy that sampled is the one that trains
+    assert records[1]["train/ratio"] == pytest.approx(1, abs=1e-5)
 
 
 @needs_vllm
@@ -318,29 +413,58 @@ def test_half_precision_runs_with_vllm(engines, tmp_path):
     """bf16: rounding differs between engine and learner, and the tolerance is that of bf16."""
     for m in run_here(engines, tmp_path, "--dtype", "bf16")[1:]:
         print({key: value for key, value in m.items() if key.startswith("logprob_gap")})
-        assert m["train/updates"] >= 1 and 1e-4 < m["logprob_gap/mean"] < 0.05 and m["logprob_gap/sync"] < 0.05
+        assert (
+            m["train/updates"] >= 1
+            and 1e-4 < m["logprob_gap/mean"] < 0.05
+            and m["logprob_gap/sync"] < 0.05
+        )
 
 
 @needs_vllm
-def test_the_evaluation_command_equals_the_transformers_engine_at_temperature_0(engines, tmp_path, capsys):
+def test_the_evaluation_command_equals_the_transformers_engine_at_temperature_0(
+    engines, tmp_path, capsys
+):
     engines.close()
     written = []
     for engine in ("vllm", "transformers"):
         out = tmp_path / engine
-        evaluation.main(["--model", str(TOY_MODEL), "--problems", "toy:8:10:2", "--k", "1", "--temperature", "0",
-                         "--engine", engine, "--out", str(out)])
-        written.append((out / "toy-8-10-2.jsonl").read_text().splitlines()[1:])  # without the settings, which name the engine
-    assert len(written[0]) == 10 and all(a == b for a, b in zip(*written)) and capsys.readouterr().out.count("avg@k") == 2
+        evaluation.main(
+            [
+                "--model",
+                str(TOY_MODEL),
+                "--problems",
+                "toy:8:10:2",
+                "--k",
+                "1",
+                "--temperature",
+                "0",
+                "--engine",
+                engine,
+                "--out",
+                str(out),
+            ]
+        )
+        # without the settings, which name the engine
+        written.append((out / "toy-8-10-2.jsonl").read_text().splitlines()[1:])
+    assert (
+        len(written[0]) == 10
+        and all(a == b for a, b in zip(*written))
+        and capsys.readouterr().out.count("avg@k") == 2
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log-probs
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @needs_vllm
-@pytest.mark.parametrize("kind, tied", [("qwen2", True), ("qwen2", False), ("llama", True), ("llama", False), ("qwen3", False)])
+@pytest.mark.parametrize(
+    "kind, tied",
+    [("qwen2", True), ("qwen2", False), ("llama", True), ("llama", False), ("qwen3", False)],
+)
 def test_logprobs_equal_the_learners_before_and_after_each_update(engines, tmp_path, kind, tied):
-    """Three times sampled, two real updates in between that change the same tokens' log-probs by a lot; temperatures 1.0
-    and 0.6. The requests repeat, so their prefixes are in the cache with the KV of the weights before."""
+    """Three times sampled, two real updates in between that change the same tokens' log-probs by a
+    lot; temperatures 1.0 and 0.6. The requests repeat, so their prefixes are in the cache with the
+    KV of the weights before."""
     policy = random_model(kind, tied)
     policy.save_pretrained(tmp_path)
     engine = engines.get(tmp_path)
@@ -351,26 +475,31 @@ def test_logprobs_equal_the_learners_before_and_after_each_update(engines, tmp_p
         learnt = learner_logprobs(policy, requests, completions)
         assert largest([c.logprobs for c in completions], learnt) < 1e-4, f"after {again} updates"
         update(policy, requests, completions, lr=0.003)
-        assert largest(learnt, learner_logprobs(policy, requests, completions)) > 0.1  # 1000 times what is tolerated
+        # 1000 times what is tolerated
+        assert largest(learnt, learner_logprobs(policy, requests, completions)) > 0.1
         engine.sync_weights(full_weights(policy))
 
 
 @needs_vllm
 def test_a_configurations_head_dimension_is_read(engines, tmp_path):
-    """Heads that are wider than hidden_size / heads (as Qwen3's): the KV cache holds what was asked for."""
+    """Heads that are wider than hidden_size / heads (as Qwen3's): the KV cache holds what was asked
+    for."""
     policy = tiny_model("qwen3", hidden_size=64, head_dim=32, tie_word_embeddings=True)
     policy.save_pretrained(tmp_path)
     engine = engines.get(tmp_path)
     engine.sync_weights(full_weights(policy))
     requests = requests_for(2)
     completions = engine.generate(requests)
-    assert largest([c.logprobs for c in completions], learner_logprobs(policy, requests, completions)) < 1e-4
+    assert (
+        largest([c.logprobs for c in completions], learner_logprobs(policy, requests, completions))
+        < 1e-4
+    )
     assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 65536 // 32
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Requests
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @needs_vllm
 def test_tokens_depend_on_the_own_seed_only(tiny):
     """Alone, in any order, with a cold or a warm prefix cache: the same tokens."""
@@ -396,7 +525,7 @@ def test_another_seed_gives_other_tokens_and_the_same_seed_the_same(tiny):
     assert len({tuple(c.tokens) for c in twelve}) >= 11
     torch.manual_seed(1)  # global generators play no role, although vLLM advances them
     assert [c.tokens for c in engine.generate(requests)] == [c.tokens for c in twelve]
-    largest_seed = 2 ** 63 - 1
+    largest_seed = 2**63 - 1
     same = engine.generate([Request([1, 2, 3], n, 1.0, largest_seed) for n in (20, 20, 20, 6)])
     assert same[0] == same[1] == same[2] and len(same[0].tokens) == 20
     assert same[3].tokens == same[0].tokens[:6]  # a larger budget only appends
@@ -404,7 +533,8 @@ def test_another_seed_gives_other_tokens_and_the_same_seed_the_same(tiny):
 
 @needs_vllm
 def test_end_tokens_finish_a_completion_and_max_tokens_cuts_it(tiny):
-    """An end token is the last of its completion and counts as one; without one exactly max_tokens are made."""
+    """An end token is the last of its completion and counts as one; without one exactly max_tokens
+    are made."""
     engine, _ = tiny
     requests = [Request([i % 40, 2, 3], 1 + i % 30, 1.0, request_seed(3, i)) for i in range(80)]
     engine.eos_ids = []
@@ -418,8 +548,13 @@ def test_end_tokens_finish_a_completion_and_max_tokens_cuts_it(tiny):
         assert completion.tokens == whole.tokens[:stop] and len(completion.logprobs) == stop
         assert completion.finished == bool(ends)
     assert 20 < sum(c.finished for c in completions) < 70
-    exact = [(Request(r.prompt_ids, len(c.tokens), 1.0, r.seed), c) for r, c in zip(requests, completions) if c.finished]
-    at_the_limit = engine.generate([r for r, _ in exact])  # the end token in the last place that is allowed: finished, too
+    exact = [
+        (Request(r.prompt_ids, len(c.tokens), 1.0, r.seed), c)
+        for r, c in zip(requests, completions)
+        if c.finished
+    ]
+    # the end token in the last place that is allowed: finished, too
+    at_the_limit = engine.generate([r for r, _ in exact])
     assert [(c.tokens, c.finished) for c in at_the_limit] == [(c.tokens, True) for _, c in exact]
 
 
@@ -437,12 +572,16 @@ def test_greedy_equals_the_transformers_engine(model, request):
 
 @needs_vllm
 def test_temperatures_of_a_batch_do_not_mix(tiny):
-    """Greedy, cool and warm requests side by side: each as if alone, each with the log-probs of its own temperature."""
+    """Greedy, cool and warm requests side by side: each as if alone, each with the log-probs of its
+    own temperature."""
     engine, policy = tiny
     requests = requests_for(4, temperatures=(1.0, 0, 0.6, 1.7))
     completions = engine.generate(requests)
     assert [engine.generate([r])[0].tokens for r in requests] == [c.tokens for c in completions]
-    assert largest([c.logprobs for c in completions], learner_logprobs(policy, requests, completions)) < 1e-4
+    assert (
+        largest([c.logprobs for c in completions], learner_logprobs(policy, requests, completions))
+        < 1e-4
+    )
 
 
 @needs_vllm
@@ -450,8 +589,11 @@ def test_wrong_requests_are_refused_and_leave_nothing_behind(tiny):
     engine, _ = tiny
     good = Request([1, 2, 3], 5, 1.0, 0)
     wanted = engine.generate([good])
-    for bad, message in ((Request([], 5, 1.0, 0), "cannot be empty"), (Request([1], 0, 1.0, 0), "max_tokens must be at least 1"),
-                         (Request([1] * (LONGEST + 1), 5, 1.0, 0), "maximum context length")):
+    for bad, message in (
+        (Request([], 5, 1.0, 0), "cannot be empty"),
+        (Request([1], 0, 1.0, 0), "max_tokens must be at least 1"),
+        (Request([1] * (LONGEST + 1), 5, 1.0, 0), "maximum context length"),
+    ):
         with pytest.raises(Exception, match=message):
             engine.generate([good, bad])
         assert engine.generate([good]) == wanted
@@ -460,11 +602,14 @@ def test_wrong_requests_are_refused_and_leave_nothing_behind(tiny):
 
 @needs_vllm
 def test_the_samples_are_those_of_the_softmax(tiny):
-    """First tokens of 2000 requests against the learner's probabilities: chi-square, 99.9 % quantiles."""
+    """First tokens of 2000 requests against the learner's probabilities: chi-square, 99.9 %
+    quantiles."""
     engine, policy = tiny
     prompt = [3, 4, 5, 6] * 9
     for temperature in (1.0, 0.6):
-        completions = engine.generate([Request(prompt, 1, temperature, request_seed(9, i)) for i in range(2000)])
+        completions = engine.generate(
+            [Request(prompt, 1, temperature, request_seed(9, i)) for i in range(2000)]
+        )
         with torch.no_grad():
             p = (policy(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).double()
         counts = torch.bincount(torch.tensor([c.tokens[0] for c in completions]), minlength=len(p))
@@ -473,16 +618,18 @@ def test_the_samples_are_those_of_the_softmax(tiny):
         expected = 2000 * torch.cat([p[likely], p[~likely].sum()[None]])
         bins = int(likely.sum())
         assert bins >= 10
-        quantile = bins * (1 - 2 / (9 * bins) + 3.09 * (2 / (9 * bins)) ** 0.5) ** 3  # Wilson and Hilferty
+        # Wilson and Hilferty
+        quantile = bins * (1 - 2 / (9 * bins) + 3.09 * (2 / (9 * bins)) ** 0.5) ** 3
         assert ((observed - expected) ** 2 / expected).sum() < quantile
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights that did not arrive
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 @needs_vllm
 def test_weights_that_never_came_are_caught(engines, toy_model):
-    """vLLM starts with dummy weights, so whatever a sync leaves out shows in the first check: also the output head."""
+    """vLLM starts with dummy weights, so whatever a sync leaves out shows in the first check: also
+    the output head."""
     engines.close()
     engine = engines.get(TOY_MODEL)
     assert refused(engine, toy_model, toy_requests(4))[2] > 1
@@ -494,15 +641,22 @@ def test_weights_that_never_came_are_caught(engines, toy_model):
 
 @needs_vllm
 def test_a_forgotten_sync_is_caught(toy):
-    """One update with the preset's own learning rate and the tolerance that a run has. The message has both numbers."""
+    """One update with the preset's own learning rate and the tolerance that a run has. The message
+    has both numbers."""
     engine, policy = toy
     requests, completions, probes = sampled_by(engine)
     assert engine_gap(engine, policy, probes, TOY.sync_tolerance) < 1e-5
     update(policy, requests, completions, lr=TOY.lr)
     numbers = refused(engine, policy, probes)
-    print(f"a forgotten sync after one update with lr {TOY.lr:g}: mean gap {numbers[2]:.2g}, tolerance {TOY.sync_tolerance:g}")
+    print(
+        f"a forgotten sync after one update with lr {TOY.lr:g}: mean gap {numbers[2]:.2g},"
+        f" tolerance {TOY.sync_tolerance:g}"
+    )
     again = engine.generate(probes)
-    mean = fmean(lp for c in again for lp in c.logprobs), fmean(lp for row in learner_logprobs(policy, probes, again) for lp in row)
+    mean = (
+        fmean(lp for c in again for lp in c.logprobs),
+        fmean(lp for row in learner_logprobs(policy, probes, again) for lp in row),
+    )
     assert numbers[:2] == pytest.approx(mean, abs=1e-4)
     engine.sync_weights(full_weights(policy))
     assert engine_gap(engine, policy, probes, TOY.sync_tolerance) < 1e-5
@@ -516,7 +670,9 @@ def test_a_training_step_whose_sync_is_forgotten_stops_the_run(engines, tmp_path
     try:
         assert 0 < trainer.sync_gap < 1e-5
         said = step_without_sync(trainer, monkeypatch)
-        print("a step of the toy without sync:", re.search(r"\|difference\| \S+", str(said)).group())
+        print(
+            "a step of the toy without sync:", re.search(r"\|difference\| \S+", str(said)).group()
+        )
         trainer.sync()
         assert 0 < trainer.sync_gap < 1e-5
     finally:
@@ -525,10 +681,13 @@ def test_a_training_step_whose_sync_is_forgotten_stops_the_run(engines, tmp_path
 
 @needs_vllm
 def test_a_stale_output_head_is_caught(toy):
-    """Tied embeddings: `named_parameters()` lacks lm_head.weight, and on the CPU vLLM silently keeps the old one."""
+    """Tied embeddings: `named_parameters()` lacks lm_head.weight, and on the CPU vLLM silently
+    keeps the old one."""
     engine, policy = toy
     requests, completions, probes = sampled_by(engine)
-    assert "lm_head.weight" not in dict(policy.named_parameters()) and "lm_head.weight" in dict(full_weights(policy))
+    assert "lm_head.weight" not in dict(policy.named_parameters()) and "lm_head.weight" in dict(
+        full_weights(policy)
+    )
     update(policy, requests, completions, lr=VISIBLE)
     engine.sync_weights(policy.named_parameters())
     print("a stale output head: mean gap", refused(engine, policy, probes)[2])
@@ -538,7 +697,8 @@ def test_a_stale_output_head_is_caught(toy):
 
 @needs_vllm
 def test_a_stale_prefix_cache_is_caught(toy):
-    """New weights, old KV: only requests whose prefixes the engine has seen can show it, and probe_requests makes such."""
+    """New weights, old KV: only requests whose prefixes the engine has seen can show it, and
+    probe_requests makes such."""
     engine, policy = toy
     requests, completions, probes = sampled_by(engine)
     assert all(len(r.prompt_ids) > 32 for r in probes)  # at least one whole block
@@ -555,20 +715,28 @@ def test_a_stale_prefix_cache_is_caught(toy):
 def test_probes_have_prefixes_that_the_engine_has_cached(toy):
     engine, _ = toy
     requests, completions, probes = sampled_by(engine)
-    assert [r.prompt_ids for r in probes] == [r.prompt_ids + c.tokens[:len(c.tokens) // 2]
-                                              for r, c in zip(requests[:4], completions)]
+    assert [r.prompt_ids for r in probes] == [
+        r.prompt_ids + c.tokens[: len(c.tokens) // 2] for r, c in zip(requests[:4], completions)
+    ]
     params = engine.params(max_tokens=1, detokenize=False)
-    outputs = engine.llm.generate([{"prompt_token_ids": r.prompt_ids} for r in probes], params, use_tqdm=False)
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": r.prompt_ids} for r in probes], params, use_tqdm=False
+    )
     assert all(o.num_cached_tokens >= 32 for o in outputs)
 
 
 @needs_vllm
 def test_the_engine_can_be_closed_and_another_model_follows(engines, toy_model, tmp_path):
-    """close() leaves no process group and no patched torch behind; the next engine in the same process works."""
+    """close() leaves no process group and no patched torch behind; the next engine in the same
+    process works."""
     before = torch.set_num_threads
     engine = engines.get(TOY_MODEL)
     engines.close()
-    assert not hasattr(engine, "llm") and not torch.distributed.is_initialized() and torch.set_num_threads is before
+    assert (
+        not hasattr(engine, "llm")
+        and not torch.distributed.is_initialized()
+        and torch.set_num_threads is before
+    )
     engine = engines.get(TOY_MODEL)
     engine.sync_weights(full_weights(toy_model))
     assert engine_gap(engine, toy_model, toy_requests(4), TOY.sync_tolerance) < 1e-5

@@ -5,10 +5,12 @@
 Three stages of supervised learning, loss on the response only:
 1. a perfect teacher on varied programs of 2 to 9 variables, until nearly every one is solved;
 2. the same on the toy's own programs, which have a constant hub in the middle;
-3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program but errs now and then in every
-   step, which is the room that reinforcement learning has.
-What was left out: everything that a real SFT needs (packing, evaluation during training, mixed precision).
+3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program but
+   errs now and then in every step, which is the room that reinforcement learning has.
+What was left out: everything that a real SFT needs (packing, evaluation during training, mixed
+precision).
 """
+
 import copy
 import math
 import random
@@ -29,13 +31,19 @@ from toy.programs import LETTERS, toy_program, toy_solution  # noqa: E402
 def build_tokenizer() -> Qwen2Tokenizer:
     """One token per character, and one for the blank line that ends a step.
 
-    A genuine Qwen2 tokenizer with a single merge, because AutoTokenizer gives every Qwen2 model that class and its own
-    splitting rules, whatever the saved file says. "\u010a" is how byte-level BPE writes a newline.
+    A genuine Qwen2 tokenizer with a single merge, because AutoTokenizer gives every Qwen2 model
+    that class and its own splitting rules, whatever the saved file says. "\u010a" is how byte-level
+    BPE writes a newline.
     """
     vocabulary = ["\u010a", "<eos>", "\u010a\u010a", *"0123456789", *LETTERS, *"=;?+-*\\{}"]
     # pad = eos on purpose: no part of the project may tell padding from text by the token id
-    return Qwen2Tokenizer(vocab={token: i for i, token in enumerate(vocabulary)}, merges=[("\u010a", "\u010a")],
-                          unk_token="<eos>", eos_token="<eos>", pad_token="<eos>")
+    return Qwen2Tokenizer(
+        vocab={token: i for i, token in enumerate(vocabulary)},
+        merges=[("\u010a", "\u010a")],
+        unk_token="<eos>",
+        eos_token="<eos>",
+        pad_token="<eos>",
+    )
 
 
 @dataclass
@@ -51,26 +59,39 @@ class Stage:
 
 
 def make_batch(tokenizer, rng: random.Random, stage: Stage, size: int = 64):
-    """`size` programs with their solutions -> input ids and labels, both (B, T); -100 marks prompt and padding."""
-    n_vars = max(rng.randint(*stage.variables), rng.randint(*stage.variables))  # one length per batch: no padding to speak of
+    """`size` programs with their solutions -> input ids and labels, both (B, T); -100 marks prompt
+    and padding."""
+    # one length per batch: no padding to speak of
+    n_vars = max(rng.randint(*stage.variables), rng.randint(*stage.variables))
     rows, prompts = [], []
     for _ in range(size):
-        program = toy_program(n_vars, rng, hub=rng.randrange(1, max(2, n_vars - 3)), pull=0.4, constant=False
-                              ) if stage.varied else toy_program(n_vars, rng)
+        program = (
+            toy_program(
+                n_vars, rng, hub=rng.randrange(1, max(2, n_vars - 3)), pull=0.4, constant=False
+            )
+            if stage.varied
+            else toy_program(n_vars, rng)
+        )
         prompts.append(len(program))
-        rows.append(tokenizer(program + toy_solution(program, stage.slip, rng))["input_ids"] + [tokenizer.eos_token_id])
+        rows.append(
+            tokenizer(program + toy_solution(program, stage.slip, rng))["input_ids"]
+            + [tokenizer.eos_token_id]
+        )
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows])
     labels = ids.clone()
     for i, row in enumerate(rows):
         labels[i, : prompts[i]] = -100
-        labels[i, len(row):] = -100
+        labels[i, len(row) :] = -100
     return ids, labels
 
 
 def train(model, tokenizer, stage: Stage):
-    """AdamW with 5 % warm-up and cosine decay to a tenth; the model is saved every 1,000 steps and at the end."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98))
+    """AdamW with 5 % warm-up and cosine decay to a tenth; the model is saved every 1,000 steps and
+    at the end."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=stage.lr, weight_decay=0.01, betas=(0.9, 0.98)
+    )
     rng, started = random.Random(stage.seed), time.time()
     for step in range(1, stage.steps + 1):
         decay = 0.55 + 0.45 * math.cos(math.pi * step / stage.steps)
@@ -84,8 +105,11 @@ def train(model, tokenizer, stage: Stage):
         optimizer.step()
         if step % 100 == 0 or step == stage.steps:
             spent = time.time() - started
-            print(f"{stage.name} step {step}/{stage.steps} loss {loss.item():.4f} {spent:.0f} s, this stage's rest about "
-                  f"{spent / step * (stage.steps - step):.0f} s", flush=True)
+            print(
+                f"{stage.name} step {step}/{stage.steps} loss {loss.item():.4f} {spent:.0f} s, this"
+                f" stage's rest about {spent / step * (stage.steps - step):.0f} s",
+                flush=True,
+            )
         if step % 1000 == 0 or step == stage.steps:
             model.save_pretrained(stage.out)
             tokenizer.save_pretrained(stage.out)
@@ -93,19 +117,20 @@ def train(model, tokenizer, stage: Stage):
 
 @torch.no_grad()
 def widen(model, width: int = 128):
-    """The same function, up to rounding, `width` wide instead of 96 and so with heads of 32 instead of 24 dimensions: all
-    that is new is 0, and stays 0 in training.
+    """The same function, up to rounding, `width` wide instead of 96 and so with heads of 32 instead
+    of 24 dimensions: all that is new is 0, and stays 0 in training.
 
-    Rotary dimension i of D turns with theta^(-2 i / D) and is paired with i + D / 2: another theta keeps the old
-    frequencies, and the second half of a head moves to the new middle. Where the model divides by the root of a size that
-    is larger now, queries and norms make up for it.
+    Rotary dimension i of D turns with theta^(-2 i / D) and is paired with i + D / 2: another theta
+    keeps the old frequencies, and the second half of a head moves to the new middle. Where the
+    model divides by the root of a size that is larger now, queries and norms make up for it.
     """
     config = copy.deepcopy(model.config)
     ratio, old = width / config.hidden_size, config.hidden_size // config.num_attention_heads
     config.hidden_size, new = width, width // config.num_attention_heads
     config.rope_parameters["rope_theta"] **= ratio
     config.rms_norm_eps /= ratio
-    place = torch.cat([torch.arange(old // 2), new // 2 + torch.arange(old // 2)])  # where a head's dimensions go
+    # where a head's dimensions go
+    place = torch.cat([torch.arange(old // 2), new // 2 + torch.arange(old // 2)])
 
     def heads(rows):  # (heads * old, ...) -> (heads * new, ...)
         wide = rows.new_zeros(len(rows) // old, new, *rows.shape[1:])
@@ -113,17 +138,19 @@ def widen(model, width: int = 128):
         return wide.flatten(0, 1)
 
     def pad(value, like):
-        return torch.nn.functional.pad(value, [n for old, new in zip(value.shape[::-1], like.shape[::-1])
-                                               for n in (0, new - old)])
+        return torch.nn.functional.pad(
+            value,
+            [n for old, new in zip(value.shape[::-1], like.shape[::-1]) for n in (0, new - old)],
+        )
 
     wide = Qwen2ForCausalLM(config)
     for (name, value), target in zip(model.state_dict().items(), wide.state_dict().values()):
         if any(f"{kind}_proj" in name for kind in "qkv"):
-            value = heads(value) * (ratio ** 0.5 if "q_proj" in name else 1)
+            value = heads(value) * (ratio**0.5 if "q_proj" in name else 1)
         elif "o_proj" in name:
             value = heads(value.T).T
         elif "norm" in name:
-            value = value / ratio ** 0.5
+            value = value / ratio**0.5
         target.copy_(pad(value, target))
     wide.generation_config = model.generation_config
     return wide
@@ -136,35 +163,71 @@ def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed
     torch.manual_seed(seed)  # model.generate draws from the global generator
     programs = [toy_program(n_vars, rng) for _ in range(count)]
     ids = torch.tensor([tokenizer(p)["input_ids"] for p in programs])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9 * n_vars + 12, do_sample=True,
-                         temperature=temperature, top_k=0, pad_token_id=tokenizer.eos_token_id)
-    texts = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
-    return sum(t.endswith(toy_solution(p).split("\n\n")[-1]) for t, p in zip(texts, programs)) / count
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=9 * n_vars + 12,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return (
+        sum(t.endswith(toy_solution(p).split("\n\n")[-1]) for t, p in zip(texts, programs)) / count
+    )
 
 
 def main(argv: list[str]) -> None:
     parser = Parser("toy/build.py", __doc__ or "", "python toy/build.py --out runs/toy-model")
-    parser.add_argument("--out", default="runs/toy-model", help="model directory; stages 1 and 2: OUT-varied, OUT-hubs")
+    parser.add_argument(
+        "--out",
+        default="runs/toy-model",
+        help="model directory; stages 1 and 2: OUT-varied, OUT-hubs",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and programs")
     parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
     parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
     parser.add_argument("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
-    parser.add_argument("--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong")
-    parser.add_argument("--start", help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)")
+    parser.add_argument(
+        "--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong"
+    )
+    parser.add_argument(
+        "--start",
+        help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)",
+    )
     args = parser.parse_args(argv)
-    for name, high in (("seed", 2**32), ("steps", 10**9), ("hub_steps", 10**9), ("slip_steps", 10**9), ("slip", 1)):
+    for name, high in (
+        ("seed", 2**32),
+        ("steps", 10**9),
+        ("hub_steps", 10**9),
+        ("slip_steps", 10**9),
+        ("slip", 1),
+    ):
         if not 0 <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between 0 and {high}")
     transformers_logging.disable_progress_bar()  # its bar for every saved file
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
-    config = Qwen2Config(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
-                         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
     try:
         if args.start and not Path(args.start).is_dir():
             raise ValueError("no such directory")
-        model = Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+        model = (
+            Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
+        )
     except Exception as error:  # a dozen types for "no such model"
         raise UserError(f"--start {args.start}: cannot be loaded ({first_line(error)})") from error
     try:
@@ -172,12 +235,19 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be made a folder ({error.strerror})") from error
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    for stage in (Stage("varied", args.steps, 2e-3, (2, 9), True, 0.0, args.seed, args.out + "-varied"),
-                  Stage("hubs", args.hub_steps, 1e-3, (4, 9), False, 0.0, args.seed + 1, args.out + "-hubs"),
-                  Stage("slips", args.slip_steps, 3e-4, (7, 9), False, args.slip, args.seed + 2, args.out)):
+    for stage in (
+        Stage("varied", args.steps, 2e-3, (2, 9), True, 0.0, args.seed, args.out + "-varied"),
+        Stage("hubs", args.hub_steps, 1e-3, (4, 9), False, 0.0, args.seed + 1, args.out + "-hubs"),
+        Stage("slips", args.slip_steps, 3e-4, (7, 9), False, args.slip, args.seed + 2, args.out),
+    ):
         if stage.steps:
             train(model, tokenizer, stage)
-            print(stage.name, {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}, f"in {stage.out}", flush=True)
+            print(
+                stage.name,
+                {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)},
+                f"in {stage.out}",
+                flush=True,
+            )
     widen(model).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"model: {args.out}")
