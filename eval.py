@@ -1,262 +1,132 @@
-r"""eval.py: the reward of a run, and the evaluation of a model on problem sets.
+r"""eval.py: the evaluation of a model on problem sets, and of a policy while it is trained.
 
-    python eval.py --model DIR --problems FILE... --k 32        avg@k, pass@k; one JSON line per
-                                                                sample, one file per set
-    python eval.py --model DIR --suite paper --problems aime24=FILE ...      the paper's six benchmarks and
-                                                                             settings
-    python eval.py --model DIR --ask "What is 2 + 3?"           one answer, streamed
+    python eval.py --model DIR --problems FILE... --k 32      # avg@k, pass@k; a result file per set
+    python eval.py --model DIR --suite paper --problems aime24=FILE ...    # the paper's benchmarks
+    python eval.py --model DIR --ask "What is 2 + 3?"         # one answer, streamed
 
 The same command with the same --out goes on with an evaluation that was stopped, and ends with the
-same files. The files, the statistics and the tables are report.py; grading, with its worker
-processes, is grading.py (`grade` is here, too).
+same files. Files, statistics and tables are runtime/results.py. `eval.grade(response, answers)` is
+the grader, for notebooks.
 
     python -m pytest tests/test_eval.py
 """
 
-import atexit
-import importlib
+import runtime  # isort: split
+
 import json
 import os
 import re
 import sys
 import time
-import traceback
 import zlib
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
-from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from checkpoint import model_hash
-from data import Problem, load_problems
-from dist import DTYPES, cast
-from errors import Parser, UserError, first_line, plain, stop_on_user_error
-from grading import (
-    Grader,
-    last_box,
-)  # noqa: F401  (eval.grade is what notebooks and --reward call)
-from report import Sample, append, avg_at_k, make_folder, resume, table
-from rollout import Request, TransformersEngine, request_seed
-from vllm_engine import VLLMEngine
-
-
-# --------------------------------------------------------------------------------------------------
-# The reward of a run: one function, which a fork can replace (--reward module:function)
-# --------------------------------------------------------------------------------------------------
-class Reward:
-    """Grades (response, answers) pairs; counts in `counts` what a training log should show:
-    timeouts, deaths, no box."""
-
-    def __init__(self, spec: str = "eval:grade", workers: int = 2):
-        self.counts: Counter[str] = Counter()
-        # of the latest call: per item "", or why it could not be graded
-        self.errors: list[str] = []
-        self.grader: Grader | None = None
-        if spec == "eval:grade":  # the default goes to the pool as a whole: many answers at a time
-            self.grader = Grader(workers)
-            atexit.register(self.grader.close)
-            return
-        module, _, name = spec.partition(":")
-        try:
-            self.function = getattr(importlib.import_module(module), name)
-        # a module that is not there, or anything that it does wrong itself
-        except Exception as error:
-            raise UserError(
-                f"--reward {spec}: cannot be imported as module:function ({first_line(error)})"
-            ) from error
-        if not callable(self.function):
-            raise UserError(f"--reward {spec}: is not a function")
-        self.spec = spec
-
-    def __call__(self, items: list[tuple[str, list[str]]]) -> list[float]:
-        """One finite number per item, in order; 0 or 1 by default. Raises UserError if a function
-        of yours gives another."""
-        if self.grader:
-            verdicts = self.grader.grade_many(items)
-            self.errors = [v.error for v in verdicts]
-            self.counts.update(filter(None, self.errors))
-            self.counts["unboxed"] += sum(not v.boxed for v in verdicts)
-            return [float(v.correct) for v in verdicts]
-        self.errors = [""] * len(items)
-        return [self.ask(response, answers) for response, answers in items]
-
-    def ask(self, response: str, answers: list[str]) -> float:
-        """Your function, which may do anything."""
-        try:
-            reward = self.function(response, answers)
-        except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            raise UserError(
-                f"--reward {self.spec}: raised {type(error).__name__} in"
-                f" {place.filename}:{place.lineno} ({first_line(error)})"
-            ) from error
-        # false for NaN, too
-        if not isinstance(reward, (bool, int, float)) or not abs(reward) <= sys.float_info.max:
-            raise UserError(
-                f"--reward {self.spec}: returned {reward!r}; it must return a finite number"
-            )
-        return float(reward)
+from runtime import dist
+from runtime.checkpoint import model_hash
+from runtime.cli import Parser, UserError, plain, stop_on_user_error
+from runtime.data import Problem, load_problems
+from runtime.dist import DTYPES, cast
+from runtime.grading import grade  # noqa: F401
+from runtime.metrics import Outcomes
+from runtime.models import check_context, load_model, pick_device
+from runtime.results import (
+    Results,
+    Sample,
+    append_samples,
+    avg_at_k,
+    make_folder,
+    open_results,
+    results_table,
+)
+from runtime.rewards import Reward, response_texts
+from runtime.rollout import Request, TransformersEngine, request_seed
+from runtime.vllm_engine import VLLMEngine
+from sampler import is_correct
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
-def evaluate(
-    engine,
-    tokenizer,
-    problems: list[Problem],
-    reward: Reward,
-    k: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[float]:
-    """avg@k of every problem."""
-    samples = sample(
-        engine,
-        tokenizer,
-        [(p, i) for p in problems for i in range(k)],
-        reward,
-        max_tokens,
-        temperature,
-        seed,
-    )
-    return [avg_at_k([s.reward for s in samples[a : a + k]]) for a in range(0, len(samples), k)]
+@dataclass
+class Evaluator:
+    """What makes graded samples of problems. max_tokens: of a response."""
+
+    engine: Any
+    tokenizer: Any
+    reward: Reward
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    def sample(self, asked: list[tuple[Problem, int]]) -> list[Sample]:
+        """One Sample per (problem, its number). Seeds depend on (seed, problem, number) only:
+        evaluations are paired."""
+        requests = []
+        for problem, i in asked:
+            seed = request_seed(self.seed, zlib.crc32(problem.text.encode()), i)
+            requests.append(Request(problem.prompt_ids, self.max_tokens, self.temperature, seed))
+        completions = self.engine.generate(requests)
+        tokens = [c.tokens for c in completions]
+        texts = response_texts(self.tokenizer, tokens)
+        rewards = self.reward([(text, p.answers) for text, (p, _) in zip(texts, asked)])
+        samples = []
+        for n, (problem, i) in enumerate(asked):
+            samples.append(
+                Sample(
+                    source=problem.source,
+                    problem=problem.text,
+                    answers=problem.answers,
+                    sample=i,
+                    seed=requests[n].seed,
+                    reward=rewards[n],
+                    tokens=len(tokens[n]),
+                    finished=completions[n].finished,
+                    boxed=self.reward.boxed[n],
+                    error=self.reward.errors[n],
+                    response=texts[n],
+                )
+            )
+        return samples
 
 
-def sample(
-    engine,
-    tokenizer,
-    asked: list[tuple[Problem, int]],
-    reward: Reward,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-) -> list[Sample]:
-    """Graded samples, one per (problem, its number). Seeds depend on (seed, problem, number) only:
-    evaluations are paired."""
-    requests = [
-        Request(
-            p.prompt_ids,
-            max_tokens,
-            temperature,
-            request_seed(seed, zlib.crc32(p.text.encode()), i),
-        )
-        for p, i in asked
-    ]
-    completions = engine.generate(requests)
-    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-    rewards = reward([(text, p.answers) for text, (p, _) in zip(texts, asked)])
-    return [
-        Sample(
-            p.source,
-            p.text,
-            p.answers,
-            i,
-            r.seed,
-            value,
-            len(c.tokens),
-            c.finished,
-            last_box(text) is not None,
-            error,
-            text,
-        )
-        for (p, i), r, c, text, value, error in zip(
-            asked, requests, completions, texts, rewards, reward.errors
-        )
-    ]
+def held_out_accuracy(run) -> dict:
+    """avg@k of a run's policy on its held-out problems, and how many responses could not be graded.
 
-
-def pick_device(device: str) -> str:
-    """ "auto" -> "cuda" where there is one, else "cpu". Raises UserError where there is none."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: cannot be used (PyTorch sees no GPU)")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-
-
-def load_model(path: str, device: str):
-    """(model in fp32, tokenizer, end token ids) from a directory. Raises UserError."""
-    transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
-    if os.path.isfile(os.path.join(path, "metrics.jsonl")):  # its config.json is that of the run
-        raise UserError(
-            f"--model {path}: is the folder of a run; give one of its models,"
-            f" {os.path.join(path, 'last')} or best"
+    The seeds are the same at every evaluation: paired, so with less noise. run: attnrl.Run. Every
+    rank must call it.
+    """
+    config, counts, k = run.config, run.reward.counts, run.config.eval_samples
+    length, temperature = config.eval_max_response, config.eval_temperature
+    with run.monitor.phase("evaluate"):
+        run.reward.counts = Counter()
+        evaluator = Evaluator(
+            run.engine, run.tokenizer, run.reward, length, temperature, config.seed
         )
-    # no hub name either (OWNER/NAME), so do not wait for the hub to say so
-    if "/" not in path and not os.path.isdir(path):
-        raise UserError(f"--model {path}: cannot be loaded (no such directory)")
-    device = pick_device(device)
-    try:
-        # False, said aloud: without it transformers asks on the terminal whether to run code that
-        # lies beside the weights
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
-        model, found = loaded[0].to(device), loaded[1]
-    # a dozen types for "no such model", "no such tokenizer", "broken weights"
-    except Exception as error:
-        raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if others := kinds - {"full_attention", "sliding_attention", "chunked_attention"}:
-        raise UserError(
-            f"--model {path}: has layers without softmax attention ({', '.join(sorted(others))}),"
-            " which attnrl lacks"
-        )
-    # transformers would go on with random numbers in their place
-    if lacking := sorted(found["missing_keys"]):
-        raise UserError(
-            f"--model {path}: cannot be loaded (its weights lack {lacking[0]} and"
-            f" {len(lacking) - 1} more tensors)"
-        )
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    eos_ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
-    if not eos_ids:
-        raise UserError(
-            f"--model {path}: neither its generation config nor its tokenizer names an"
-            " end-of-sequence token"
-        )
-    # transformers makes an empty one of nothing
-    if not tokenizer.encode("1", add_special_tokens=False):
-        raise UserError(
-            f"--model {path}: cannot be loaded (its tokenizer knows no text; is tokenizer.json"
-            " missing?)"
-        )
-    if len(tokenizer) > (size := model.get_input_embeddings().num_embeddings):
-        raise UserError(
-            f"--model {path}: the tokenizer has {len(tokenizer)} tokens, the model only {size}"
-        )
-    return model, tokenizer, sorted(eos_ids)
-
-
-def check_context(
-    model,
-    problems: list[Problem],
-    max_response: int | None,
-    at_most: int = 1024,
-    option: str = "max_response",
-) -> int:
-    """The response length that fits the model's positions after the longest prompt: `max_response`,
-    or if that is None as much of `at_most` as there is room for. Raises UserError, which names the
-    option, if it does not fit."""
-    longest = max(problems, key=lambda p: len(p.prompt_ids))
-    if not longest.prompt_ids:
-        raise UserError(f"{longest.source}: the problem is empty for this tokenizer")
-    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 40
-    room = positions - len(longest.prompt_ids)
-    if room < (max_response or 1):
-        raise UserError(
-            f"--{option} {max_response or 1}: with the {len(longest.prompt_ids)} prompt tokens of "
-            f"{longest.source} that is more than the model's {positions} positions"
-        )
-    return max_response or min(room, at_most)
+        problems = dist.mine(run.test_problems)
+        samples = evaluator.sample([(p, i) for p in problems for i in range(k)])
+        groups = [samples[a : a + k] for a in range(0, len(samples), k)]
+        solved = dist.everyone([avg_at_k([s.reward for s in group]) for group in groups])
+        run.reward.counts = counts
+    outcomes, wrong = Outcomes(), ""
+    for s in samples:
+        outcomes.add(s.reward, s.boxed, s.finished, s.error)
+        wrong = wrong or ("" if is_correct(s.reward) else s.response)
+    ranks = dist.everyone([(outcomes, wrong)])
+    outcomes = Outcomes.sum(share for share, _ in ranks)
+    run.monitor.tested(outcomes, next((text for _, text in ranks if text), ""), config)
+    return {
+        "test_accuracy": fmean(solved),
+        "test_faults": outcomes.ungraded,
+        "test_unboxed": outcomes.unboxed + outcomes.unboxed_cut,
+        "test_cut_off": sum(dist.everyone([sum(not s.finished for s in samples)])),
+        "test_wrong": outcomes.wrong,
+    }
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,85 +154,67 @@ def parse(argv: list[str]):
         "Evaluate a model, or ask a question.",
         "python eval.py --model toy/model --problems toy:8:100:2",
     )
-    what, sampling, rest = map(
-        parser.add_argument_group, ("what is evaluated", "sampling", "grading, output and machine")
-    )
-    what.add_argument("--model", required=True, help="model directory")
-    one = what.add_mutually_exclusive_group(required=True)
-    one.add_argument(
-        "--problems",
-        nargs="+",
-        metavar="[NAME=]FILE",
-        help="FILE.jsonl, .json, .parquet or toy:8:100:2",
-    )
-    one.add_argument("--ask", metavar="PROBLEM", help="print one sampled answer")
-    what.add_argument(
-        "--suite",
-        choices=SUITES,
-        help="the paper's settings for " + ", ".join(SUITES["paper"]["samples"]),
-    )
-    what.add_argument(
-        "--subset", action="store_true", help="go on though benchmarks of the suite are missing"
-    )
-    sampling.add_argument("--k", type=int, help="samples per problem; default 8, or the suite's")
-    sampling.add_argument(
-        "--temperature", type=float, default=0.6, help="0: always the most likely token"
-    )
-    sampling.add_argument(
-        "--max_prompt", type=int, default=1024, help="tokens; longer problems are bad rows"
-    )
-    sampling.add_argument(
-        "--max_response", type=int, help="tokens; default 1024, or what the model has room for"
-    )
-    sampling.add_argument(
-        "--prompt_suffix", default="", help="added to every problem that does not end in it"
-    )
-    sampling.add_argument(
-        "--seed", type=int, default=0, help="the same seed and command: the same samples"
-    )
-    rest.add_argument(
-        "--out",
-        help="folder of NAME.jsonl per set; again: goes on; default runs/eval-NAME-DATE-TIME",
-    )
-    rest.add_argument(
-        "--reward", default="eval:grade", help="module:function(response, answers) -> number"
-    )
-    what.add_argument(
-        "--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping"
-    )
-    rest.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    rest.add_argument(
-        "--engine",
-        choices=("transformers", "vllm"),
-        default="transformers",
-        help="what samples (not for --ask)",
-    )
-    rest.add_argument("--dtype", choices=sorted(DTYPES), default="fp32", help="of forward passes")
+    add_problem_options(parser.add_argument_group("what is evaluated"))
+    add_sampling_options(parser.add_argument_group("sampling"))
+    add_other_options(parser.add_argument_group("grading, output and machine"))
     args = parser.parse_args(argv)
     if args.suite:
         parser.set_defaults(**SUITES[args.suite])
         args = parser.parse_args(argv)
-    for name, low in (
-        ("k", 1),
-        ("max_prompt", 1),
-        ("max_response", 1),
-        ("temperature", 0),
-        ("seed", 0),
-    ):
-        if (value := getattr(args, name)) is not None and not low <= value <= (
-            10**5 if name == "k" else sys.float_info.max
-        ):
-            raise UserError(
-                f"--{name} {value}: must be a number, at least {low}"
-                + ", at most 100000" * (name == "k")
-            )
+    check_range("k", args.k, 1, 10**5)
+    for name, low in {"max_prompt": 1, "max_response": 1, "temperature": 0, "seed": 0}.items():
+        check_range(name, getattr(args, name), low)
     args.sets = problem_sets(args) if args.problems else {}
     return args
+
+
+def add_problem_options(group) -> None:
+    suite = ", ".join(SUITES["paper"]["samples"])
+    files = "FILE.jsonl, .json, .parquet or toy:8:100:2"
+    group.add_argument("--model", required=True, help="model directory")
+    one = group.add_mutually_exclusive_group(required=True)
+    one.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help=files)
+    one.add_argument("--ask", metavar="PROBLEM", help="print one sampled answer")
+    group.add_argument("--suite", choices=SUITES, help=f"the paper's settings for {suite}")
+    group.add_argument(
+        "--subset", action="store_true", help="go on though benchmarks of the suite are missing"
+    )
+    group.add_argument(
+        "--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping"
+    )
+
+
+def add_sampling_options(group) -> None:
+    def add(name: str, kind: type, default, text: str) -> None:
+        group.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+    add("k", int, None, "samples per problem; default 8, or the suite's")
+    add("temperature", float, 0.6, "0: always the most likely token")
+    add("max_prompt", int, 1024, "tokens; longer problems are bad rows")
+    add("max_response", int, None, "tokens; default 1024, or what the model has room for")
+    add("prompt_suffix", str, "", "added to every problem that does not end in it")
+    add("seed", int, 0, "the same seed and command: the same samples")
+
+
+def add_other_options(group) -> None:
+    def choose(name: str, default: str, choices, text: str) -> None:
+        group.add_argument(f"--{name}", choices=choices, default=default, help=text)
+
+    out = "folder of NAME.jsonl per set; again: goes on; default runs/eval-NAME-DATE-TIME"
+    reward = "boxed, number, boxed_or_number, or module:function(response, answers) -> number"
+    group.add_argument("--out", help=out)
+    group.add_argument("--reward", default="boxed", help=reward)
+    choose("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
+    engines = ("transformers", "vllm")
+    choose("engine", "transformers", engines, "what samples (not for --ask)")
+    choose("dtype", "fp32", sorted(DTYPES), "of forward passes")
+
+
+def check_range(name: str, value, low: float, high: float = sys.float_info.max) -> None:
+    """Raises UserError for a number outside; None is the default."""
+    if value is not None and not low <= value <= high:
+        most = f", at most {high}" if high < sys.float_info.max else ""
+        raise UserError(f"--{name} {value}: must be a number, at least {low}{most}")
 
 
 def problem_sets(args) -> dict[str, tuple[str, int]]:
@@ -394,99 +246,97 @@ def problem_sets(args) -> dict[str, tuple[str, int]]:
     return {name: sets[name] for name in suite or sets if name in sets}
 
 
+@dataclass
+class Work:
+    """One problem set: its result file, its settings, what is sampled."""
+
+    path: Path
+    settings: dict
+    asked: list[tuple[Problem, int]]  # (problem, number of the sample)
+
+
+def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
+    """Raises UserError."""
+    source, k = args.sets[name]
+    problems = load_problems(
+        source,
+        tokenizer,
+        max_prompt=args.max_prompt,
+        suffix=args.prompt_suffix,
+        drop=args.drop_bad_rows,
+    )
+    prompts = json.dumps([(p.text, p.answers, p.prompt_ids) for p in problems])
+    settings = {
+        "model": args.model,
+        "problems": source,
+        "prompts": zlib.crc32(prompts.encode()),
+        "questions": len(problems),
+        "k": k,
+        "max_response": check_context(model, problems, args.max_response),
+    }
+    for same in ("temperature", "prompt_suffix", "seed", "reward", "engine", "dtype"):
+        settings[same] = getattr(args, same)
+    return Work(out / f"{name}.jsonl", settings, [(p, i) for p in problems for i in range(k)])
+
+
+def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
+    """Sample and grade what the result files lack."""
+    name = args.suite or next(iter(args.sets))
+    out = Path(args.out or f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    work = [read_set(name, args, out, model, tokenizer) for name in args.sets]
+    weights, reward = model_hash(args.model)[:16], Reward(args.reward)
+    make_folder(out, [w.path for w in work])
+    found = []
+    for w in work:
+        expected = [(p.text, i) for p, i in w.asked]
+        found.append(open_results(w.path, w.settings | {"weights": weights}, expected))
+    for results in found:
+        append_samples(results, [])
+    paths = " ".join(str(w.path) for w in work)
+    print(plain(f"results: {paths} (the same command with --out {out} goes on)"), flush=True)
+    engine = start_engine(args, model, eos_ids, work)
+    for results, w in zip(found, work):
+        length = w.settings["max_response"]
+        evaluator = Evaluator(engine, tokenizer, reward, length, args.temperature, args.seed)
+        complete(results, w, evaluator)
+    engine.close()
+    return found
+
+
+def start_engine(args, model, eos_ids: list[int], work: list[Work]) -> Any:
+    if args.engine != "vllm":
+        return TransformersEngine(model, eos_ids)
+    longest = max(w.settings["max_response"] + len(p.prompt_ids) for w in work for p, _ in w.asked)
+    device = pick_device(args.device)
+    engine = VLLMEngine(args.model, eos_ids, longest, args.dtype, device, memory=0.9)
+    engine.sync_weights(model.state_dict().items())
+    return engine
+
+
+def complete(results: Results, work: Work, evaluator: Evaluator) -> None:
+    """Sample the rest of one set, a chunk at a time."""
+    total, done = len(work.asked), len(results.samples)
+    bar = tqdm(total=total, initial=done, unit="response", desc=plain(work.path.stem), disable=None)
+    with bar:
+        while (done := len(results.samples)) < total:
+            # ends where it would without a stop: the same batches
+            chunk = work.asked[done : done - done % CHUNK + CHUNK]
+            append_samples(results, evaluator.sample(chunk))
+            bar.update(len(chunk))
+
+
 def main(argv: list[str]) -> None:
     args = parse(argv)
     # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
-    model, tokenizer, eos_ids = load_model(
-        args.model, "cpu" if args.engine == "vllm" else args.device
-    )
+    device = "cpu" if args.engine == "vllm" else args.device
+    model, tokenizer, eos_ids = load_model(args.model, device)
     cast(model, args.dtype)
-    if args.ask is not None:
-        from view import ask  # here, so that an evaluation needs no matplotlib
+    if args.ask is None:
+        print(results_table(evaluate_sets(args, model, tokenizer, eos_ids)))
+    else:
+        from tools.ask import ask
 
-        return ask(model, tokenizer, eos_ids, args)
-    out = Path(
-        args.out
-        or f"runs/eval-{args.suite or next(iter(args.sets))}-{time.strftime('%Y%m%d-%H%M%S')}"
-    )
-    # per set: its file, its settings, what to sample
-    work: list[tuple[Path, dict, list[tuple[Problem, int]]]] = []
-    for name, (source, k) in args.sets.items():
-        problems = load_problems(
-            source,
-            tokenizer,
-            max_prompt=args.max_prompt,
-            suffix=args.prompt_suffix,
-            drop=args.drop_bad_rows,
-        )
-        prompts = zlib.crc32(
-            json.dumps([(p.text, p.answers, p.prompt_ids) for p in problems]).encode()
-        )
-        settings = {
-            "model": args.model,
-            "problems": source,
-            "prompts": prompts,
-            "questions": len(problems),
-            "k": k,
-            "max_response": check_context(model, problems, args.max_response),
-        }
-        settings |= {
-            name: getattr(args, name)
-            for name in ("temperature", "prompt_suffix", "seed", "reward", "engine", "dtype")
-        }
-        work.append((out / f"{name}.jsonl", settings, [(p, i) for p in problems for i in range(k)]))
-    engine: Any = TransformersEngine(model, eos_ids)
-    weights, reward = model_hash(args.model)[:16], Reward(args.reward)
-    make_folder(out, [path for path, _, _ in work])
-    found = [
-        resume(path, settings | {"weights": weights}, [(p.text, i) for p, i in asked])
-        for path, settings, asked in work
-    ]
-    for results in found:
-        append(results, [])
-    print(
-        plain(
-            f"results: {' '.join(str(path) for path, *_ in work)} (the same command with --out"
-            f" {out} goes on)"
-        ),
-        flush=True,
-    )
-    if args.engine == "vllm":
-        longest = max(
-            settings["max_response"] + len(p.prompt_ids)
-            for _, settings, asked in work
-            for p, _ in asked
-        )
-        engine = VLLMEngine(
-            args.model, eos_ids, longest, args.dtype, pick_device(args.device), memory=0.9
-        )
-        engine.sync_weights(model.state_dict().items())
-    for results, (path, settings, asked) in zip(found, work):
-        with tqdm(
-            total=len(asked),
-            initial=len(results.samples),
-            unit="response",
-            desc=plain(path.stem),
-            disable=None,
-        ) as bar:
-            while (done := len(results.samples)) < len(asked):
-                # ends where it would without a stop: the same batches
-                chunk = asked[done : done - done % CHUNK + CHUNK]
-                append(
-                    results,
-                    sample(
-                        engine,
-                        tokenizer,
-                        chunk,
-                        reward,
-                        settings["max_response"],
-                        args.temperature,
-                        args.seed,
-                    ),
-                )
-                bar.update(len(chunk))
-    engine.close()
-    print(table(found))
+        ask(model, tokenizer, eos_ids, args)
 
 
 if __name__ == "__main__":

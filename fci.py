@@ -1,163 +1,175 @@
-"""fci.py: cut a response into steps and score every step by the attention that later steps pay to
-it.
+"""fci.py: cut a response into steps and score every step by the attention that later steps pay it.
 
 Forward Context Influence (FCI) is the compass of AttnRL (arXiv 2509.26628): a step that many later
 steps look back to is a step where another decision leads to another solution, so that is where
-`tree.py` branches. ONE forward pass over a batch of complete responses gives all that a step of
-training needs to know of them: the log-probabilities of the tokens at the sampling temperature (the
-"old" or behaviour log-probs of PPO), the entropies, and FCI.
+`tree.py` branches. One forward pass over a complete response gives the scores of all its steps.
 
 Equations (AttnRL), each at the line that computes it:
-    Eq. 4   A^{l,h}[j, k] = mean over queries q in step j, mean over keys s in step k of
-            alpha^{l,h}[q, s]
-    Eq. 5   y^{l,h}[k]    = sum over j >= k + Delta of A^{l,h}[j, k]
-    Eq. 6   y[k]          = max over layers l and heads h of y^{l,h}[k];  y[0] = 0 (the authors'
-                          code)
 
-How attention is averaged without storing it: attention computes alpha @ V and never shows alpha.
-Put the step indicator E in the place of V (E[s, k] = 1 if token s is in step k) and the same fused
-kernel returns alpha @ E: for every query the attention mass on every step. No T x T matrix exists
-for any head. transformers' attention registry hands our function the rotated queries and keys of
-every layer of any decoder, so no model code is copied or patched.
+    Eq. 4         alpha^{l,h}[q, s]: the softmax attention of query q on key s, in layer l, head h
+    (unnumbered)  A^{l,h}[j, k] = mean over q in step j and over s in step k of alpha^{l,h}[q, s]
+    Eq. 5         y^{l,h}[k] = sum over j >= k + Delta of A^{l,h}[j, k]
+    Eq. 6         y[k] = max over layers l and heads h of y^{l,h}[k]
 
-Left out: attention variants whose probabilities the plain softmax does not give (soft-capping,
-attention sinks) and models that rescale their logits; both are refused with a ValueError, because
-scores for them would be silently wrong.
+The first step scores 0 (the authors' code), and so do the last Delta steps (Eq. 5 has no terms).
 
-    python fci.py --model toy/model --problem "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
-    --plot fci.png
+How attention is averaged without storing it: a fused kernel computes alpha @ V and never shows
+alpha. Put the step indicator E in the place of V (E[s, k] = 1 if token s is in step k), and the
+same kernel returns alpha @ E: for every query the attention mass on every step. No T x T matrix
+exists for any head. transformers' attention registry hands our function the rotated queries and
+keys of every layer of any decoder, so no model code is copied or patched.
+
+Left out: attention whose probabilities are not the plain softmax (soft-capping, attention sinks);
+it is refused with a ValueError, because its scores would be silently wrong.
+
+    python -m tools.show_fci --model toy/model --delta 1 --problem "a=4;b=a-2;c=b+b;d=7;e=d+c;?e"
+    python -m pytest tests/test_fci.py
 """
 
 import math
+import re
+import sys
+from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dist import in_step
-from errors import UserError, first_line, stop_on_user_error
-
 ATTENTION_NAME = "attnrl_fci"
-HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
 
 
-# --------------------------------------------------------------------------------------------------
-# Steps
-# --------------------------------------------------------------------------------------------------
+# -------- Steps ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Separators:
-    """Token ids that end a step, precomputed from the vocabulary; `think_end` is the id of
-    "</think>", if it has one."""
+    """What the tokens of a vocabulary hold. `texts`: bytes, since a token may hold a part of a
+    character only; `special`: the ids of special tokens (end of sequence, chat marks)."""
 
-    double: frozenset[int]
-    single: frozenset[int]
-    think_end: int | None = None
+    texts: dict[int, bytes]
+    special: frozenset[int] = frozenset()
+
+    def read(self, tokens: list[int]) -> tuple[bytes, list[int]]:
+        """(text of the tokens one after the other, where in it the text of each token ends)."""
+        texts = [self.texts.get(t, b"") for t in tokens]  # padded vocabularies: ids without a text
+        return b"".join(texts), list(accumulate(map(len, texts)))
+
+    def blank(self, tokens: list[int]) -> bool:
+        """Are these white space or special tokens alone? So are no tokens at all."""
+        text, _ = self.read([t for t in tokens if t not in self.special])
+        return not text.decode(errors="replace").strip()
 
 
 def separator_tokens(tokenizer) -> Separators:
-    r"""Find every token whose text holds a blank line ("\n\n", also merges such as ".\n\n"), and
-    those with one newline."""
-    ids = sorted(tokenizer.get_vocab().values())
-    texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    return Separators(
-        double=frozenset(i for i, text in zip(ids, texts) if "\n\n" in text),
-        single=frozenset(i for i, text in zip(ids, texts) if "\n" in text),
-        think_end=tokenizer.get_vocab().get("</think>"),
-    )
+    r"""Read the whole vocabulary once. "\n" is written "Ċ" by byte-level tokenizers (GPT-2, Qwen,
+    Llama-3) and <0x0A> by those with byte fallback (Llama-2), where "▁" is a space."""
+    vocabulary = tokenizer.get_vocab()
+    newline = [i for piece, i in vocabulary.items() if "Ċ" in piece][:1]
+    if "\n" in tokenizer.decode(newline):  # elsewhere "Ċ" is a letter of Maltese
+        chars = {ord(char): byte for byte, char in bytes_to_unicode().items()}
+        texts = {i: p.translate(chars).encode("latin-1", "replace") for p, i in vocabulary.items()}
+    else:
+        texts = {i: p.replace("▁", " ").encode() for p, i in vocabulary.items()}
+        for byte in range(256):
+            if (i := vocabulary.get(f"<0x{byte:02X}>")) is not None:
+                texts[i] = bytes([byte])
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    return Separators(texts, frozenset(special))
 
 
 def split_steps(tokens: list[int], separators: Separators) -> list[int]:
-    """Bounds [0, ..., len(tokens)]: step k is tokens[bounds[k]:bounds[k + 1]]; a separator belongs
-    to the step it closes.
+    r"""Bounds [0, ..., len(tokens)] of the steps of a response: step k is
+    tokens[bounds[k]:bounds[k + 1]]. Blank lines end them, or single newlines where the response
+    has no blank line; without either it is one step, which is never branched.
 
-    Token based, so that bounds index the tokens that were sampled and never a re-tokenised text.
-    Without blank lines single newlines separate; without those either the response is one step
-    (which is never branched).
-    >>> split_steps([5, 9, 5, 5, 9, 5], Separators(double=frozenset({9}), single=frozenset({8, 9})))
-    [0, 2, 5, 6]
+    >>> table = Separators({0: b"Add", 1: b"\n", 2: b".\r\n\r\n", 3: b"</s>"}, frozenset({3}))
+    >>> split_steps([0, 1, 1, 1, 0, 1, 0, 2, 0, 1, 1, 3], table)
+    [0, 4, 8, 12]
+    >>> split_steps([0, 1, 0, 3], table), split_steps([0, 0, 3], table)
+    ([0, 2, 4], [0, 3])
     """
-    for ends in (separators.double, separators.single):
-        cuts = [i + 1 for i, token in enumerate(tokens) if token in ends]
-        if cuts:
-            break
-    return sorted({0, *cuts, len(tokens)})
+    blank_line = re.search(rb"\n\r?\n", separators.read(tokens)[0])
+    return cut_at_newlines(tokens, separators, 2 if blank_line else 1)
 
 
-def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int = 256) -> list[int]:
-    """Bounds of PRL's steps: `length` tokens each, or closed by a "newline" or a "blank" line,
-    whichever `ends` says.
+def cut_at_newlines(tokens: list[int], separators: Separators, newlines: int) -> list[int]:
+    r"""Bounds of steps that end at a run of at least `newlines` newlines ("\n" or "\r\n").
 
-    >>> separators = Separators(double=frozenset({9}), single=frozenset({8, 9}))
-    >>> prl_steps([5, 9, 5, 8, 5], separators, "blank")
-    [0, 2, 5]
+    The run may be a part of one token or spread over several, so it is looked for in their text;
+    but bounds index the tokens that were sampled, never a re-tokenised text. A step includes its
+    separator: it ends with the token that holds the last newline of the run, whatever else that
+    token holds. A piece of white space or special tokens alone is no step: it opens the next one,
+    or closes the last.
     """
-    closing = {"newline": separators.single, "blank": separators.double}.get(ends)
-    cuts = (
-        range(length, len(tokens), length)
-        if closing is None
-        else (i + 1 for i, t in enumerate(tokens) if t in closing)
-    )
-    return sorted({0, *cuts, len(tokens)})
+    text, ends = separators.read(tokens)
+    bounds, start = [0], 0  # start: of the piece that the next run closes
+    for run in re.finditer(rb"(?:\r?\n){%d,}" % newlines, text):
+        cut = bisect_left(ends, run.end()) + 1
+        if not separators.blank(tokens[start:cut]):
+            bounds.append(cut)
+        start = cut
+    if len(bounds) > 1 and separators.blank(tokens[start:]):
+        bounds.pop()
+    return [*bounds, len(tokens)] if tokens else [0]
 
 
 def without_answer(
     fci: list[float], tokens: list[int], bounds: list[int], separators: Separators
 ) -> tuple[list[float], int]:
     """(scores, number of leading steps that may be branch points): for reasoning models the step of
-    the last "</think>" and those of the final answer after it score 0 and never are (as in the
-    authors' code)."""
+    the last "</think>" (one token or several) and those of the final answer after it score 0 and
+    never are (as in the authors' code)."""
     count = len(bounds) - 1
-    if separators.think_end in tokens:
-        last = len(tokens) - 1 - tokens[::-1].index(separators.think_end)
-        count = sum(end <= last for end in bounds[1:])
+    text, ends = separators.read(tokens)
+    if (mark := text.rfind(b"</think>")) >= 0:
+        token = bisect_right(ends, mark)  # the one that holds the "<"
+        count = sum(end <= token for end in bounds[1:])
     return fci[:count] + [0.0] * len(fci[count:]), count
 
 
-# --------------------------------------------------------------------------------------------------
-# FCI inside the attention function
-# --------------------------------------------------------------------------------------------------
+# -------- FCI inside the attention function ------------------------------------------------------
 def indicator_width(steps: int, depth: int) -> int:
-    """Columns of E in one call of the attention kernel, which wants V as wide as Q and K (`depth`),
-    and no wider than 256."""
+    """Columns of E in one call of the attention kernel, which wants V at least as wide as Q and K
+    (`depth`), at most 256, and a multiple of 8: 300 steps take two calls of 152 columns."""
     return max(depth, 8 * math.ceil(steps / math.ceil(steps / 256) / 8))
 
 
 class StepAttention:
     """Collects FCI for one padded batch while its forward pass runs: one call of `add` per layer.
 
-    prompt_lengths and bounds: one entry per row; width: padded length T. After the pass `fci[b, k]`
-    is Eq. 6.
+    prompt_lengths and bounds: one entry per row; width: padded length T. After the pass
+    `fci[b, k]` is Eq. 6.
     """
 
     def __init__(
         self, prompt_lengths: list[int], bounds: list[list[int]], width: int, delta: int, device
     ):
         steps = max(len(row) for row in bounds) - 1
-        # (B, T), built on the CPU; `steps` = in no step
+        # (B, T), built on the CPU; the number `steps` means: in no step
         step_of = torch.full((len(bounds), width), steps)
         for b, (start, row) in enumerate(zip(prompt_lengths, bounds)):
+            sizes = torch.tensor(row).diff()
             step_of[b, start : start + row[-1]] = torch.arange(len(row) - 1).repeat_interleave(
-                torch.tensor(row).diff()
+                sizes
             )
-        # E, (B, T, K), 0 or 1
-        self.keys = torch.nn.functional.one_hot(step_of.to(device), steps + 1)[..., :steps].float()
+        indicator = torch.nn.functional.one_hot(step_of.to(device), steps + 1)
+        self.keys = indicator[..., :steps].float()  # E, (B, T, K), 0 or 1
         # (B, K) tokens per step; prompt and padding are in no step
         lengths = self.keys.sum(1).clamp(min=1)
         self.key_mean = 1 / lengths
         self.query_mean = (self.keys / lengths[:, None]).transpose(1, 2)  # (B, K, T)
         index = torch.arange(steps, device=device)
-        # (J, K): step j is at least Delta after step k
+        # (J, K): is step j at least Delta after step k?
         self.later = (index[:, None] >= index[None] + delta).float()
         self.fci = torch.zeros(len(bounds), steps, device=device)
-        self.layers = 0  # that came by
+        self.layers = 0  # that have called `add`
 
     def add(self, module, query, key, attention_mask, **attention_kwargs) -> None:
-        """query (B, H, T, D) and key (B, Hkv, T, D) of one layer, rotated as the model uses
-        them."""
+        """query (B, H, T, D), key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
         self.layers += 1
         depth, kv_heads, steps = key.shape[-1], key.shape[1], self.keys.shape[-1]
         width = indicator_width(steps, depth)
@@ -167,35 +179,31 @@ class StepAttention:
         for k in range(0, steps, width):
             columns = self.keys[..., k : k + width].to(query.dtype)
             block = columns.shape[-1]
-            columns = torch.nn.functional.pad(columns, (0, width - block))[:, None].expand(
-                -1, kv_heads, -1, -1
-            )
+            columns = torch.nn.functional.pad(columns, (0, width - block))
+            columns = columns[:, None].expand(-1, kv_heads, -1, -1)  # (B, Hkv, T, width)
+            # AttnRL Eq. 4 is the kernel's softmax; with E in the place of V it gives alpha @ E
             mass, _ = sdpa_attention_forward(
                 module, query, key, columns, attention_mask, **attention_kwargs
             )
-            mass = mass[..., :block].float()  # (B, T, H, block): alpha @ E
+            mass = mass[..., :block].float()  # (B, T, H, block)
+            # "aggregating" (unnumbered): the mean over the queries of step j and the keys of step k
             step_attention = torch.einsum("bjt,bthk->bhjk", self.query_mean, mass)
-            # AttnRL Eq. 4, (B, H, J, block)
-            step_attention *= self.key_mean[:, None, None, k : k + block]
-            # AttnRL Eq. 5, (B, H, block)
+            step_attention *= self.key_mean[:, None, None, k : k + block]  # (B, H, J, block)
+            # AttnRL Eq. 5: the sum over steps at least Delta later, (B, H, block)
             influence = (step_attention * self.later[:, k : k + block]).sum(2)
             best = self.fci[:, k : k + block]
-            # AttnRL Eq. 6: max over heads, and over layers so far
+            # AttnRL Eq. 6: the max over heads, and over the layers so far
             torch.maximum(best, influence.amax(1), out=best)
 
 
-# the registry passes no context, so the running collection is module state
+# The registry passes no context to the attention function, so this is module state.
 _collector: StepAttention | None = None
 
 
 def fci_attention(module, query, key, value, attention_mask, **kwargs):
-    """Plain SDPA, which also feeds the running StepAttention. Registered as an attention
-    implementation."""
+    """Plain SDPA that also feeds the running StepAttention; an attention implementation."""
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
-        raise ValueError(
-            "FCI knows plain softmax attention only; this model uses attention sinks or"
-            " soft-capping"
-        )
+        raise ValueError("FCI is for plain softmax attention: no attention sinks, no soft-capping")
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if _collector is not None:
         _collector.add(module, query, key, attention_mask, **kwargs)
@@ -210,278 +218,69 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 @contextmanager
 def scoring_mode(model, collector: StepAttention | None = None):
-    """Run the model in evaluation mode, without gradients and with our attention; it leaves as it
-    came, errors included."""
+    """Run the model in evaluation mode, without gradients; with a collector through our attention.
+
+    The model leaves as it came, also after an error. Raises ValueError for a model whose attention
+    cannot be reached.
+    """
     global _collector
     config, modes = model.config, [(module, module.training) for module in model.modules()]
-    before = {"": config._attn_implementation}
-    before |= {
-        name: getattr(config, name)._attn_implementation
-        for name in config.sub_configs
-        if getattr(config, name)
-    }
+    parts = {name: getattr(config, name) for name in config.sub_configs}
+    before = {name: part._attn_implementation for name, part in parts.items() if part}
+    before[""] = config._attn_implementation
     try:
         model.eval()
         if collector is not None:
             model.set_attn_implementation(ATTENTION_NAME)
-            if config._attn_implementation != ATTENTION_NAME:
-                raise ValueError(
-                    f"{type(model).__name__} does not use transformers' attention registry: no FCI"
-                    " for it"
-                )
         _collector = collector
         with torch.no_grad():
             yield
         if collector is not None and collector.layers == 0:
-            raise ValueError(
-                f"no attention layer of {type(model).__name__} passed through the registry: no FCI"
-                " for it"
-            )
+            name = type(model).__name__
+            raise ValueError(f"no layer of {name} uses transformers' attention registry: no FCI")
     finally:
         _collector = None
         for module, mode in modes:
             module.training = mode
-        # last: transformers may refuse, for models that have no settable attention
-        if collector is not None:
+        if collector is not None:  # last: transformers may refuse, where attention is not settable
             model.set_attn_implementation(before)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probabilities and the scoring pass
-# --------------------------------------------------------------------------------------------------
-@dataclass
-class Sequence:
-    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: a
-    continuation, no FCI)."""
-
-    prompt_ids: list[int]
-    tokens: list[int]
-    bounds: list[int] | None = None
+def check_bounds(bounds: list[int], length: int) -> None:
+    """Raises ValueError unless the bounds rise strictly from 0 to the response's length."""
+    rising = all(a < b for a, b in zip(bounds, bounds[1:]))
+    if bounds[:1] != [0] or bounds[-1] != length or not rising:
+        raise ValueError(f"bounds must rise strictly from 0 to {length} tokens, got {bounds}")
 
 
-@dataclass
-class Scores:
-    """Per token of a Sequence, at the sampling temperature: log-probability and entropy (nats). Per
-    step: FCI."""
-
-    logprobs: list[float]
-    entropies: list[float]
-    fci: list[float] = field(default_factory=list)
-
-
-def pad_right(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the
-    sequence's tokens.
-
-    Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no
-    token id is special.
-    """
-    if not all(s.prompt_ids for s in sequences):
-        raise ValueError(
-            "a sequence needs at least one prompt token: nothing predicts its first token"
-        )
-    width = max(len(s.prompt_ids) + len(s.tokens) for s in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    predicts = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, s in enumerate(sequences):
-        start, end = len(s.prompt_ids), len(s.prompt_ids) + len(s.tokens)
-        ids[row, :end] = torch.tensor(s.prompt_ids + s.tokens)
-        predicts[row, start - 1 : end - 1] = True
-    return ids, predicts
-
-
-def output_head(model):
-    """The layer that turns hidden states into logits. Raises ValueError for models that rescale
-    logits after it."""
-    # of a model that also sees images, the part that writes
-    config = model.config.get_text_config()
-    for name in (
-        "final_logit_softcapping",
-        "logit_scale",
-        "logits_scaling",
-        "lm_head_multiplier",
-        "output_multiplier",
-    ):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} rescales its logits ({name}), which attnrl does not"
-                " reproduce"
-            )
-    return model.get_output_embeddings()
-
-
-class TokenLogprobs(torch.nn.Module):
-    """A causal model and what is wanted of its logits as ONE forward pass, which is what DDP and
-    FSDP2 wrap (dist.py).
-
-    The output head runs on the trained positions only and HEAD_CHUNK at a time (recomputed in the
-    backward pass), so the logits of a long batch over a large vocabulary never exist at once.
-    Divided by the temperature, as they were sampled: training on untempered log-probs would start
-    with a ratio that is not 1.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.device = model, model.device
-
-    def forward(self, ids, predicts, temperature: float, with_entropy: bool):
-        """ids, predicts (B, T) of `pad_right` -> log-probs and entropies (N,) of the predicted
-        tokens."""
-        ids, predicts = ids.to(self.device), predicts.to(self.device)
-        # (B, T, d)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
-        head = output_head(self.model)
-
-        def chunk_logprobs(states, wanted):
-            logits = head(states).float() / temperature  # (n, V)
-            normaliser = logits.logsumexp(-1)
-            logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
-            # the update has no use for it: two more passes over (n, V), and again in the backward
-            # pass
-            if not with_entropy:
-                return logprobs, None
-            with torch.no_grad():
-                return logprobs, normaliser - (logits - normaliser[:, None]).exp().mul(logits).sum(
-                    -1
-                )
-
-        parts = [
-            (
-                checkpoint(chunk_logprobs, states, wanted, use_reentrant=False)
-                if torch.is_grad_enabled()
-                else chunk_logprobs(states, wanted)
-            )
-            for states, wanted in zip(hidden[predicts].split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-        ]
-        return torch.cat([p[0] for p in parts]), (
-            torch.cat([p[1] for p in parts]) if with_entropy else None
-        )
-
-
-def token_logprobs(model, sequences: list, temperature: float, with_entropy: bool = True) -> tuple:
-    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the
-    order of the sequences (None for the entropies without `with_entropy`). model: a causal model,
-    or its TokenLogprobs as dist.py wrapped it.
-
-    No sequences at all (this rank has run out of work, the others have not): one pass over a single
-    token, (1,).
-    """
-    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
-    return forward(*pad_right(sequences or [Sequence([0], [0])]), temperature, with_entropy)
-
-
-def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
-    """Indices grouped by similar length: rows x longest stays within the budget (one row always
-    fits), at most 5 % of it padding. (Passes filled to the budget would be a fifth padding for a
-    rank of 8, which has few rows of a mini-batch.)"""
-    lengths = [len(s.prompt_ids) + len(s.tokens) for s in sequences]
-    batches: list[list[int]] = []
-    filled = 0  # tokens in the last one
-    # ascending: the newest row is the longest
-    for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):
-        padded = (len(batches[-1]) + 1) * lengths[i] if batches else math.inf
-        if padded > token_budget or filled + lengths[i] < 0.95 * padded:
-            batches.append([])
-            filled = 0
-        batches[-1].append(i)
-        filled += lengths[i]
-    return batches
-
-
-def score(
-    model,
-    sequences: list[Sequence],
-    temperature: float = 1.0,
-    delta: int = 4,
-    token_budget: int = 16384,
-) -> list[Scores]:
-    """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
-
-    model: a causal model, or its TokenLogprobs. Sequences of any lengths; they are batched by
-    length with at most `token_budget` padded tokens a forward pass. The result does not depend on
-    the batch (up to float rounding). With several ranks every rank must call it. Raises ValueError
-    on an empty prompt or wrong bounds.
-    """
-    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
-    for s in sequences:
-        if s.bounds is not None and (
-            s.bounds[:1] != [0]
-            or s.bounds[-1] != len(s.tokens)
-            or any(a >= b for a, b in zip(s.bounds, s.bounds[1:]))
-        ):
-            raise ValueError(
-                f"bounds must rise strictly from 0 to the {len(s.tokens)} response tokens, got"
-                f" {s.bounds}"
-            )
-    results = [Scores([], []) for _ in sequences]
-    for batch in in_step(token_batches(sequences, token_budget)):
-        rows = [sequences[i] for i in batch]
-        collector = None
-        if any(s.bounds and len(s.bounds) > 1 for s in rows):
-            width = max(len(s.prompt_ids) + len(s.tokens) for s in rows)
-            collector = StepAttention(
-                [len(s.prompt_ids) for s in rows],
-                [s.bounds or [0] for s in rows],
-                width,
-                delta,
-                forward.device,
-            )
-        with scoring_mode(forward.model, collector):
-            logprobs, entropies = token_logprobs(forward, rows, temperature)
-        lengths = [len(s.tokens) for s in rows] or [1]
-        for row, (i, lp, entropy) in enumerate(
-            zip(batch, logprobs.split(lengths), entropies.split(lengths))
-        ):
-            results[i] = Scores(lp.tolist(), entropy.tolist())
-            steps = len(sequences[i].bounds or [0]) - 1
-            # the first step scores 0 and is never a branch point
-            if collector is not None and steps:
-                results[i].fci = [0.0, *collector.fci[row, 1:steps].tolist()]
-    return results
+def step_scores(collector: StepAttention, row: int, bounds: list[int]) -> list[float]:
+    """FCI of one row of a collected batch; the first step scores 0 (the authors' code)."""
+    return [0.0, *collector.fci[row, 1 : len(bounds) - 1].tolist()] if len(bounds) > 1 else []
 
 
 def fci_scores(
     model, prompt_ids: list[int], response_ids: list[int], bounds: list[int], delta: int = 4
 ) -> list[float]:
-    """FCI of one response, one float per step (AttnRL Eq. 4-6); the first step and the last `delta`
-    steps score 0.
+    """FCI of one response, one float per step (AttnRL Eq. 4-6), by one forward pass.
 
-    bounds = [0, ..., len(response_ids)]; step k is response_ids[bounds[k]:bounds[k + 1]]. Raises
-    ValueError for bounds that do not rise from 0 to the response's length and for an empty prompt.
+    bounds = [0, ..., len(response_ids)]; step k is response_ids[bounds[k]:bounds[k + 1]]. The first
+    step and the last `delta` steps score 0. Training scores many responses at once and wants their
+    log-probs from the same pass (runtime/scoring.py); a test holds the two equal.
+    Raises ValueError for other bounds and for an empty prompt.
     """
-    return score(
-        model, [Sequence(list(prompt_ids), list(response_ids), list(bounds))], delta=delta
-    )[0].fci
+    prompt_ids, response_ids, bounds = list(prompt_ids), list(response_ids), list(bounds)
+    if not prompt_ids:
+        raise ValueError("a response needs at least one prompt token before it")
+    check_bounds(bounds, len(response_ids))
+    if len(bounds) < 2:
+        return []
+    ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, T)
+    collector = StepAttention([len(prompt_ids)], [bounds], ids.shape[1], delta, ids.device)
+    with scoring_mode(model, collector):
+        model.base_model(input_ids=ids, use_cache=False)  # no output head: nobody asks for logits
+    return step_scores(collector, 0, bounds)
 
 
-def check_model(model, path: str) -> None:
-    """Raises UserError for a model whose log-probs or FCI would be wrong or are not finite, before
-    anything is sampled."""
-    try:
-        found = torch.tensor(
-            score(model, [Sequence([0], [0, 0, 0], [0, 1, 2, 3])], delta=1)[0].logprobs
-        )
-        with scoring_mode(model):
-            logits = model(torch.zeros(1, 4, dtype=torch.long, device=model.device)).logits[0, :3]
-    except Exception as error:  # ours, and what a model that is built in another way says
-        raise UserError(f"--model {path}: {first_line(error)}") from error
-    if not found.isfinite().all():
-        raise UserError(
-            f"--model {path}: its log-probs are not finite, its weights are damaged (a checkpoint:"
-            " remove it)"
-        )
-    if not torch.allclose(logits.float().log_softmax(-1)[:, 0].cpu(), found, atol=1e-3):
-        raise UserError(
-            f"--model {path}: rescales its hidden states or logits, which attnrl does not reproduce"
-        )
-
-
-# the command needs the files that come after this one, so it is in view.py
 if __name__ == "__main__":
-    import sys
-
-    import view
-
-    with stop_on_user_error("fci.py"):
-        view.show_fci(sys.argv[1:])
+    print("fci.py has no command of its own: python -m tools.show_fci --help", file=sys.stderr)
+    sys.exit(2)

@@ -1,27 +1,25 @@
-"""learner.py: the off-policy policy update: clipped PPO on tokens, a small KL to the reference
-model, AdamW.
+"""learner.py: the off-policy update. Clipped PPO on tokens, a small KL to the reference, AdamW.
 
 Behaviour log-probs are per token and may come from different policies (a continuation's prefix is
 one update older than its suffix): PPO's ratio against the policy that really sampled each token is
 all the correction there is.
 
-Equations (spec section 6; PPO, Clip-Higher of DAPO, dual clip, k3 of Schulman):
-    ratio  r = exp(logp - old_logp)
-    loss     = -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A); for A < 0 never more than -3 A (dual clip)
-    kl       = exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
-    mean over ALL response tokens of the mini-batch, so that the gradient does not depend on how the
-    mini-batch is cut into micro-batches and dealt out to ranks, and a long response weighs as much
-    as its tokens.
-Option, off by default (truncated importance sampling, Yao et al. 2025): the engine that samples
-computes in other kernels or another precision than the learner, so it samples from a slightly other
-policy. Each token's loss is weighted by
-    w = min(exp(old_logp - engine_logp), C)
-with old_logp the learner's and engine_logp the engine's log-prob of the token, both of the weights
-that sampled it.
+Equations (AttnRL Eq. 1 is the objective; Clip-Higher of DAPO, dual clip, k3 of Schulman):
+
+    ratio   r = exp(logp - old_logp)
+    loss    -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A); for A < 0 never more than -3 A (dual clip)
+    kl      exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
+
+The mean is over ALL response tokens of the mini-batch. So the gradient does not depend on how the
+mini-batch is cut into micro-batches and dealt out to ranks, and a long response weighs as much as
+its tokens.
+
+Each token's loss has a weight, 1 unless --tis_cap asks for truncated importance sampling
+(runtime/scoring.py).
 
 Why is the ratio 1 and the policy loss about 0 at first? In the first mini-batch after sampling the
-policy IS the one that sampled, r = 1, and advantages nearly cancel. The gradient is not 0: d r / d
-theta is what moves the policy.
+policy IS the one that sampled, r = 1, and advantages nearly cancel. The gradient is not 0:
+d r / d theta is what moves the policy.
 
 Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
 
@@ -30,13 +28,14 @@ Left out: entropy bonus, value function, several epochs over a batch (the paper 
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from dist import deal, everyone, in_step, rank, whole, world
-from fci import token_batches, token_logprobs
+from runtime.dist import deal, everyone, in_step, rank, whole, world
+from runtime.scoring import length_of, token_batches, token_logprobs
 from tree import TrainingSequence
 
 
@@ -59,7 +58,7 @@ def ppo_loss(
     plain = ratio * advantage
     # Clip-Higher: more room upwards than downwards
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    loss = -torch.minimum(plain, bounded)
+    loss = -torch.minimum(plain, bounded)  # AttnRL Eq. 1, of one token
     clipped = bounded < plain
     # dual clip: a token that became far MORE likely with A < 0 must not explode
     ceiling = -dual_clip * advantage
@@ -72,35 +71,6 @@ def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     (Schulman's k3)."""
     difference = (ref_logp - logp).clamp(-20, 20)
     return difference.exp() - difference - 1
-
-
-def tis_weights(learner: list[float], engine: list[float], cap: float) -> list[float]:
-    """Truncated importance weights of tokens from both log-probs of each.
-
-    Equal; the engine found the token far less likely, so its weight is truncated:
-    >>> tis_weights([-1.0, -1.0], [-1.0, -9.0], cap=2.0)
-    [1.0, 2.0]
-    """
-    return [min(math.exp(min(old - sampled, 20.0)), cap) for old, sampled in zip(learner, engine)]
-
-
-def learning_rate(
-    step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant"
-) -> float:
-    """Learning rate of training step 1..steps: linear warm-up over `warmup` steps, then constant,
-    linear or cosine decay to 0 after the last step. By training step, not by optimizer step: the
-    adaptive batch makes their number unknown."""
-    if step <= warmup:
-        return peak * step / warmup
-    progress = (step - warmup - 1) / max(1, steps - warmup)
-    return (
-        peak
-        * {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        }[schedule]
-    )
 
 
 def mini_batches(count: int, size: int, seed: int) -> list[list[int]]:
@@ -129,12 +99,12 @@ class TrainStats:
 
 
 class Learner:
-    """Policy, frozen reference (None: no KL term) and optimizer. temperature: that of sampling, for
-    equal log-probs.
+    """Policy, frozen reference (None: no KL term) and optimizer.
 
-    policy and reference are causal models, or what dist.spread made of their TokenLogprobs. The
-    policy is updated in evaluation mode: dropout would make its log-probs differ from those that
-    were sampled.
+    policy and reference are causal models, or what dist.spread made of their TokenLogprobs. loss:
+    (logp, old_logp, advantage), all (N,) -> (loss, clipped), both (N,). temperature: that of
+    sampling, for equal log-probs. The policy is updated in evaluation mode: dropout would make its
+    log-probs differ from those that were sampled.
     """
 
     def __init__(
@@ -142,53 +112,70 @@ class Learner:
         policy,
         reference=None,
         *,
+        loss: Callable = ppo_loss,
         lr: float = 1e-6,
         weight_decay: float = 0.01,
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         kl_coef: float = 0.001,
-        clip_low: float = 0.2,
-        clip_high: float = 0.28,
-        dual_clip: float = 3.0,
         token_budget: int = 16384,
     ):
-        self.policy = policy.eval()
-        self.reference = reference
+        self.policy, self.reference, self.loss = policy.eval(), reference, loss
         self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
-        self.clips = clip_low, clip_high, dual_clip
         self.token_budget = token_budget
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay)
 
-    def train(self, sequences: list[TrainingSequence], mini_batch: int, seed: int) -> TrainStats:
-        """One epoch over the sequences: an optimizer step per mini-batch of about `mini_batch`
-        sequences.
+    def train(
+        self, sequences: list[TrainingSequence], mini_batch: int, seed: int, lr: float | None = None
+    ) -> TrainStats:
+        """One epoch: an optimizer step per mini-batch of about `mini_batch` sequences. lr: the
+        learning rate of this training step (None: as it was).
 
         With several ranks every rank gives the same sequences, and works on its share of each
         mini-batch.
         """
         total = TrainStats()
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
         for indices in mini_batches(len(sequences), mini_batch, seed):
             self.update([sequences[i] for i in indices], total)
         shares = everyone([total])
         for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
-            setattr(
-                total, name, sum(getattr(share, name) for share in shares) / max(1, total.tokens)
-            )
+            over_ranks = sum(getattr(share, name) for share in shares)
+            setattr(total, name, over_ranks / max(1, total.tokens))
         total.grad_norm /= max(1, total.updates - total.skipped_updates)
         return total
 
     def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
-        """One optimizer step on one mini-batch; adds token sums to `total` (loss ... ratio: of this
-        rank's share)."""
-        # the GLOBAL normaliser, known before the first micro-batch
-        tokens = sum(len(s.tokens) for s in sequences)
-        share = [
-            sequences[i]
-            for i in deal([len(s.prompt_ids) + len(s.tokens) for s in sequences], world())[rank()]
-        ]
+        """One optimizer step on one mini-batch; adds token sums to `total` (of this rank's share).
+
+        A gradient that is not finite is not used: one bad batch must not poison the weights and
+        AdamW's moments for ever.
+        """
         # apart from `total`, so that a skipped update does not turn the whole step's log into NaN
         seen = TrainStats()
         self.optimizer.zero_grad()
+        self.add_gradients(sequences, seen)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        grad_norm = whole(norm).item()
+        total.updates += 1
+        # the same number on every rank, so all of them step or none does
+        if math.isfinite(grad_norm):
+            self.optimizer.step()
+            seen.grad_norm, seen.tokens = grad_norm, sum(len(s.tokens) for s in sequences)
+            for name, value in vars(seen).items():
+                setattr(total, name, getattr(total, name) + value)
+        else:
+            total.skipped_updates += 1
+        self.optimizer.zero_grad()
+
+    def add_gradients(self, sequences: list[TrainingSequence], seen: TrainStats) -> None:
+        """The gradient of the token mean over a whole mini-batch, of which this rank computes its
+        share, a few sequences at a time."""
+        # the GLOBAL normaliser, known before the first micro-batch
+        tokens = sum(len(s.tokens) for s in sequences)
+        hand = deal([length_of(s) for s in sequences], world())[rank()]
+        share = [sequences[i] for i in hand]
         batches = in_step(token_batches(share, self.token_budget))
         for number, batch in enumerate(batches, 1):
             # gradients add up here, and cross the wire once
@@ -197,50 +184,28 @@ class Learner:
             loss = self.micro_batch_loss([share[i] for i in batch], seen)
             # DDP and FSDP2 average over ranks; wanted is the sum
             (loss * world() / tokens).backward()
-        grad_norm = whole(
-            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        ).item()
-        total.updates += 1
-        # the same number on every rank, so all of them step or none does
-        if math.isfinite(grad_norm):
-            self.optimizer.step()
-            seen.grad_norm, seen.tokens = grad_norm, tokens
-            for name, value in vars(seen).items():
-                setattr(total, name, getattr(total, name) + value)
-        else:  # one bad batch must not poison the weights and AdamW's moments for ever
-            total.skipped_updates += 1
-        self.optimizer.zero_grad()
 
-    def micro_batch_loss(self, rows: list[TrainingSequence], total: TrainStats) -> torch.Tensor:
-        """SUM of the token losses of a few sequences (a scalar with gradient); adds its parts to
-        `total`.
+    def micro_batch_loss(self, rows: list[TrainingSequence], seen: TrainStats) -> torch.Tensor:
+        """SUM of the token losses of a few sequences (a scalar with gradient); adds to `seen`.
 
         No rows (only keeping in step with other ranks): the passes are made all the same, and the
         loss is 0.
         """
         logp, _ = token_logprobs(self.policy, rows, self.temperature, with_entropy=False)
         old_logp = torch.tensor([lp for s in rows for lp in s.logprobs], device=logp.device)  # (N,)
-        # (N,)
         advantage = torch.tensor([a for s in rows for a in s.advantages], device=logp.device)
-        # (N,), all 1 without TIS
         weight = torch.tensor([w for s in rows for w in s.weights], device=logp.device)
         logp = logp[: len(old_logp)]
-        losses, clipped = ppo_loss(logp, old_logp, advantage, *self.clips)
-        policy_loss = loss = (weight * losses).sum()
+        losses, clipped = self.loss(logp, old_logp, advantage)
+        policy_loss = loss = (weight * losses).sum()  # weights are all 1 without TIS
         if self.reference is not None:
             with torch.no_grad():
-                ref_logp, _ = token_logprobs(
-                    self.reference, rows, self.temperature, with_entropy=False
-                )
+                ref_logp, _ = token_logprobs(self.reference, rows, self.temperature, False)
             kl = k3_kl(logp, ref_logp[: len(logp)]).sum()
             loss = policy_loss + self.kl_coef * kl
-            total.kl += kl.item()
-        total.loss += loss.item()
-        total.policy_loss += policy_loss.item()
-        total.clip_fraction += clipped.sum().item()
-        total.ratio += (logp.detach() - old_logp).exp().sum().item()
+            seen.kl += kl.item()
+        seen.loss += loss.item()
+        seen.policy_loss += policy_loss.item()
+        seen.clip_fraction += clipped.sum().item()
+        seen.ratio += (logp.detach() - old_logp).exp().sum().item()
         return loss
-
-    def set_learning_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr

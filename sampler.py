@@ -1,22 +1,21 @@
-"""sampler.py: adaptive sampling (ADS): which problems to expand, how many trees each, how many
-problems a step.
+"""sampler.py: adaptive sampling (ADS): which problems to expand, how many trees, how many problems.
 
 Monte Carlo continuations are wasted on problems that the policy always or never solves: their
-leaves agree and nothing is learnt. ADS looks at the G initial responses first. z = fraction of them
-that are correct, the problem's difficulty.
+leaves agree and nothing is learnt. ADS looks at the G initial responses first. The difficulty z of
+a problem is the fraction of them that are right.
 
 Equations (AttnRL):
-    Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is >= the running mean of
-             that statistic over
-             all z = 1 problems so far. Low attention between steps = a solved routine; high = it
-             may still go wrong.
+
+    Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is not below the average
+             of that statistic over z = 1 problems (all so far: the authors' code). Low attention
+             between steps is a solved routine; high attention may still go wrong.
     Eq. 9    trees = Round(exp(-z) * G): hard problems get more trees
-    Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' wanted, B'' kept
-             training sequences
+    Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' training sequences
+             are wanted, B'' were kept
 
 Everything is a small function, or a small state that saves to and restores from plain numbers.
-Emptiness and collapse are named (runlog.notices), never silent. Left out: filters on difficulty
-other than z = 1 (the paper's ablation lost by them).
+Emptiness and collapse are named (runtime/metrics.py), never silent. Left out: filters on other
+difficulties than z = 1 (the paper's ablation lost by them).
 
     python -m pytest tests/test_sampler.py
 """
@@ -33,47 +32,7 @@ def round_half_up(x: float) -> int:
     return math.floor(x + 0.5)
 
 
-# --------------------------------------------------------------------------------------------------
-# The problem stream
-# --------------------------------------------------------------------------------------------------
-@dataclass
-class ProblemStream:
-    """Indices 0..size-1 for ever, shuffled anew each epoch by (seed, epoch): two counters are its
-    whole state."""
-
-    size: int
-    seed: int = 0
-    epoch: int = 0
-    position: int = 0
-
-    def __post_init__(self):
-        if self.size < 1:
-            raise ValueError("the problem set is empty")
-        # resumed with a smaller set: take() would never reach its end
-        if not 0 <= self.position < self.size:
-            raise ValueError(
-                f"position {self.position} is outside the set of {self.size}: another set than"
-                " saved?"
-            )
-
-    def take(self, count: int) -> list[int]:
-        """The next `count` indices. An epoch that runs out in the middle of a batch is followed by
-        the next one."""
-        taken: list[int] = []
-        while len(taken) < count:
-            order = list(range(self.size))
-            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
-            part = order[self.position : self.position + count - len(taken)]
-            taken += part
-            self.position += len(part)
-            if self.position == self.size:
-                self.epoch, self.position = self.epoch + 1, 0
-        return taken
-
-
-# --------------------------------------------------------------------------------------------------
-# Which problems, how many trees, which responses
-# --------------------------------------------------------------------------------------------------
+# -------- Which problems, how many trees, which responses ----------------------------------------
 def is_correct(reward: float) -> bool:
     """The default reward is 0 or 1; a graded reward of a fork counts as correct from one half
     on."""
@@ -141,9 +100,7 @@ def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[i
     return sorted((first + then)[:count])
 
 
-# --------------------------------------------------------------------------------------------------
-# How many problems a step
-# --------------------------------------------------------------------------------------------------
+# -------- How many problems a step ---------------------------------------------------------------
 @dataclass
 class AdaptiveBatch:
     """The number of problems B sampled a step, moved so that `target` (B') training sequences are

@@ -1,5 +1,4 @@
-r"""tree.py: where to branch, the tree of responses, values, advantages, and the sequences that the
-policy is trained on.
+r"""tree.py: where to branch, the tree of responses, values, advantages, training sequences.
 
 Pure Python and numpy, no model: everything here can be checked by hand.
 
@@ -8,24 +7,19 @@ response's chain of tokens in two: what stands before it becomes an inner node, 
 the rest of the response and every continuation that was sampled from there. Each leaf is one
 complete response and becomes one training sequence.
 
-          root                    r1 = [0 ......... 8)   right      V(root) = 2/4
-         /    \                    c1, c2 replace r1[4:]  right, wrong
-    r1[0:4)    r2                 r2                     wrong
-    /  |   \\                     the node r1[0:4): V = 2/3, L = 3, A = (1/6 + 1/6) / sqrt(3) =
-                                  0.19245
-  r1[4:) c1  c2
+          root                  r1 = [0 ......... 8)    right
+         /    \                 c1, c2 replace r1[4:)   right, wrong
+    r1[0:4)    r2               r2                      wrong
+    /  |  \                     V(root) = 2/4
+  r1[4:) c1 c2                  node r1[0:4): V = 2/3, L = 3, A = (1/6 + 1/6) / sqrt(3) = 0.19245
 
-Equations:
-    AttnRL Eq. 1   GRPO (baseline): A = (R - mean) / (std + 1e-6) over the responses of a problem,
-                   unbiased std
-    AttnRL Eq. 2   V(s) = mean reward of the L(s) leaves below s; V(root) over all leaves of the
-                   problem
-    AttnRL Eq. 3   A(s) = [(V(s) - V(root)) + (V(s) - V(parent(s)))] / sqrt(L(s)), for every token
-                   of node s  (TreeRL)
-    AttnRL Eq. 7   branch at the EARLIEST N steps among those with FCI >= the (1 - rho) quantile
-                   ("ATB")
-    PRL            A(t in step k) = A_GRPO - (1 / eta) * sum over u >= last token of step k of log
-                   [pi_old(u) / pi_ref(u)]
+Equations (AttnRL):
+
+    Eq. 2   V(s) = mean reward of the L(s) leaves below s; V(root) is over all leaves
+    Eq. 3   A(s) = [(V(s) - V(root)) + (V(s) - V(parent(s)))] / sqrt(L(s)), the same for every
+            token of node s (from TreeRL)
+    Eq. 7   branch at the EARLIEST N steps among those whose FCI is in the top rho ("ATB"); we read
+            the printed Quantile(y, rho) as the (1 - rho) quantile, as the words around it say
 
 Left out: trees deeper than initial responses plus one round of continuations (the paper's).
 
@@ -34,7 +28,6 @@ Left out: trees deeper than initial responses plus one round of continuations (t
 
 import math
 import random
-import statistics
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -53,6 +46,8 @@ class Continuation:
     weights: list[float] = field(default_factory=list)
     # nats, of `tokens`; only of problems that are logged
     entropies: list[float] = field(default_factory=list)
+    finished: bool = True  # False: cut off at the length limit
+    boxed: bool = True  # is there an answer to grade?
 
 
 @dataclass
@@ -72,6 +67,9 @@ class Response:
     # truncated importance weights (learner.py); empty: all 1
     weights: list[float] = field(default_factory=list)
     ref_logprobs: list[float] = field(default_factory=list)  # PRL only: of the initial policy
+    finished: bool = True  # False: cut off at the length limit
+    boxed: bool = True  # is there an answer to grade?
+    branch_points: list[int] = field(default_factory=list)  # token positions; empty: not expanded
 
 
 @dataclass
@@ -87,15 +85,12 @@ class TrainingSequence:
 
     def __post_init__(self):
         self.weights = self.weights or [1.0] * len(self.tokens)
-        if not len(self.tokens) == len(self.advantages) == len(self.logprobs) == len(self.weights):
-            raise ValueError(
-                "tokens, advantages, logprobs and weights must have one entry per response token"
-            )
+        lengths = {len(x) for x in (self.tokens, self.advantages, self.logprobs, self.weights)}
+        if len(lengths) > 1:
+            raise ValueError("a sequence needs one entry per response token in all of its lists")
 
 
-# --------------------------------------------------------------------------------------------------
-# Branch points
-# --------------------------------------------------------------------------------------------------
+# -------- Branch points --------------------------------------------------------------------------
 def fci_threshold(fci: list[float], rho: float) -> float:
     """The score that makes a step a candidate: the (1 - rho) quantile of all steps' scores, zeros
     included."""
@@ -128,37 +123,47 @@ def fci_branch_steps(
     return chosen
 
 
+def by_fci(response: Response, n: int, rng: random.Random, rho: float, min_gap: int) -> list[int]:
+    """AttnRL: Eq. 7, filled up with the earliest other steps (the authors' code)."""
+    usable, starts = range(1, response.branchable), response.bounds[:-1]  # never the first step
+    y = [score if k in usable else 0.0 for k, score in enumerate(response.fci)]
+    steps = fci_branch_steps(y, starts, n, rho, min_gap)
+    steps += [k for k in usable if k not in steps][: n - len(steps)]
+    return [starts[k] for k in steps]
+
+
+def by_entropy(response: Response, n: int, *_) -> list[int]:
+    """The authors' TreeRL: the n tokens of highest entropy, without the first (nothing to keep)
+    and the last one (nothing to resample)."""
+    inner = range(1, len(response.tokens) - 1)
+    return sorted(inner, key=lambda t: (-response.entropies[t], t))[:n]
+
+
+def by_chance(response: Response, n: int, rng: random.Random, *_) -> list[int]:
+    """The starts of n random steps."""
+    usable = range(1, response.branchable)
+    return [response.bounds[k] for k in rng.sample(usable, min(n, len(usable)))]
+
+
+# --branch: a rule takes (response, n, rng, rho, min_gap) and returns up to n token positions
+BRANCH_RULES = {"fci": by_fci, "entropy": by_entropy, "random": by_chance}
+
+
 def choose_branch_points(
     response: Response, method: str, n: int, rng: random.Random, rho: float = 0.2, min_gap: int = 0
 ) -> list[int]:
     """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer where
     there are fewer choices.
 
-    fci: Eq. 7, filled up with the earliest other steps. random: n random steps. entropy: the n
-    tokens of highest entropy, without the first (nothing to keep) and the last one (nothing to
-    resample): the authors' TreeRL baseline. These two know no min_gap, and entropy may branch in
-    the answer after "</think>": the papers ask for neither. Raises ValueError for another method.
+    Only "fci" knows rho and min_gap, and "entropy" may branch in the answer after "</think>": the
+    papers ask for neither. Raises ValueError for a method that is not in BRANCH_RULES.
     """
-    if method == "entropy":
-        inner = range(1, len(response.tokens) - 1)
-        return sorted(sorted(inner, key=lambda t: (-response.entropies[t], t))[:n])
-    starts = response.bounds[:-1]
-    # never the first step, never the final answer of a reasoning model
-    usable = range(1, response.branchable)
-    if method == "fci":
-        y = [score if k in usable else 0.0 for k, score in enumerate(response.fci)]
-        steps = fci_branch_steps(y, starts, n, rho, min_gap)
-        steps += [k for k in usable if k not in steps][: n - len(steps)]
-    elif method == "random":
-        steps = rng.sample(usable, min(n, len(usable)))
-    else:
-        raise ValueError(f"branch must be fci, entropy or random, not {method!r}")
-    return sorted(starts[k] for k in steps)
+    if method not in BRANCH_RULES:
+        raise ValueError(f"branch must be one of {', '.join(BRANCH_RULES)}, not {method!r}")
+    return sorted(BRANCH_RULES[method](response, n, rng, rho, min_gap))
 
 
-# --------------------------------------------------------------------------------------------------
-# Tree, values, advantages
-# --------------------------------------------------------------------------------------------------
+# -------- Tree, values, advantages ---------------------------------------------------------------
 @dataclass
 class Node:
     """A span of tokens shared by all leaves below it. Values are exact fractions: equal rewards
@@ -173,36 +178,33 @@ class Node:
     advantage: float = 0.0  # A(s)
 
 
+def span(end: Response | Continuation, start: int, stop: int | None = None) -> Node:
+    return Node(end.tokens[start:stop], end.logprobs[start:stop], end.weights[start:stop])
+
+
 def leaf(end: Response | Continuation, start: int = 0) -> Node:
     """What is left of `end` from token `start` on, with its reward."""
     if not math.isfinite(end.reward):
         raise ValueError(f"a reward must be a finite number, got {end.reward}")
-    return Node(
-        end.tokens[start:], end.logprobs[start:], end.weights[start:], value=Fraction(end.reward)
-    )
+    node = span(end, start)
+    node.value = Fraction(end.reward)
+    return node
 
 
 def response_chain(response: Response) -> Node:
     """The node of one initial response, cut at its branch points. Raises ValueError for a cut
     outside 0 < at < len."""
-    for c in response.continuations:
-        if not 0 < c.at < len(response.tokens):
-            raise ValueError(
-                f"a continuation must start inside its response: 0 < {c.at} <"
-                f" {len(response.tokens)} fails"
-            )
-    cuts = sorted({c.at for c in response.continuations})
+    cuts, length = sorted({c.at for c in response.continuations}), len(response.tokens)
+    if cuts and not 0 < cuts[0] <= cuts[-1] < length:
+        raise ValueError(f"continuations start inside their response: 0 < {cuts} < {length} fails")
     starts = [0, *cuts]
     node = leaf(response, starts[-1])
     # from the end: what follows a cut is a child of what precedes
     for start, cut in reversed(list(zip(starts, cuts))):
         branches = [leaf(c) for c in response.continuations if c.at == cut]
-        node = Node(
-            response.tokens[start:cut],
-            response.logprobs[start:cut],
-            response.weights[start:cut],
-            [node, *branches],
-        )
+        inner = span(response, start, cut)
+        inner.children = [node, *branches]
+        node = inner
     return node
 
 
@@ -215,26 +217,24 @@ def build_tree(responses: list[Response]) -> Node:
 
 
 def set_values(node: Node) -> None:
+    """V(s) and L(s), from the leaves up."""
     if node.children:
         for child in node.children:
             set_values(child)
         node.leaves = sum(child.leaves for child in node.children)
-        # AttnRL Eq. 2
-        node.value = (
-            sum((child.value * child.leaves for child in node.children), Fraction(0)) / node.leaves
-        )
+        total = sum((child.value * child.leaves for child in node.children), Fraction(0))
+        node.value = total / node.leaves  # AttnRL Eq. 2
 
 
 def set_advantages(node: Node, parent: Node, root: Node) -> None:
+    """A(s), from the root down."""
     gain = (node.value - root.value) + (node.value - parent.value)  # global + local
     node.advantage = float(gain) / math.sqrt(node.leaves)  # AttnRL Eq. 3
     for child in node.children:
         set_advantages(child, node, root)
 
 
-# --------------------------------------------------------------------------------------------------
-# Flattening
-# --------------------------------------------------------------------------------------------------
+# -------- Flattening -----------------------------------------------------------------------------
 def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
     """One sequence per leaf. A continuation's shared prefix keeps the behaviour log-probs of the
     response it came from.
@@ -265,52 +265,9 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
     return sequences
 
 
-def grpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
-    """The GRPO baseline: no tree, one advantage a response. Equal rewards (or a single response)
-    give exactly zero."""
-    rewards = [r.reward for r in responses]
-    if any(not math.isfinite(r) for r in rewards):
-        raise ValueError(f"a reward must be a finite number, got {rewards}")
-    mean = statistics.mean(rewards)  # exact, so that equal rewards differ from their mean by 0
-    std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
-    # AttnRL Eq. 1
-    return [
-        TrainingSequence(
-            prompt_ids,
-            r.tokens,
-            [(r.reward - mean) / (std + 1e-6)] * len(r.tokens),
-            r.logprobs,
-            r.weights,
-        )
-        for r in responses
-    ]
-
-
-def prl_sequences(
-    prompt_ids: list[int], responses: list[Response], eta: float = 200.0
-) -> list[TrainingSequence]:
-    """PRL (arXiv 2601.10201), another baseline without a tree: what the entropy-regularised
-    objective adds to GRPO's advantage, the same for all tokens of a step, is how far the policy has
-    left the initial one (log-ratios, nats) from the step's last token on. Equal rewards leave a
-    signal here. Steps are the responses' `bounds`."""
-    sequences = grpo_sequences(prompt_ids, responses)
-    for response, sequence in zip(responses, sequences):
-        ahead, rest = 0.0, []  # of every token: the sum from it to the end
-        for old, ref in zip(reversed(response.logprobs), reversed(response.ref_logprobs)):
-            ahead += old - ref
-            rest.append(ahead)
-        rest.reverse()
-        sequence.advantages = [
-            sequence.advantages[a] - rest[b - 1] / eta  # PRL
-            for a, b in zip(response.bounds, response.bounds[1:])
-            for _ in range(a, b)
-        ]
-    return sequences
-
-
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:
-    """Without sequences whose advantages are all zero: they have no gradient and would only dilute
-    the token mean."""
+    """Without sequences whose advantages are all zero: their policy loss has no gradient and would
+    only dilute the token mean."""
     return [s for s in sequences if any(s.advantages)]
 
 
@@ -323,16 +280,11 @@ def step_advantages(responses: list[dict]) -> list[tuple[list[int], list[float]]
     >>> step_advantages([{"tokens": [1, 2], "reward": 1.0}, {"tokens": [3], "reward": 0.0}])
     [([1, 2], [1.0, 1.0]), ([3], [-1.0])]
     """
-    grown = [
-        Response(
-            r["tokens"],
-            [0.0] * len(r["tokens"]),
-            r["reward"],
-            continuations=[
-                Continuation(c["at"], c["tokens"], [0.0] * len(c["tokens"]), c["reward"])
-                for c in r.get("continuations", [])
-            ],
-        )
-        for r in responses
-    ]
+    grown = []
+    for r in responses:
+        response = Response(r["tokens"], [0.0] * len(r["tokens"]), r["reward"])
+        for c in r.get("continuations", []):
+            new = Continuation(c["at"], c["tokens"], [0.0] * len(c["tokens"]), c["reward"])
+            response.continuations.append(new)
+        grown.append(response)
     return [(s.tokens, s.advantages) for s in tree_sequences([], grown)]

@@ -1,8 +1,8 @@
 """dist.py: many GPUs, one node or several, with plain torch.distributed under torchrun.
 
-    torchrun --nproc_per_node 8 attnrl.py --preset paper --model DIR ...                        # one node
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-        --rdzv_id attnrl attnrl.py ...                                                          # the same on each of two
+    torchrun --nproc_per_node 8 attnrl.py --preset paper --model DIR ...       # one node
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id attnrl \\
+        --rdzv_endpoint HOST:29500 attnrl.py ...                               # on each of two
 
 What is spread out and what is not:
 - Forward passes are spread out. Every rank samples, scores and grades its own problems (`mine`:

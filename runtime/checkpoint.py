@@ -40,8 +40,8 @@ from pathlib import Path
 
 import torch
 
-from dist import everyone, full_weights, mine, rank, shard_like, whole
-from errors import UserError, first_line
+from runtime.cli import UserError, first_line
+from runtime.dist import everyone, full_weights, mine, rank, shard_like, whole
 from tree import Response
 
 # Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not
@@ -63,6 +63,16 @@ FREE = {
     "track",
     "log_level",
     "quiet",
+}
+# What training.pt must hold
+STATE = {
+    "moments",
+    "groups",
+    "best",
+    "generated_tokens",
+    "easy_filter",
+    "batch_size",
+    "stream",
 }
 # With another one of these the in-flight half fits no longer: its problems are sampled anew.
 HALF_DEPENDS_ON = {
@@ -116,33 +126,19 @@ def publish(target: Path, write) -> None:
         ) from error
 
 
-def point(run: Path, link: str, step: int) -> None:
+def point(folder: Path, link: str, step: int) -> None:
     """The symbolic link leads to the checkpoint of this step; at every moment it leads to a whole
     one."""
-    fresh = run / f".{link}.new"
+    fresh = folder / f".{link}.new"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder_of(step))
-    fresh.replace(run / link)
+    fresh.replace(folder / link)
 
 
-def checkpoints(run: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints of a run, the oldest first."""
-    return sorted(
-        (path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=step_of
-    )
-
-
-def fingerprint(trainer) -> dict[str, str]:
-    """What a resumed run must find unchanged besides its settings: the problems, in order, and the
-    initial weights. Read once, and only where a checkpoint is written or resumed from: the weights
-    are gigabytes."""
-    if not hasattr(trainer, "fingerprint"):
-        texts = json.dumps([[p.text, p.answers] for p in trainer.problems])
-        trainer.fingerprint = {
-            "problems": hashlib.sha256(texts.encode()).hexdigest(),
-            "model": model_hash(trainer.config.model),
-        }
-    return trainer.fingerprint
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
 def model_hash(model: str) -> str:
@@ -160,40 +156,38 @@ def model_hash(model: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Saving
 # --------------------------------------------------------------------------------------------------
-def collect(trainer, upcoming, best: tuple[float, int]) -> dict:
+def collect(run, upcoming, best: tuple[float, int]) -> dict:
     """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are
     each rank's own."""
     moments = {}
-    for name, parameter in trainer.policy.named_parameters():
-        for key, value in trainer.learner.optimizer.state.get(parameter, {}).items():
+    for name, parameter in run.policy.named_parameters():
+        for key, value in run.learner.optimizer.state.get(parameter, {}).items():
             value = whole(value)  # one at a time, and only rank 0 keeps it
             if rank() == 0:
                 moments[f"{name}/{key}"] = value.cpu()
-    groups = (
-        everyone([asdict(group) | {"problem": group.number} for group in upcoming.groups])
-        if upcoming
-        else None
-    )
+    groups = None
+    if upcoming:
+        groups = everyone([asdict(g) | {"problem": g.number} for g in upcoming.groups])
     return {
         "moments": moments,
         "groups": groups,
         "best": list(best),
-        "generated_tokens": sum(everyone([trainer.generated_tokens])),
-        "easy_filter": asdict(trainer.easy_filter),
-        "batch_size": trainer.batch_size.size,
-        "stream": [trainer.stream.epoch, trainer.stream.position],
+        "generated_tokens": sum(everyone([run.monitor.generated_tokens])),
+        "easy_filter": asdict(run.easy_filter),
+        "batch_size": run.adaptive_batch.size,
+        "stream": [run.stream.epoch, run.stream.position],
     }
 
 
-def save(run: Path, step: int, trainer, upcoming, best: tuple[float, int], keep: int) -> None:
+def save(folder: Path, step: int, run, upcoming, best: tuple[float, int], keep: int) -> None:
     """Write step-N, then drop all but the newest `keep` and the best. Every rank must call it; rank
     0 writes.
 
     upcoming: the half-finished next batch, or None; best: (test accuracy, its step), which is this
     step or an earlier one.
     """
-    state = collect(trainer, upcoming, best)
-    weights = {name: value.cpu() for name, value in full_weights(trainer.policy) if rank() == 0}
+    state = collect(run, upcoming, best)
+    weights = {name: value.cpu() for name, value in full_weights(run.policy) if rank() == 0}
     if rank():
         return
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
@@ -202,27 +196,26 @@ def save(run: Path, step: int, trainer, upcoming, best: tuple[float, int], keep:
             " finite; no checkpoint is written of it, the older ones are whole"
         )
 
-    def write(folder: Path):
-        trainer.policy.save_pretrained(folder, state_dict=weights)
-        trainer.tokenizer.save_pretrained(folder)
-        torch.save(state, folder / "training.pt")
-        (folder / "run.json").write_text(
-            json.dumps({"step": step, "config": asdict(trainer.config), **fingerprint(trainer)})
-        )
+    def write(fresh: Path):
+        run.policy.save_pretrained(fresh, state_dict=weights)
+        run.tokenizer.save_pretrained(fresh)
+        torch.save(state, fresh / "training.pt")
+        settings = {"step": step, "config": asdict(run.config), **run.fingerprint}
+        (fresh / "run.json").write_text(json.dumps(settings))
 
-    publish(run / folder_of(step), write)
-    link_and_drop(run, step, best[1], keep)
+    publish(folder / folder_of(step), write)
+    link_and_drop(folder, step, best[1], keep)
 
 
-def link_and_drop(run: Path, step: int, best: int, keep: int) -> None:
+def link_and_drop(folder: Path, step: int, best: int, keep: int) -> None:
     """`last` and `best`; then whatever neither they nor --keep need goes, and what a killed run
     left half-written."""
-    point(run, "last", step)
-    point(run, "best", best)
-    for old in checkpoints(run)[:-keep]:
+    point(folder, "last", step)
+    point(folder, "best", best)
+    for old in checkpoints(folder)[:-keep]:
         if old.name != folder_of(best):
             shutil.rmtree(old)
-    for half in run.glob(".step-*.new"):
+    for half in folder.glob(".step-*.new"):
         shutil.rmtree(half)
 
 
@@ -238,12 +231,13 @@ def find(config) -> Path | None:
     return everyone([found[-1] if found else None])[0]
 
 
-def check_unchanged(path: Path, trainer) -> set[str]:
+def check_unchanged(path: Path, run) -> set[str]:
     """Names of the settings that are not those of the checkpoint, "the problems file" among them if
     that is another one. Raises UserError that says what they are, unless --resume_changed."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        old, new = saved["config"], asdict(trainer.config)
+        old, new = saved["config"], asdict(run.config)
+        old["reward"] = {"eval:grade": "boxed"}.get(old["reward"], old["reward"])
         changed = {
             name: f"--{name} {old.get(name)} is now {new[name]}"
             for name in new
@@ -251,7 +245,7 @@ def check_unchanged(path: Path, trainer) -> set[str]:
         }
         changed |= {
             f"the {name} file": f"the {name} file is another one"
-            for name, value in fingerprint(trainer).items()
+            for name, value in run.fingerprint.items()
             if saved[name] != value
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -259,7 +253,7 @@ def check_unchanged(path: Path, trainer) -> set[str]:
             f"{path / 'run.json'}: cannot be read ({first_line(error)}); remove {path} to go on"
             " from an older checkpoint"
         ) from error
-    if changed and not trainer.config.resume_changed:
+    if changed and not run.config.resume_changed:
         raise UserError(
             f"--resume auto: {path} was written with other settings"
             f" ({'; '.join(changed.values())}); use those, or go on with the new ones by"
@@ -268,36 +262,59 @@ def check_unchanged(path: Path, trainer) -> set[str]:
     return set(changed)
 
 
-def restore(path: Path | None, trainer, batch_of):
-    """Give the trainer, whose policy has been read from `path`, the rest of its state; returns
-    (step, best, upcoming) as `save` was given them. The links of the run are put right: it may have
-    been killed before they were set.
+def restore(path: Path | None, run, group_type):
+    """Give the run, whose policy has been read from `path`, the rest of its state; returns (step,
+    best, groups): this rank's groups of the half-finished batch, or None; group_type: attnrl.Group.
 
-    batch_of(step, groups) builds this rank's half-finished batch from plain data (None if there is
-    none). No path: the state of a fresh start.
+    The links of the run are put right: it may have been killed before they were set. No path: the
+    state of a fresh start.
     """
     if path is None:
         return 0, (0.0, 0), None
-    changed = check_unchanged(path, trainer)
+    changed = check_unchanged(path, run)
+    state = read_state(path)
+    restore_stream(state, run.stream, changed)
+    restore_moments(state["moments"], run)
+    step = step_of(path)
+    run.easy_filter = type(run.easy_filter)(**state["easy_filter"])
+    if run.config.ads_batch:
+        adaptive = run.adaptive_batch  # another --batch_size has other bounds
+        adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
+    # they are summed over ranks
+    run.monitor.generated_tokens = state["generated_tokens"] if rank() == 0 else 0
+    best = tuple(state["best"])
+    # somebody removed it: the next evaluation is the best one
+    if not (path.parent / folder_of(best[1])).exists():
+        best = (0.0, step)
+    if rank() == 0:
+        link_and_drop(path.parent, step, best[1], run.config.keep)
+    run.monitor.display.resumed(step, path)
+    if state["groups"] is None:
+        return step, best, None
+    groups = []
+    for plain in mine(state["groups"]):
+        problem = run.problems[plain["number"]]
+        groups.append(group_type(**restored_group(plain, run.eos_ids) | {"problem": problem}))
+    return step, best, groups
+
+
+def read_state(path: Path) -> dict:
+    """The content of training.pt. Raises UserError."""
     try:
         state = torch.load(path / "training.pt", weights_only=True, map_location="cpu", mmap=True)
-        lacking = {
-            "moments",
-            "groups",
-            "best",
-            "generated_tokens",
-            "easy_filter",
-            "batch_size",
-            "stream",
-        } - state.keys()
-        if lacking:
+        if lacking := STATE - state.keys():
             raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except Exception as error:  # a dozen types for a broken file
         raise UserError(
             f"{path / 'training.pt'}: cannot be read ({first_line(error)}); remove {path} to go on"
             " from an older checkpoint"
         ) from error
-    stream, (epoch, position) = trainer.stream, state["stream"]
+    return state
+
+
+def restore_stream(state: dict, stream, changed: set[str]) -> None:
+    """Where the problem stream goes on; a half-finished batch that no longer fits is given up."""
+    epoch, position = state["stream"]
     # numbers of problems mean others now, and the old place may be behind the new end
     if "the problems file" in changed:
         state["groups"], epoch, position = None, 0, 0
@@ -305,42 +322,26 @@ def restore(path: Path | None, trainer, batch_of):
         epoch, position = divmod(epoch * stream.size + position - len(state["groups"]), stream.size)
         state["groups"] = None
     stream.epoch, stream.position = epoch, position
-    optimizer = trainer.learner.optimizer
-    for name, parameter in trainer.policy.named_parameters():
-        own = {
-            key.removeprefix(f"{name}/"): value
-            for key, value in state["moments"].items()
-            if key.startswith(f"{name}/")
-        }
+
+
+def restore_moments(moments: dict, run) -> None:
+    """AdamW's moments, cut like their parameters."""
+    for name, parameter in run.policy.named_parameters():
+        own = {}
+        for key, value in moments.items():
+            if key.startswith(f"{name}/"):
+                own[key.removeprefix(f"{name}/")] = shard_like(value.clone(), parameter)
         if own:
-            optimizer.state[parameter] = {
-                key: shard_like(value.clone(), parameter) for key, value in own.items()
-            }
-    step = step_of(path)
-    trainer.easy_filter = type(trainer.easy_filter)(**state["easy_filter"])
-    if trainer.config.ads_batch:
-        adaptive = trainer.batch_size  # another --batch_size has other bounds
-        adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
-    # they are summed over ranks
-    trainer.generated_tokens = state["generated_tokens"] if rank() == 0 else 0
-    groups = state["groups"]
-    upcoming = (
-        None
-        if groups is None
-        else batch_of(
-            step + 1,
-            mine(
-                [
-                    group | {"responses": [Response(**response) for response in group["responses"]]}
-                    for group in groups
-                ]
-            ),
-        )
-    )
-    best = tuple(state["best"])
-    # somebody removed it: the next evaluation is the best one
-    if not (path.parent / folder_of(best[1])).exists():
-        best = (0.0, step)
-    if rank() == 0:
-        link_and_drop(path.parent, step, best[1], trainer.config.keep)
-    return step, best, upcoming
+            run.learner.optimizer.state[parameter] = own
+
+
+def restored_group(group: dict, eos_ids: list[int]) -> dict:
+    """A group of training.pt with Response objects. In checkpoints of version 1 branch points
+    stand on the group, and whether a response was cut off must be seen from its last token."""
+    points, old = group.pop("branch_points", {}), group.pop("cut", None) is not None
+    responses = [Response(**response) for response in group["responses"]]
+    for i, response in enumerate(responses):
+        if old:
+            response.branch_points = points.get(i, [])
+            response.finished = response.tokens[-1] in eos_ids
+    return group | {"responses": responses}

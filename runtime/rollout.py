@@ -18,13 +18,13 @@ What the first takes care of, because sampling is most of the time of a training
   to float rounding in the model).
 
 Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature).
-An engine with weights of its own can silently sample from old ones: `engine_gap` (vllm_engine.py)
-looks after every sync.
+An engine with weights of its own can silently sample from old ones: `engine_gap` (scoring.py) looks
+after every sync.
 
 Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a
 running batch.
 
-    python -m pytest tests/test_rollout.py
+    python -m pytest tests/runtime/test_rollout.py
 """
 
 from collections.abc import Callable, Iterable
@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
-from fci import output_head, scoring_mode
+from fci import scoring_mode
+from runtime.scoring import output_head
 
 
 @dataclass
@@ -69,6 +70,18 @@ def request_seed(*path: int) -> int:
     """
     high, low = np.random.SeedSequence([len(path), *path]).generate_state(2)
     return (int(high) << 31 | int(low) >> 1) & (2**63 - 1)
+
+
+def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
+    """A few tokens more, from the middle of the first completions: prefixes that the engine has in
+    its cache."""
+    probes = []
+    for request, completion in zip(requests[:4], completions):
+        half = len(completion.tokens) // 2
+        prefix = request.prompt_ids + completion.tokens[:half]
+        length = min(16, request.max_tokens - half)
+        probes.append(Request(prefix, length, request.temperature, request.seed))
+    return probes
 
 
 def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:

@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from errors import UserError, first_line
+from runtime.cli import UserError, first_line
 from toy.programs import toy_set
 
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500

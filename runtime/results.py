@@ -1,32 +1,26 @@
-r"""report.py: the files that an evaluation (eval.py) writes, and what can be said from them: tables
-with intervals, comparisons.
-
-    python report.py runs/eval-X/*.jsonl             one row per result file, and the mean over the
-                                                     sets
-    python report.py --compare A.jsonl B.jsonl       the same questions, two models: B minus A
+r"""results.py: the files that an evaluation (eval.py) writes, and what can be said from them.
 
 A result file has one line of settings, then one line per response (`Sample`), the k of a question
 together.
 
-    avg@k     = mean over questions of c / n                          c right of n samples (the mean
-                                                                      reward)
-    pass@k    = mean over questions of 1 - C(n - c, k) / C(n, k)      unbiased, with n the actual
-                                                                      number of samples
-    bootstrap:  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn anew,
-    10,000 times interval  = the 2.5 % and 97.5 % quantiles of mean*
+    avg@k      mean over questions of c / n                       c right of n samples: mean reward
+    pass@k     mean over questions of 1 - C(n - c, k) / C(n, k)   unbiased, n the actual number
+    bootstrap  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn anew,
+               10,000 times
+    interval   the 2.5 % and 97.5 % quantiles of mean*
 
-Drawn are questions, not samples: more samples of 30 AIME problems say nothing about the 31st, and
-the standard error from the choice of 30 is about 5 points even at k = 32: do not read a difference
-of 2 points as progress. Compared on the same questions (--compare) models differ by less noise: how
+Questions are drawn, not samples: more samples of 30 AIME problems say nothing about the 31st. The
+standard error from the choice of 30 is about 5 points even at k = 32: do not read a difference of
+2 points as progress. Two models on the same questions (`compare`) differ by less noise, since how
 hard a question is cancels. Left out: tests of significance.
 
-    python -m pytest tests/test_report.py
+    python -m tools.report runs/eval-X/*.jsonl
+    python -m pytest tests/runtime/test_results.py
 """
 
 import json
 import math
 import os
-import sys
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
@@ -36,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import Parser, UserError, first_line, plain, stop_on_user_error
+from runtime.cli import UserError, first_line, plain
 from sampler import is_correct
 
 
@@ -137,7 +131,7 @@ def parse_sample(row: dict, place: int, results: Results) -> Sample:
     return one
 
 
-def resume(path: Path, settings: dict, expected: list[tuple[str, int]]) -> Results:
+def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) -> Results:
     """What a result file has already, for an evaluation with these settings to go on with; writes
     nothing. Raises UserError that names the settings which differ, or the line whose (problem,
     sample) is not the expected one."""
@@ -173,7 +167,7 @@ def differing(old: dict, new: dict) -> str:
     )
 
 
-def append(results: Results, samples: list[Sample]) -> None:
+def append_samples(results: Results, samples: list[Sample]) -> None:
     """Write these after the last whole line, and be sure that they are on the disk. Raises
     UserError."""
     text = b"".join(json.dumps(asdict(s)).encode() + b"\n" for s in samples)
@@ -282,7 +276,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
 
 
-def table(files: list[Results]) -> str:
+def results_table(files: list[Results]) -> str:
     """One row per file and the mean over files: accuracy, lengths and shares; then pass@k. In %,
     with intervals."""
     stems = Counter(f.path.stem for f in files)
@@ -365,29 +359,3 @@ def compare(a: Results, b: Results) -> str:
         + "\n\nsettings, A's -> B's: "
         + (differing(a.settings, b.settings) or "the same")
     )
-
-
-def main(argv: list[str]) -> None:
-    parser = Parser(
-        "report.py",
-        "The table of result files of eval.py, or their comparison.",
-        "python report.py --compare runs/A/aime24.jsonl runs/B/aime24.jsonl",
-    )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")
-    parser.add_argument(
-        "--compare",
-        action="store_true",
-        help="two files of the same questions: the second minus the first",
-    )
-    args = parser.parse_args(argv)
-    if args.compare and len(args.files) != 2:
-        raise UserError(f"--compare: takes two result files, got {len(args.files)}")
-    files = [
-        read_results(path) for path in (args.files if args.compare else dict.fromkeys(args.files))
-    ]
-    print(compare(*files) if args.compare else table(files))
-
-
-if __name__ == "__main__":
-    with stop_on_user_error("report.py"):
-        main(sys.argv[1:])

@@ -23,8 +23,11 @@ compared with a GPU.
     python -m pytest tests/test_plan.py
 """
 
+import runtime  # isort: split
+
 import itertools
 import math
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -34,9 +37,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from dist import DTYPES, decoder_layers
-from errors import Parser, UserError, first_line, stop_on_user_error
-from fci import HEAD_CHUNK, indicator_width
+from fci import indicator_width
+from runtime.cli import Parser, UserError, first_line, stop_on_user_error
+from runtime.dist import DTYPES, decoder_layers
+from runtime.scoring import HEAD_CHUNK
 
 GIB = 2**30
 PHASES = ("sampling", "scoring", "update", "optimizer")
@@ -303,99 +307,114 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
     )
 
 
-def plan(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
-    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no
-    such model."""
-    shape, tree, vllm = (
-        parameter_counts(config.model),
-        config.advantage == "tree",
-        config.engine == "vllm",
-    )
-    samples = config.samples_per_problem()
+def step_lines(config, ranks: int) -> list[str]:
+    """What one training step samples and trains."""
+    tree, samples = config.advantage == "tree", config.samples_per_problem()
     initial = config.batch_size * samples
     continued = initial * config.branch_points * config.continuations if tree else 0
     leaves = initial + continued
     tokens = leaves * config.max_response / 1e6
+    sizes = wanted = ""
+    if config.ads_batch:
+        low, high = config.batch_size / config.batch_range, config.batch_size * config.batch_range
+        sizes = f" ({low:.0f} to {high:.0f} later)"
+        wanted = f" ({config.target_sequences:,} wanted)"
+    updates = math.ceil(leaves / config.mini_batch)
+    return [
+        f"{config.batch_size} problems{sizes} x {samples} responses = {initial:,}, and up to"
+        f" {continued:,} continuations",
+        f"up to {leaves:,} leaves = training sequences{wanted} = {updates} updates of"
+        f" {config.mini_batch}",
+        f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are"
+        f" {config.max_response:,} long)",
+    ]
+
+
+def run_line(config) -> str:
+    """What the whole run samples."""
+    tree = config.advantage == "tree"
+    leaves = config.leaves_per_problem() if tree else config.grpo_samples
+    tokens = config.steps * config.batch_size * leaves * config.max_response / 1e6
     # without a tree there is nothing to continue; one-step off-policy has one call more than steps,
     # to warm up
-    calls = config.steps * (1 if config.one_step_off_policy or not tree else 2) + (
-        config.one_step_off_policy and tree
+    calls = config.steps * (1 if config.one_step_off_policy or not tree else 2)
+    calls += config.one_step_off_policy and tree
+    evaluated = {0, config.steps}
+    if config.eval_every:
+        evaluated |= set(range(0, config.steps + 1, config.eval_every))
+    return (
+        f"{config.steps} steps, up to {tokens:,.0f} M tokens; {calls} generation calls and"
+        f" {len(evaluated)} evaluations ({config.eval_samples} samples a problem)"
     )
-    evaluated = [
-        step
-        for step in range(config.steps + 1)
-        if step in (0, config.steps) or config.eval_every and step % config.eval_every == 0
-    ]
-    sizes = (
-        f" ({config.batch_size / config.batch_range:.0f} to"
-        f" {config.batch_size * config.batch_range:.0f} later)"
+
+
+def machine_line(config, ranks: int, gpu_gib: float) -> str:
+    checkpointing = "on" if config.activation_checkpointing else "off"
+    offload = ", cpu offload" if config.cpu_offload else ""
+    return (
+        f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation checkpointing"
+        f" {checkpointing}{offload}"
     )
-    wanted = f" ({config.target_sequences:,} wanted)"
+
+
+def engine_line(config, shape: Shape, gpu_gib: float) -> str:
+    if config.engine != "vllm":
+        return f"transformers, at most {config.rollout_tokens:,} tokens of KV cache"
+    tokens = vllm_tokens(config, shape, gpu_gib)
+    share = f"{config.engine_memory:.0%} of a GPU"
+    return f"vLLM, {share}: weights and about {tokens:,} tokens of KV cache"
+
+
+def host_line(config, shape: Shape, ranks: int) -> str:
+    """Host memory of one node."""
     # policy, and the engine's copy of it
-    copies = 2 if config.parallel == "fsdp" and not vllm else 1
-    host = (
-        f"{ranks * copies * 4 * shape.parameters / GIB:.1f} GiB while it starts (every rank reads"
-        " the fp32 weights)"
-    )
+    copies = 2 if config.parallel == "fsdp" and config.engine != "vllm" else 1
+    start = ranks * copies * 4 * shape.parameters / GIB
+    line = f"{start:.1f} GiB while it starts (every rank reads the fp32 weights)"
     if config.cpu_offload:
-        host += (
-            f", {(16 + 4 * config.keeps_reference()) * shape.parameters / GIB:.1f} GiB then; all"
-            " ranks together"
-        )
-    lines = {
-        "model": [
-            config.model,
-            (
-                f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and "
-                f"{shape.root:,} in embedding, last norm and head"
-            ),
-        ],
-        "machine": [
-            f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation"
-            " checkpointing "
-            f"{'on' if config.activation_checkpointing else 'off'}{', cpu offload' * config.cpu_offload}"
-        ],
-        "engine": [
-            (
-                f"vLLM, {config.engine_memory:.0%} of a GPU: weights and about "
-                f"{vllm_tokens(config, shape, gpu_gib):,} tokens of KV cache"
-                if vllm
-                else f"transformers, at most {config.rollout_tokens:,} tokens of KV cache"
-            )
-        ],
+        then = (16 + 4 * config.keeps_reference()) * shape.parameters / GIB
+        line += f", {then:.1f} GiB then; all ranks together"
+    return line
+
+
+def disk_line(config, shape: Shape) -> str:
+    one, count = 12 * shape.parameters / GIB, config.keep + 2
+    return (
+        f"{count * one:.1f} GiB: {count} checkpoints of {one:.1f} (--keep {config.keep}, the best,"
+        " and a new one before an old one goes)"
+    )
+
+
+def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
+    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no
+    such model."""
+    shape = parameter_counts(config.model)
+    sizes = (
+        f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and"
+        f" {shape.root:,} in embedding, last norm and head"
+    )
+    parts = {
+        "model": [config.model, sizes],
+        "machine": [machine_line(config, ranks, gpu_gib)],
+        "engine": [engine_line(config, shape, gpu_gib)],
         "data": [f"{config.problems}, evaluated on {config.test_problems} (not read here)"],
-        "a step": [
-            (
-                f"{config.batch_size} problems{sizes * config.ads_batch} x {samples} responses ="
-                f" {initial:,}, and up to {continued:,} continuations"
-            ),
-            (
-                f"up to {leaves:,} leaves = training sequences{wanted * config.ads_batch} = "
-                f"{math.ceil(leaves / config.mini_batch)} updates of {config.mini_batch}"
-            ),
-            (
-                f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are"
-                f" {config.max_response:,} long)"
-            ),
-        ],
-        "the run": [
-            f"{config.steps} steps, up to {config.steps * tokens:,.0f} M tokens; {calls} generation"
-            f" calls and {len(evaluated)} evaluations ({config.eval_samples} samples a problem)"
-        ],
+        "a step": step_lines(config, ranks),
+        "the run": [run_line(config)],
         "memory": memory_lines(config, shape, ranks, gpu_gib),
-        "host": [host],
-        "disk": [
-            f"{(config.keep + 2) * 12 * shape.parameters / GIB:.1f} GiB:"
-            f" {config.keep + 2} checkpoints of {12 * shape.parameters / GIB:.1f} (--keep"
-            f" {config.keep}, the best, and a new one before an old one goes)"
-        ],
+        "host": [host_line(config, shape, ranks)],
+        "disk": [disk_line(config, shape)],
         "command": [launch(argv, ranks)],
     }
-    return "\n".join(
-        f"{'' if i else name:10}{text}"
-        for name, texts in lines.items()
-        for i, text in enumerate(texts)
-    )
+    lines = []
+    for name, texts in parts.items():
+        lines += [f"{name:10}{texts[0]}", *(f"{'':10}{text}" for text in texts[1:])]
+    return "\n".join(lines)
+
+
+def print_plan(config, argv: list[str]) -> None:
+    """What --dry_run prints; of several ranks rank 0 does."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(describe(config, config.gpus, config.gpu_gib, argv))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,7 +445,7 @@ MACHINES: dict[str, tuple[int, dict]] = {
 }
 
 
-def table() -> str:
+def memory_table() -> str:
     """Peak GiB per GPU without / with activation checkpointing, transformers engine, as Markdown;
     bold: more than 80."""
     from attnrl import Config
@@ -455,18 +474,18 @@ def table() -> str:
 
 def main(argv: list[str]) -> None:
     parser = Parser(
-        "plan.py",
+        "-m tools.plan",
         "The README's table of memory; for the plan of one run: attnrl.py --dry_run.",
-        "python plan.py",
+        "python -m tools.plan",
     )
     if unknown := parser.parse_known_args(argv)[1]:
         raise UserError(
             f"{' '.join(unknown)}: plan.py takes no arguments; the plan of a run is python"
             " attnrl.py ... --dry_run"
         )
-    print(table())
+    print(memory_table())
 
 
 if __name__ == "__main__":
-    with stop_on_user_error("plan.py"):
+    with stop_on_user_error("tools.plan"):
         main(sys.argv[1:])

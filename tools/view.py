@@ -1,23 +1,19 @@
 """view.py: look at runs. The explorer of a run, its curves, and a table of several runs.
 
-    python view.py runs/NAME                      # runs/NAME/explorer.html and curves.png, from
-                                                  what the run has logged
-    python view.py runs/NAME --steps 10 20 30     # these training steps in the explorer, instead of
-                                                  as many as fit
-    python view.py runs/A runs/B runs/C           # the same for each, and one table
-    python view.py --plots runs/A runs/B          # the runs side by side: runs/compare.png and .svg
+    python -m tools.view runs/NAME                    # its explorer.html and curves.png
+    python -m tools.view runs/NAME --steps 10 20 30   # these steps, not as many as fit
+    python -m tools.view runs/A runs/B runs/C         # the same for each, and one table
+    python -m tools.view --plots runs/A runs/B        # side by side: runs/compare.png and .svg
 
 The explorer is one HTML file without a network: the trees of the logged problems step by step, with
 FCI, branch points and why they were chosen, values, advantages, and every token's log-prob and
 entropy. The page itself is view.html.
-
-Also here: what `python fci.py` prints and draws, the FCI of one response; and `python eval.py
---ask`, an answer as it comes.
 """
+
+import runtime  # isort: split
 
 import json
 import math
-import random
 import re
 import sys
 from pathlib import Path
@@ -26,8 +22,7 @@ from statistics import fmean
 # not pyplot: files, no windows, also on a machine without a screen
 from matplotlib.figure import Figure
 
-from data import Problem, encode_question
-from errors import Parser, UserError, first_line, plain, reason, stop_on_user_error
+from runtime.cli import Parser, UserError, first_line, reason, stop_on_user_error
 from tree import fci_threshold
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart
@@ -200,7 +195,7 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
     return paths
 
 
-def table(runs: list[Path]) -> str:
+def runs_table(runs: list[Path]) -> str:
     """Test accuracy (avg@k, in %) before training, at its best and at the end, with the means over
     the runs."""
     rows = []
@@ -233,6 +228,13 @@ def table(runs: list[Path]) -> str:
             + f" | {row[5]:.2f} | {row[6]:.1f} |"
         )
     return "\n".join(lines)
+
+
+def print_run(run: Path | None) -> None:
+    """What a run prints at its end. None: another rank has the folder."""
+    if run:
+        files = "(explorer.html, curves.png, metrics.jsonl, last/, best/)"
+        print(f"\n{runs_table([run])}\n\nrun folder: {run} {files}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -344,163 +346,11 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------------------
-# `python fci.py`: the scores of one response
-# --------------------------------------------------------------------------------------------------
-def plot_scores(path: str, fci: list[float], chosen: list[int], labels: list[str]) -> None:
-    """The FCI curve of one response with its branch points."""
-    figure = Figure(figsize=(max(6, min(16, 0.5 * len(fci))), 4), layout="constrained")
-    axis = figure.subplots()
-    axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
-    axis.plot(
-        chosen,
-        [fci[k] for k in chosen],
-        "D",
-        ms=11,
-        mfc="none",
-        mew=2,
-        color=ORANGE,
-        label="branch points",
-    )
-    axis.set(
-        xlabel="step",
-        ylabel="FCI (attention mass from later steps)",
-        title="Forward Context Influence",
-    )
-    if len(labels) <= 40:  # longer responses: step numbers only
-        axis.set_xticks(
-            range(len(labels)),
-            [f"{k}: {text[:18]}" for k, text in enumerate(labels)],
-            rotation=60,
-            ha="right",
-            fontsize=8,
-            parse_math=False,
-        )
-    axis.legend()
-    axis.grid(alpha=0.3)
-    try:
-        # else matplotlib makes FILE.png of FILE
-        figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
-    except (OSError, ValueError) as error:  # no such folder, no such format
-        raise UserError(f"--plot {path}: cannot be written ({reason(error)})") from error
-
-
-def show_fci(argv: list[str]) -> None:
-    """Score one response (sampled here, unless --response names a file) and mark where AttnRL would
-    branch."""
-    from eval import check_context, load_model  # here, so that drawing curves needs no model code
-    from fci import Sequence, check_model, score, separator_tokens, split_steps, without_answer
-    from rollout import Request, TransformersEngine
-    from tree import Response, choose_branch_points
-
-    parser = Parser(
-        "fci.py",
-        show_fci.__doc__ or "",
-        "python fci.py --model toy/model --problem 'a=4;b=a-2;?b' --delta 1 --plot fci.png",
-    )
-    parser.add_argument("--model", default="toy/model", help="model directory")
-    parser.add_argument("--problem", required=True, help="the problem's text")
-    parser.add_argument("--response", help="file with the response; without it one is sampled")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
-    parser.add_argument(
-        "--delta", type=int, default=4, help="attention counts from this many steps later on"
-    )
-    parser.add_argument(
-        "--rho", type=float, default=0.2, help="branch points are among the top rho of FCI"
-    )
-    parser.add_argument("--max_response", type=int, default=1024, help="tokens, when sampling")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.delta < 1 or not 0 <= args.rho <= 1 or args.max_response < 1 or args.seed < 0:
-        raise UserError(
-            "--delta and --max_response must be at least 1, --rho between 0 and 1, --seed not"
-            " negative"
-        )
-    model, tokenizer, eos_ids = load_model(args.model, "auto")
-    check_model(model, args.model)
-    prompt = encode_question(tokenizer, args.problem, "--problem")
-    if args.response:
-        try:
-            text = open(args.response, encoding="utf-8").read()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--response {args.response}: cannot be read as UTF-8 text ({reason(error)})"
-            ) from error
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        check_context(
-            model,
-            [Problem(args.problem, [], "--problem", prompt)],
-            len(tokens),
-            option=f"response {args.response}:",
-        )
-    else:
-        limit = check_context(
-            model, [Problem(args.problem, [], "--problem", prompt)], None, at_most=args.max_response
-        )
-        tokens = (
-            TransformersEngine(model, eos_ids)
-            .generate([Request(prompt, limit, 1.0, args.seed)])[0]
-            .tokens
-        )
-    if not tokens:
-        raise UserError("the response is empty: there is nothing to score")
-    separators = separator_tokens(tokenizer)
-    bounds = split_steps(tokens, separators)
-    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
-    fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
-    response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
-    points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
-    labels = [
-        tokenizer.decode(tokens[a:b], skip_special_tokens=True).strip()
-        for a, b in zip(bounds, bounds[1:])
-    ]
-    for k, (label, y) in enumerate(zip(labels, fci)):
-        mark = "<- branch" if bounds[k] in points else ""
-        print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {plain(' '.join(label.split()))[:90]}")
-    if len(labels) <= args.delta + 1:
-        print(
-            f"{len(labels)} steps with Delta = {args.delta}: all scores are 0 by definition; try a"
-            " smaller --delta"
-        )
-    if args.plot:
-        plot_scores(args.plot, fci, [k for k in range(len(labels)) if bounds[k] in points], labels)
-        print(f"curve: {args.plot}")
-
-
-# --------------------------------------------------------------------------------------------------
-# `python eval.py --ask`: one answer
-# --------------------------------------------------------------------------------------------------
-def ask(model, tokenizer, eos_ids: list[int], args) -> None:
-    """Print one answer while it is sampled. Raises UserError for options that are not for one
-    answer."""
-    if given := [name for name in ("k", "out", "suite") if getattr(args, name)] + ["engine"] * (
-        args.engine == "vllm"
-    ):
-        raise UserError(f"--{given[0]}: is for --problems, not for --ask")
-    import torch
-    from transformers import TextStreamer
-
-    from eval import check_context
-    from rollout import Request, TransformersEngine
-
-    class Streamer(TextStreamer):  # waits for the rest of a word or character
-        def on_finalized_text(self, text: str, stream_end: bool = False):
-            print(plain(text), end="\n" if stream_end else "", flush=True)
-
-    streamer = Streamer(tokenizer, skip_special_tokens=True)
-    prompt = encode_question(tokenizer, args.ask + args.prompt_suffix, "--ask")
-    limit = check_context(model, [Problem(args.ask, [], "--ask", prompt)], args.max_response)
-    engine = TransformersEngine(model, eos_ids)
-    engine.generate(
-        [Request(prompt, limit, args.temperature, args.seed)],
-        on_token=lambda _, token: streamer.put(torch.tensor([token])),
-    )
-    streamer.end()
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(
-        "view.py", "The explorer, the curves and a table of runs.", "python view.py runs/A runs/B"
+        "-m tools.view",
+        "The explorer, the curves and a table of runs.",
+        "python -m tools.view runs/A runs/B",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="runs/NAME")
     parser.add_argument(
@@ -518,16 +368,14 @@ def main(argv: list[str]) -> None:
     if args.plots and args.steps:
         raise UserError("--steps: is for the explorer, not for --plots")
     args.runs = list(dict.fromkeys(args.runs))  # given twice, a run would count twice in the means
-    print(table(args.runs))
+    print(runs_table(args.runs))
     if args.plots:
-        return print(
-            *draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n"
-        )
-    for run in args.runs:
+        print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")
+    for run in args.runs if not args.plots else ():
         print(draw_curves(run))
         print(write_explorer(run, args.steps))
 
 
 if __name__ == "__main__":
-    with stop_on_user_error("view.py"):
+    with stop_on_user_error("tools.view"):
         main(sys.argv[1:])

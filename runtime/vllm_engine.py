@@ -23,16 +23,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable
-from statistics import fmean
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from dist import DTYPES, everyone, world
-from errors import UserError
-from fci import Sequence, score
-from rollout import Completion, Request
+from runtime.cli import UserError
+from runtime.dist import DTYPES, world
+from runtime.rollout import Completion, Request
 
 
 class VLLMEngine:
@@ -171,52 +169,3 @@ class VLLMEngine:
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
-
-
-def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
-    """A few tokens more, from the middle of the first completions: prefixes that the engine has in
-    its cache."""
-    return [
-        Request(
-            r.prompt_ids + c.tokens[: len(c.tokens) // 2],
-            min(16, r.max_tokens - len(c.tokens) // 2),
-            r.temperature,
-            r.seed,
-        )
-        for r, c in zip(requests[:4], completions)
-    ]
-
-
-def engine_gap(engine, policy, requests: list[Request], tolerance: float) -> float:
-    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a
-    few tokens that it samples now. Raises UserError with both log-probs above the tolerance. Every
-    rank must call it (`policy` may be sharded).
-
-    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix
-    cache shows as well.
-    """
-    completions = engine.generate(requests) if requests else []
-    scores = score(
-        policy,
-        [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
-        requests[0].temperature if requests else 1.0,
-    )
-    sampled, learnt = (
-        [lp for c in completions for lp in c.logprobs],
-        [lp for s in scores for lp in s.logprobs],
-    )
-    gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
-    means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
-    # all stop or none: nobody waits for one that has left
-    ranks = everyone([(gap, *means, len(sampled))])
-    if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
-        gap, engine_mean, learner_mean, tokens = bad[0]
-        raise UserError(
-            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's"
-            f" mean log-prob is {engine_mean:.4f}, the learner's {learner_mean:.4f}, mean"
-            f" |difference| {gap:.4g}, above --sync_tolerance {tolerance:g}. Likely causes: weights"
-            " that did not arrive (a tied output head, a new version of vLLM), KV of the old"
-            " weights in the prefix cache, another dtype or temperature, weights that are not"
-            " finite"
-        )
-    return max(found[0] for found in ranks)

@@ -1,7 +1,8 @@
-"""errors.py: command lines, what a person is told when something is wrong, and how a command
+"""cli.py: command lines, what a person is told when something is wrong, and how a command
 leaves: one line, exit code 2."""
 
 import argparse
+import difflib
 import io
 import os
 import re
@@ -32,6 +33,29 @@ def plain(text: str) -> str:
     """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or
     worse, are replaced."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
+# Options by the names that other trainers give them
+ELSEWHERE = {
+    "beta": "kl_coef",
+    "data": "problems",
+    "dataset": "problems",
+    "eval_steps": "eval_every",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
+    "learning_rate": "lr",
+    "max_completion_length": "max_response",
+    "max_new_tokens": "max_response",
+    "max_prompt_length": "max_prompt",
+    "max_steps": "steps",
+    "model_name_or_path": "model",
+    "num_generations": "group_size",
+    "output_dir": "out",
+    "report_to": "track",
+    "save_steps": "save_every",
+    "train_file": "problems",
+    "total_epochs": "steps",
+}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -67,18 +91,50 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
+    def parse_args(self, args=None, namespace=None):
+        """As argparse does it, but dashes pass for underscores, and a wrong option or value comes
+        with the closest right one."""
+        words = [self.underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        found, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
 
-    def add_settings(self, kind: type) -> None:
+    def underscored(self, word: str) -> str:
+        """--batch-size=3 -> --batch_size=3, where that is an option."""
+        name, equals, value = word.partition("=")
+        known = name.startswith("--") and "--" + name[2:].replace("-", "_")
+        return known + equals + value if known in self._option_string_actions else word
+
+    def error(self, message: str):
+        raise UserError(f"{plain(message)}{self.hint(message)} (see --help)")
+
+    def hint(self, message: str) -> str:
+        """The end of a message: "; did you mean --lr?", for an option or a value that is
+        close to a right one; else nothing."""
+        if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
+            name = unknown[1].replace("-", "_")
+            names = [option[2:] for option in self._option_string_actions]
+            close = [ELSEWHERE.get(name)] if ELSEWHERE.get(name) in names else []
+            close = close or difflib.get_close_matches(name, names, 1, 0.6)
+            return f"; did you mean --{close[0]}?" if close else ""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            choices = [choice.strip("' ") for choice in wrong[2].split(",")]
+            close = difflib.get_close_matches(wrong[1], choices, 1, 0.4)
+            return f"; did you mean {close[0]}?" if close else ""
+        return ""
+
+    def add_settings(self, kind: type, tables: dict[str, dict]) -> None:
         """An option for every field of a dataclass, in the groups that its metadata names
-        (attnrl.Config)."""
+        (runtime/config.py). tables: the fields whose values are the keys of a table."""
         group: Any = self
         how: dict[str, Any]
         for one in fields(kind):
             if one.metadata["group"]:
                 group = self.add_argument_group(one.metadata["group"])
-            if one.type is bool:
+            if one.name in tables:
+                how = dict(choices=list(tables[one.name]))
+            elif one.type is bool:
                 how = dict(type=yes_or_no, metavar="true|false", nargs="?", const=True)
             elif choices := get_args(one.type):
                 how = dict(choices=choices)
@@ -118,7 +174,7 @@ def stop_on_user_error(command: str):
     except UserError as error:
         # rank 0 mostly says the same; torchrun then ends this process before it does
         if int(os.environ.get("RANK", 0)):
-            # which during a run asks for one more step (runlog.stop_on_signals)
+            # which during a run asks for one more step (monitor.stop_on_signals)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)

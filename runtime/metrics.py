@@ -1,0 +1,259 @@
+"""metrics.py: what a training step measures, and what a person should be told about it.
+
+Nothing here changes what is trained. Every key of metrics.jsonl is explained in the README.
+
+    python -m pytest tests/runtime/test_metrics.py
+"""
+
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+
+from runtime.cli import plain
+from sampler import is_correct
+
+FAULTS = ("timeout", "died", "error")  # of grading: such a response counts as wrong
+
+
+def mean(values) -> float:
+    """Mean of any iterable, 0 when it is empty."""
+    values = list(values)
+    return statistics.fmean(values) if values else 0.0
+
+
+def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
+    """Reward and shares of problems whose responses are all right, all wrong, or mixed (valid: they
+    can teach)."""
+    solved = [[is_correct(r) for r in rewards] for rewards in groups if rewards]
+    return {
+        f"{name}/reward": mean(r for rewards in groups for r in rewards),
+        f"{name}/solve_all": mean(all(row) for row in solved),
+        f"{name}/solve_none": mean(not any(row) for row in solved),
+        f"{name}/valid": mean(any(row) and not all(row) for row in solved),
+    }
+
+
+def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
+    """Both samplings of one batch, and what is left of them for training. groups: all ranks'."""
+    responses = [r for group in groups for r in group.responses]
+    continuations = [c for r in responses for c in r.continuations]
+    trained = sum(len(s.tokens) for s in sequences)
+    sampled = sum(len(r.tokens) for r in responses)
+    sampled += sum(c.at + len(c.tokens) for c in continuations)
+    initial = [[r.reward for r in group.responses] for group in groups]
+    monte_carlo = [[c.reward for r in group.responses for c in r.continuations] for group in groups]
+    return {
+        **outcome_ratios("initial", initial),
+        **outcome_ratios("mc", monte_carlo),
+        "problems": len(groups),
+        "filtered_ratio": mean(group.filtered for group in groups),
+        "trees": mean(group.trees() for group in groups if not group.filtered),
+        "leaves": len(responses) + len(continuations),
+        "sequences": len(sequences),
+        "valid_tokens": trained,
+        "valid_token_ratio": trained / max(1, sampled),
+        "response_length": mean(len(r.tokens) for r in responses),
+        "steps_per_response": mean(len(r.bounds) - 1 for r in responses),
+        "cut_off": mean(not r.finished for r in responses),
+        "entropy": mean(e for r in responses for e in r.entropies),
+        "fci": mean(y for r in responses for y in r.fci),
+    }
+
+
+def step_metrics(run, step: int, result) -> dict:
+    """One line of metrics.jsonl, over all ranks; counts start anew. run: attnrl.Run, result:
+    attnrl.StepResult. Every rank must call it."""
+    counts, run.reward.counts = run.reward.counts, Counter()
+    return {
+        "step": step,
+        **batch_metrics(result.groups, result.sequences),
+        **{f"train/{name}": value for name, value in vars(result.stats).items()},
+        "train/lr": run.learner.optimizer.param_groups[0]["lr"],
+        **run.monitor.record(counts, run.config.sync_tolerance),
+    }
+
+
+@dataclass
+class Outcomes:
+    """What became of a number of responses; each is counted once."""
+
+    right: int = 0
+    ungraded: int = 0  # the grader failed: counted as wrong
+    unboxed: int = 0  # no answer to grade
+    unboxed_cut: int = 0  # the same, and cut off at the length limit
+    wrong: int = 0  # an answer, but not a right one
+
+    def add(self, reward: float, boxed: bool, finished: bool, error: str = "") -> None:
+        if is_correct(reward):
+            self.right += 1
+        elif error:
+            self.ungraded += 1
+        elif boxed:
+            self.wrong += 1
+        elif finished:
+            self.unboxed += 1
+        else:
+            self.unboxed_cut += 1
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    @classmethod
+    def sum(cls, shares) -> "Outcomes":
+        columns = zip(*(vars(share).values() for share in shares))
+        return cls(*map(sum, columns))
+
+    def __str__(self) -> str:
+        none = self.unboxed + self.unboxed_cut
+        return (
+            f"of {self.total} responses {self.right} right, {none} without an answer to grade"
+            f" ({self.unboxed_cut} of them cut off), {self.wrong} wrong, {self.ungraded} could not"
+            " be graded"
+        )
+
+    def advice(self, reward: str, length: str) -> list[str]:
+        """The options that would change it, for what at least a tenth of the responses suffer from.
+        reward: --reward; length: the option that limits a response."""
+        found, tenth = [], max(1, self.total / 10)
+        if self.unboxed >= tenth:
+            looser = ", or grade the last number: --reward boxed_or_number"
+            found.append(
+                "no box: ask for one with --prompt_suffix"
+                + (looser if reward in ("boxed", "eval:grade") else "")
+            )
+        if self.unboxed_cut >= tenth:
+            found.append(f"cut off before an answer: raise --{length}")
+        if self.ungraded >= tenth:
+            found.append("could not be graded: see grading/* in metrics.jsonl")
+        return found
+
+
+def outcome_lines(outcomes: Outcomes, example: str, reward: str, length: str) -> list[str]:
+    """Why is the reward what it is? Counts, one real response shortened, what would change it."""
+    lines = [str(outcomes)]
+    if example:
+        lines.append(f"one that is not right: {shortened(example)}")
+    return lines + outcomes.advice(reward, length)
+
+
+def shortened(text: str, width: int = 160) -> str:
+    """One line of a response: its beginning and its end."""
+    text = plain(" ".join(text.split()))
+    if len(text) <= width:
+        return text
+    return f"{text[: width // 2 - 3]} ... {text[-width // 2 + 2 :]}"
+
+
+@dataclass
+class Gap:
+    """|engine's log-prob - learner's log-prob| over a step's tokens. Sums, not a list: a step may
+    sample 15 M tokens."""
+
+    total: float = 0.0
+    tokens: int = 0
+    largest: float = 0.0
+
+    @classmethod
+    def sum(cls, gaps) -> "Gap":
+        return cls(
+            sum(g.total for g in gaps), sum(g.tokens for g in gaps), max(g.largest for g in gaps)
+        )
+
+    def add(self, engine: list[float], learner: list[float]) -> None:
+        gaps = [abs(a - b) for a, b in zip(engine, learner)]
+        self.total += sum(gaps)
+        self.tokens += len(gaps)
+        self.largest = max(self.largest, *gaps, 0.0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Failures with a name
+# --------------------------------------------------------------------------------------------------
+def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:
+    """The FCI of attention that has collapsed: every query spread evenly over all tokens up to
+    itself.
+
+    It falls with k (early steps have more later ones), which is why collapse cannot be seen from
+    FCI alone.
+    """
+    rows = [
+        sum(1 / (prompt_length + q + 1) for q in range(a, b)) / (b - a)
+        for a, b in zip(bounds, bounds[1:])
+    ]
+    return [0.0 if k == 0 else math.fsum(rows[k + delta :]) for k in range(len(rows))]
+
+
+def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
+    """How much FCI tells of the steps: the median over responses of the relative spread (std /
+    mean) of their scores, both as they are and in units of `uniform` (`uniform_fci`), whichever is
+    smaller. None: too few steps to say.
+
+    Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
+    """
+
+    def spread(values: list[float]) -> float:
+        return statistics.pstdev(values) / statistics.fmean(values)
+
+    rows = [[(y, u) for y, u in zip(ys, us) if y > 0] for ys, us in zip(scores, uniform)]
+    found = [
+        min(spread([y for y, _ in row]), spread([y / u for y, u in row]))
+        for row in rows
+        if len(row) >= 3
+    ]
+    return statistics.median(found) if found else None
+
+
+def notices(
+    problems: int, expanded: int | None, kept: int, spread: float | None, inert: bool = False
+) -> list[str]:
+    """What a person should know about this batch: one line each, none if all is well.
+
+    expanded: problems with a branch point (None: the method has none); kept: training sequences;
+    spread: `fci_spread`; inert: no step of any response has a positive FCI.
+    """
+    found = []
+    if inert:
+        found.append(
+            "FCI is inert: every step scores 0, for no response has more than Delta + 1 steps;"
+            " lower --delta"
+        )
+    if spread is not None and spread < 0.05:
+        found.append(
+            f"attention collapse: FCI is nearly uniform (relative spread {spread:.3f}); "
+            "branch points are arbitrary"
+        )
+    if expanded == 0:
+        found.append(
+            f"none of {problems} problems is branched (all filtered, or no response has two steps):"
+            " no continuations"
+        )
+    if kept == 0:
+        found.append(
+            f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
+            "the batch size is held"
+        )
+    return found
+
+
+def batch_notices(config, groups: list, sequences: list) -> list[str]:
+    """The notices of a finished batch."""
+    scored = [
+        (g.problem, r) for g in groups for r in g.responses if r.fci and config.branch == "fci"
+    ]
+    uniform = [uniform_fci(len(p.prompt_ids), r.bounds, config.delta) for p, r in scored]
+    spread = fci_spread([r.fci for _, r in scored], uniform)
+    inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
+    expanded = sum(g.trees() > 0 for g in groups) if config.advantage == "tree" else None
+    return notices(len(groups), expanded, len(sequences), spread, inert)
+
+
+def empty_batch_lines(config, groups: list, text_of) -> list[str]:
+    """Why did no leaf of the batch teach anything? text_of(tokens): the text of a response."""
+    outcomes, example = Outcomes(), ""
+    for response in (r for group in groups for r in group.responses):
+        outcomes.add(response.reward, response.boxed, response.finished)
+        if not example and not is_correct(response.reward):
+            example = text_of(response.tokens)
+    return outcome_lines(outcomes, example, config.reward, "max_response")

@@ -1,0 +1,305 @@
+"""runlog.py: the folder of a run, what is written into it, and trackers.
+
+    config.json     the resolved configuration and the versions that ran it
+    metrics.jsonl   one line per step; every key is explained in the README
+    batches.jsonl   one line per step: every problem's difficulty, FCI, filter, trees, leaves
+    samples.jsonl   a few problems of every step, whole trees: tokens, log-probs, entropies, FCI,
+                    branch points, advantages
+    curves.png      drawn at every evaluation; explorer.html at the end (tools/view.py)
+    step-N/         checkpoints, see checkpoint.py; the links last and best lead to two of them
+
+Nothing here changes what is trained.
+
+    python -m pytest tests/runtime/test_runlog.py
+"""
+
+import importlib
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import transformers
+
+from runtime.checkpoint import flush
+from runtime.cli import UserError, first_line
+from runtime.dist import rank
+from runtime.metrics import batch_notices, empty_batch_lines, mean
+from runtime.rewards import response_texts
+from sampler import problem_fci, solve_rate
+
+LOGS = ("metrics.jsonl", "batches.jsonl", "samples.jsonl")
+
+
+def open_tensorboard(folder: Path, config, first_step: int):
+    """(write, close): write a step's metrics as TensorBoard events. What was logged from
+    `first_step` on is void."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def track(record: dict) -> None:
+        for key, value in record.items():
+            writer.add_scalar(key, value, record["step"])
+        writer.flush()
+
+    return track, writer.close
+
+
+def open_wandb(folder: Path, config, first_step: int):
+    """The same for Weights & Biases, in project "attnrl", a run of its own each time it starts;
+    where it sends what is up to its own settings (WANDB_MODE=offline)."""
+    import wandb
+
+    run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
+    return lambda record: run.log(record, step=record["step"]), run.finish
+
+
+# module, its use
+TRACKERS = {
+    "tensorboard": ("torch.utils.tensorboard", open_tensorboard),
+    "wandb": ("wandb", open_wandb),
+}
+
+
+def token_texts(tokenizer, tokens: list[int]) -> list[str]:
+    """The text of every token; joined they are the text of all. A character of several tokens
+    stands at the last of them."""
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    # tokens[start:done] are known: some tokenizers write a token differently at the beginning
+    texts, start, done = [], 0, 0
+    for end in range(1, len(tokens) + 1):
+        text = decode(tokens[start:end])
+        if text.endswith("\ufffd") and end < min(len(tokens), done + 8):  # half a character
+            texts.append("")
+        else:
+            texts.append(text[len(decode(tokens[start:done])) :])
+            start, done = done, end
+    return texts
+
+
+def records_until(path: Path, step: int) -> list[str]:
+    """The lines of a log up to this step; none after the first that is not a record."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError):
+            break
+    return kept
+
+
+def check_folder(config) -> None:
+    """Raises UserError for an --out or --track that cannot be, before anything is loaded. Touches
+    nothing."""
+    if config.track in TRACKERS:
+        try:
+            importlib.import_module(TRACKERS[config.track][0])
+        except ImportError as error:
+            raise UserError(
+                f"--track {config.track}: pip install {config.track} ({first_line(error)})"
+            ) from error
+    path = Path(config.out)
+    try:
+        if not config.out or not path.exists() or not any(path.iterdir()):
+            return
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be made a folder ({error.strerror})") from error
+    if config.resume != "auto":
+        raise UserError(
+            f"--out {path}: is not empty; give another folder, remove it, or (if it is this run's)"
+            " --resume auto"
+        )
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"--out {path}: is not empty, and has no config.json of a run to go on with; give"
+            " another folder"
+        )
+
+
+class RunFolder:
+    """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made.
+    Only rank 0 writes; of the other ranks `path` is None."""
+
+    def __init__(self, config, say=lambda text: None):
+        self.path, self.config, self.tracker = None, config, None
+        if rank():
+            return
+        name = f"{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        self.path = Path(config.out or f"runs/{name}")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            going_on = config.resume == "auto" and (self.path / "config.json").exists()
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            settings = asdict(config) | {"out": str(self.path), "versions": versions}
+            # "x": the first of two gets it
+            with (self.path / "config.json").open("w" if going_on else "x") as file:
+                file.write(json.dumps(settings, indent=2) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--out {self.path}: cannot be made a folder ({error.strerror})"
+            ) from error
+        if not going_on:
+            say(f"run folder: {self.path}")  # at once: a run that is killed has no last line
+
+    def log(self, name: str, record: dict) -> None:
+        """One JSON line, on the disk before the next step begins."""
+        if rank():
+            return
+        if name == "metrics.jsonl":
+            self.track(record)
+        try:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            flush(self.path / name)
+        # the disk is full, say; half a line is dropped when the run goes on
+        except OSError as error:
+            raise UserError(
+                f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the"
+                f" same command with --out {self.path} --resume auto goes on from the newest"
+                " checkpoint"
+            ) from error
+
+    def track(self, record: dict) -> None:
+        """The same line to TensorBoard or Weights & Biases, if --track asks for it."""
+        if self.config.track in TRACKERS:
+            if not self.tracker:
+                _, start = TRACKERS[self.config.track]
+                self.tracker = start(self.path, self.config, record["step"])
+            write, _ = self.tracker
+            write(record)
+
+    def close(self, display) -> None:
+        """The last drawing. A tracker may have something left to send, and with several ranks the
+        way out is a short one (cli.leave)."""
+        self.draw("explorer", display.say)
+        if self.tracker:
+            self.tracker[1]()
+        display.close()
+
+    def write_start(self, tested: dict, run) -> None:
+        """The evaluation before training: step 0."""
+        run.monitor.display.say(
+            f"before training   test {100 * tested['test_accuracy']:.1f} %"
+            f" (avg@{self.config.eval_samples}, {len(run.test_problems)} problems)"
+        )
+        for line in run.monitor.explanation:
+            run.monitor.display.say(f"                  {line}")
+        record = {"step": 0, "generated_tokens": 0, **tested, "seconds/total": 0.0}
+        self.log("metrics.jsonl", record)
+
+    def write_step(self, record: dict, result, display, tokenizer, leaves) -> None:
+        """One step, in files and on the terminal. result: attnrl.StepResult; leaves(group): the
+        training sequences of a group."""
+        step, groups = record["step"], result.groups
+        self.log("metrics.jsonl", record)
+        self.write_batch(step, groups)
+        for group in groups[: self.config.log_samples]:
+            self.write_sample(step, group, leaves(group), tokenizer)
+        if "test_accuracy" in record:
+            self.draw("curves", display.say)
+        display.step(record)
+        for notice in batch_notices(self.config, groups, result.sequences):
+            display.say(f"step {step:>4}   {notice}", "warning")
+        if not result.sequences:
+            for line in empty_batch_lines(
+                self.config, groups, lambda tokens: response_texts(tokenizer, [tokens])[0]
+            ):
+                display.say(f"            {line}", "warning")
+
+    def write_batch(self, step: int, groups: list) -> None:
+        """Every problem of a step: its difficulty, whether and how often it was expanded, what came
+        of it."""
+        problems = []
+        for g in groups:
+            rewards = [end.reward for r in g.responses for end in (r, *r.continuations)]
+            problems.append(
+                {
+                    "number": g.number,
+                    "rate": solve_rate([r.reward for r in g.responses]),
+                    "fci": problem_fci([r.fci for r in g.responses]),
+                    "filtered": g.filtered,
+                    "trees": g.trees(),
+                    "leaves": len(rewards),
+                    "reward": mean(rewards),
+                }
+            )
+        record = {"step": step, "easy_mean": groups[0].easy_mean, "problems": problems}
+        self.log("batches.jsonl", record)
+
+    def write_sample(self, step: int, group, leaves: list, tokenizer) -> None:
+        """A problem with its whole tree. leaves: its training sequences, in tree.py's order."""
+        if rank():
+            return
+        left = iter(leaves)
+        responses = []
+        for r in group.responses:
+            own = ending(r, next(left), tokenizer)
+            # the order of the leaves (tree.response_chain)
+            latest_first = sorted(r.continuations, key=lambda c: -c.at)
+            endings = [{"at": c.at, **ending(c, next(left), tokenizer)} for c in latest_first]
+            own |= {"bounds": r.bounds, "fci": r.fci, "branch_points": r.branch_points}
+            own["continuations"] = sorted(endings, key=lambda c: c["at"])
+            responses.append(own)
+        self.log(
+            "samples.jsonl",
+            {
+                "step": step,
+                "number": group.number,
+                "problem": group.problem.text,
+                "answers": group.problem.answers,
+                "filtered": group.filtered,
+                "responses": responses,
+            },
+        )
+
+    def forget_after(self, step: int) -> float:
+        """Drop what a run logged after the checkpoint that it goes on from (and half a line, where
+        it was killed). Returns the seconds that it had taken until then."""
+        spent = 0.0
+        for name in LOGS if rank() == 0 else ():
+            path = self.path / name
+            if not path.exists():
+                continue
+            try:
+                kept = records_until(path, step)
+                fresh = path.with_name(f".{name}.new")
+                fresh.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+                flush(fresh)
+                fresh.replace(path)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be cut back to step {step} ({error.strerror})"
+                ) from error
+            if kept and name == "metrics.jsonl":
+                spent = float(json.loads(kept[-1]).get("seconds/total", 0.0))
+        return spent
+
+    def draw(self, what: str, say) -> None:
+        """what: "curves" or "explorer". A drawing that fails, whatever the reason, must not end a
+        run."""
+        if rank() == 0:
+            try:
+                from tools.view import draw_curves, write_explorer
+
+                how = draw_curves if what == "curves" else write_explorer
+                how(self.path)
+            except Exception as error:
+                say(f"no drawing: {first_line(error)}", "warning")
+
+
+def ending(end, leaf, tokenizer) -> dict:
+    """How a response or a continuation ends, for samples.jsonl. leaf: its training sequence; a run
+    of equal advantages is [tokens, advantage]."""
+    return {
+        "tokens": token_texts(tokenizer, end.tokens),
+        "logprobs": [round(x, 4) for x in end.logprobs],
+        "entropies": [round(x, 4) for x in end.entropies],
+        "reward": end.reward,
+        "boxed": end.boxed,
+        "finished": end.finished,
+        "advantages": [(len(list(run)), value) for value, run in groupby(leaf.advantages)],
+    }

@@ -1,0 +1,272 @@
+"""scoring.py: log-probabilities, entropies and FCI of many sequences, batched by length.
+
+The scoring pass gives all that a step of training needs to know of its samples: the log-probs of
+their tokens at the sampling temperature (PPO's old, or behaviour, log-probs), the entropies, and,
+for initial responses, FCI from the same forward pass (fci.py). The update reads its log-probs from
+here too, so that both sides of PPO's ratio come from one piece of code.
+
+`engine_gap`, at the end, checks an engine that has weights of its own: after each weight sync a few
+tokens that it samples are scored here.
+
+    python -m pytest tests/runtime/test_scoring.py
+"""
+
+import math
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fci import StepAttention, check_bounds, scoring_mode, step_scores
+from runtime.cli import UserError
+from runtime.dist import everyone, in_step
+
+HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
+# Settings under which a model multiplies or squashes its logits, which we do not reproduce
+RESCALING = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
+@dataclass
+class Sequence:
+    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: no FCI)."""
+
+    prompt_ids: list[int]
+    tokens: list[int]
+    bounds: list[int] | None = None
+
+
+@dataclass
+class Scores:
+    """Per token of a Sequence, at the sampling temperature: log-prob and entropy (nats). Per step:
+    FCI."""
+
+    logprobs: list[float]
+    entropies: list[float]
+    fci: list[float] = field(default_factory=list)
+
+
+def length_of(sequence) -> int:
+    return len(sequence.prompt_ids) + len(sequence.tokens)
+
+
+# --------------------------------------------------------------------------------------------------
+# One forward pass
+# --------------------------------------------------------------------------------------------------
+def pad_right(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the
+    sequence's tokens.
+
+    Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no
+    token id is special. Raises ValueError for an empty prompt.
+    """
+    if not all(s.prompt_ids for s in sequences):
+        raise ValueError(
+            "a sequence needs at least one prompt token: nothing predicts its first token"
+        )
+    width = max(map(length_of, sequences))
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    predicts = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, s in enumerate(sequences):
+        start, end = len(s.prompt_ids), length_of(s)
+        ids[row, :end] = torch.tensor(s.prompt_ids + s.tokens)
+        predicts[row, start - 1 : end - 1] = True
+    return ids, predicts
+
+
+def output_head(model):
+    """The layer that turns hidden states into logits. Raises ValueError for models that rescale
+    logits after it."""
+    config = (
+        model.config.get_text_config()
+    )  # of a model that also sees images, the part that writes
+    for name in RESCALING:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} rescales its logits ({name}), which attnrl does not"
+                " reproduce"
+            )
+    return model.get_output_embeddings()
+
+
+class TokenLogprobs(torch.nn.Module):
+    """A causal model and what is wanted of its logits as ONE forward pass, which is what DDP and
+    FSDP2 wrap (runtime/dist.py).
+
+    The output head runs on the predicting positions only and HEAD_CHUNK at a time (recomputed in
+    the backward pass), so the logits of a long batch over a large vocabulary never exist at once.
+    They are divided by the temperature, as they were sampled: training on untempered log-probs
+    would start with a ratio that is not 1.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.device = model, model.device
+
+    def forward(self, ids, predicts, temperature: float, with_entropy: bool):
+        """ids, predicts (B, T) of `pad_right` -> log-probs and entropies (N,) of the predicted
+        tokens (entropies: None unless asked for)."""
+        ids, predicts = ids.to(self.device), predicts.to(self.device)
+        # (B, T, d)
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
+        return self.chunked(hidden[predicts], targets, temperature, with_entropy)
+
+    def chunked(self, states, targets, temperature: float, with_entropy: bool):
+        """states (N, d), targets (N,) -> log-probs and entropies (N,), HEAD_CHUNK at a time."""
+        head = output_head(self.model)
+
+        def chunk(states, wanted):
+            logits = head(states).float() / temperature  # (n, V)
+            normaliser = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
+            if not with_entropy:  # two more passes over (n, V), and again in the backward pass
+                return logprobs, None
+            with torch.no_grad():
+                probabilities = (logits - normaliser[:, None]).exp()
+                return logprobs, normaliser - probabilities.mul(logits).sum(-1)
+
+        parts = []
+        for piece in zip(states.split(HEAD_CHUNK), targets.split(HEAD_CHUNK)):
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(chunk, *piece, use_reentrant=False))
+            else:
+                parts.append(chunk(*piece))
+        logprobs = torch.cat([logprobs for logprobs, _ in parts])
+        return logprobs, torch.cat([e for _, e in parts]) if with_entropy else None
+
+
+def token_logprobs(model, sequences: list, temperature: float, with_entropy: bool = True) -> tuple:
+    """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the
+    order of the sequences (None for the entropies without `with_entropy`).
+
+    model: a causal model, or its TokenLogprobs as runtime/dist.py wrapped it. No sequences at all
+    (this rank has run out of work, the others have not): one pass over a single token, (1,).
+    """
+    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
+    return forward(*pad_right(sequences or [Sequence([0], [0])]), temperature, with_entropy)
+
+
+# --------------------------------------------------------------------------------------------------
+# The scoring pass
+# --------------------------------------------------------------------------------------------------
+def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
+    """Indices grouped by similar length: rows x longest stays within the budget (one row always
+    fits), at most 5 % of it padding.
+
+    Passes that are filled to the budget would be a fifth padding for a rank of 8, which has few
+    rows of a mini-batch.
+    """
+    lengths = [length_of(s) for s in sequences]
+    batches: list[list[int]] = []
+    filled = 0  # tokens in the last one
+    # ascending: the newest row is the longest
+    for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):
+        padded = (len(batches[-1]) + 1) * lengths[i] if batches else math.inf
+        if padded > token_budget or filled + lengths[i] < 0.95 * padded:
+            batches.append([])
+            filled = 0
+        batches[-1].append(i)
+        filled += lengths[i]
+    return batches
+
+
+def collector_of(rows: list[Sequence], delta: int, device) -> StepAttention | None:
+    """What collects FCI in the pass over these rows; None if no row has steps."""
+    if not any(s.bounds and len(s.bounds) > 1 for s in rows):
+        return None
+    return StepAttention(
+        [len(s.prompt_ids) for s in rows],
+        [s.bounds or [0] for s in rows],
+        max(map(length_of, rows)),
+        delta,
+        device,
+    )
+
+
+def score(
+    model,
+    sequences: list[Sequence],
+    temperature: float = 1.0,
+    delta: int = 4,
+    token_budget: int = 16384,
+) -> list[Scores]:
+    """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
+
+    model: a causal model, or its TokenLogprobs. Sequences of any lengths; they are batched by
+    length with at most `token_budget` padded tokens a forward pass. The result does not depend on
+    the batch (up to float rounding). With several ranks every rank must call it. Raises ValueError
+    for an empty prompt or wrong bounds.
+    """
+    forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
+    for s in sequences:
+        if s.bounds is not None:
+            check_bounds(s.bounds, len(s.tokens))
+    results = [Scores([], []) for _ in sequences]
+    for batch in in_step(token_batches(sequences, token_budget)):
+        rows = [sequences[i] for i in batch]
+        collector = collector_of(rows, delta, forward.device)
+        with scoring_mode(forward.model, collector):
+            logprobs, entropies = token_logprobs(forward, rows, temperature)
+        lengths = [len(s.tokens) for s in rows] or [1]
+        pieces = zip(batch, logprobs.split(lengths), entropies.split(lengths))
+        for row, (i, own_logprobs, own_entropies) in enumerate(pieces):
+            results[i] = Scores(own_logprobs.tolist(), own_entropies.tolist())
+            if collector is not None:
+                results[i].fci = step_scores(collector, row, sequences[i].bounds or [0])
+    return results
+
+
+def tis_weights(learner: list[float], engine: list[float], cap: float) -> list[float]:
+    """Truncated importance sampling (Yao et al. 2025): w = min(exp(learner - engine), cap) for each
+    token, from both log-probs of it, both of the weights that sampled it.
+
+    The engine computes in other kernels or another precision than the learner, so it samples from a
+    slightly other policy. Two tokens: equal; the engine found it far less likely, so its weight is
+    truncated:
+    >>> tis_weights([-1.0, -1.0], [-1.0, -9.0], cap=2.0)
+    [1.0, 2.0]
+    """
+    return [min(math.exp(min(old - sampled, 20.0)), cap) for old, sampled in zip(learner, engine)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Does the engine sample with the policy's weights?
+# --------------------------------------------------------------------------------------------------
+def engine_gap(engine, policy, requests: list, tolerance: float) -> float:
+    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a
+    few tokens that it samples now. Raises UserError with both log-probs above the tolerance. Every
+    rank must call it (`policy` may be sharded).
+
+    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix
+    cache shows as well.
+    """
+    completions = engine.generate(requests) if requests else []
+    scores = score(
+        policy,
+        [Sequence(r.prompt_ids, c.tokens) for r, c in zip(requests, completions)],
+        requests[0].temperature if requests else 1.0,
+    )
+    sampled = [lp for c in completions for lp in c.logprobs]
+    learnt = [lp for s in scores for lp in s.logprobs]
+    gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
+    means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
+    # all stop or none: nobody waits for one that has left
+    ranks = everyone([(gap, *means, len(sampled))])
+    if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
+        gap, engine_mean, learner_mean, tokens = bad[0]
+        raise UserError(
+            f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's"
+            f" mean log-prob is {engine_mean:.4f}, the learner's {learner_mean:.4f}, mean"
+            f" |difference| {gap:.4g}, above --sync_tolerance {tolerance:g}. Likely causes: weights"
+            " that did not arrive (a tied output head, a new version of vLLM), KV of the old"
+            " weights in the prefix cache, another dtype or temperature, weights that are not"
+            " finite"
+        )
+    return max(found[0] for found in ranks)

@@ -1,0 +1,186 @@
+"""setup.py: build what a run is made of before its first step. No method in here.
+
+Order matters on a GPU: vLLM checks the free memory, so the engine comes before the policy goes
+there; and the reference is read only when the policy has left host memory.
+"""
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fci import Separators, separator_tokens
+from runtime import checkpoint, dist
+from runtime.config import Config
+from runtime.data import Problem, load_problems
+from runtime.models import check_context, check_model, load_model
+from runtime.monitor import Display, Monitor
+from runtime.rewards import Reward, response_texts
+from runtime.rollout import Request, TransformersEngine
+from runtime.scoring import Scores, Sequence, TokenLogprobs, engine_gap, score, tis_weights
+from runtime.vllm_engine import VLLMEngine
+
+
+@dataclass
+class Parts:
+    """What a run is made of. Each model in three forms: as transformers has it (policy), with its
+    output head as one forward pass (scorer), and that on all ranks (trained_policy)."""
+
+    config: Config
+    checkpoint: Path | None  # that the run goes on from
+    policy: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    separators: Separators
+    problems: list[Problem]
+    test_problems: list[Problem]
+    engine: Any
+    copied: bool  # the engine has weights of its own
+    scorer: TokenLogprobs
+    trained_policy: torch.nn.Module
+    reference: TokenLogprobs | None
+    frozen_reference: torch.nn.Module | None
+    reward: Reward
+    probes: list[Request]  # that the engine is asked after each weight sync
+    monitor: Monitor
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What a resumed run must find unchanged besides its settings: the problems, in order, and
+        the initial weights. Read only where a checkpoint is written or resumed from: the weights
+        are gigabytes."""
+        texts = json.dumps([[p.text, p.answers] for p in self.problems])
+        problems = hashlib.sha256(texts.encode()).hexdigest()
+        return {"problems": problems, "model": checkpoint.model_hash(self.config.model)}
+
+    def score(
+        self, model: TokenLogprobs, sequences: list[Sequence], only_logprobs: bool = False
+    ) -> list[Scores]:
+        """A scoring pass; none (and empty Scores) where it would only give the policy's log-probs,
+        and PPO takes the engine's."""
+        config = self.config
+        if only_logprobs and config.behaviour == "engine":
+            return [Scores([], []) for _ in sequences]
+        with self.monitor.phase("score"):
+            return score(model, sequences, config.temperature, config.delta, config.token_budget)
+
+    def grade(self, items: list[tuple[list[int], Problem]]) -> list[tuple[float, bool]]:
+        """Of each (response tokens, problem) its reward, and whether it has an answer to grade."""
+        with self.monitor.phase("grade"):
+            texts = response_texts(self.tokenizer, [response for response, _ in items])
+            rewards = self.reward([(text, p.answers) for text, (_, p) in zip(texts, items)])
+            return list(zip(rewards, self.reward.boxed))
+
+    def old_logprobs(
+        self, engine: list[float], learner: list[float]
+    ) -> tuple[list[float], list[float]]:
+        """PPO's old (behaviour) log-probs of one response's tokens and, if asked for, their
+        importance weights, from what the engine and the learner say of them."""
+        self.monitor.compare(engine, learner)
+        old = engine if self.config.behaviour == "engine" else learner
+        cap = self.config.tis_cap
+        return old, tis_weights(learner, engine, cap) if cap else []
+
+    def sync_engine(self) -> None:
+        """The policy's weights to the engine; where that is a copy, a few tokens prove that they
+        arrived. Raises UserError above --sync_tolerance."""
+        with self.monitor.phase("sync"):
+            self.engine.sync_weights(dist.full_weights(self.policy))
+            if self.copied:
+                tolerance = self.config.sync_tolerance
+                gap = engine_gap(self.engine, self.scorer, self.probes, tolerance)
+                self.monitor.sync_gap = gap
+
+
+def build(config: Config, display: Display) -> Parts:
+    """Read the model (or the newest checkpoint of the run) and the problems, check that they fit
+    together, start the engine. Raises UserError."""
+    device = dist.start(config.device, alone=config.parallel == "fsdp")
+    newest = checkpoint.find(config)
+    path = str(newest or config.model)
+    policy, tokenizer, eos_ids = load_model(path, "cpu")
+    problems, test_problems = read_problems(config, policy, tokenizer, display.say)
+    check_model(policy, path)
+    copied = config.engine == "vllm" or config.parallel == "fsdp"
+    engine = start_engine(config, policy, eos_ids, problems, test_problems, copied, device)
+    scorer = TokenLogprobs(policy)
+    trained_policy, reference, frozen_reference = place(config, scorer, device), None, None
+    if config.keeps_reference():
+        # read again, now that the policy is on the GPU: one copy in host memory at a time
+        model = load_model(config.model, "cpu")[0].requires_grad_(False).eval()
+        reference = TokenLogprobs(model)
+        frozen_reference = place(config, reference, device)
+    probes = [Request(p.prompt_ids, 16, config.temperature, config.seed) for p in test_problems[:4]]
+    if copied:  # KV of the engine's first, random weights: a cache that is not reset shows at once
+        engine.generate(probes)
+    return Parts(
+        config=config,
+        checkpoint=newest,
+        policy=policy,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        separators=separator_tokens(tokenizer),
+        problems=problems,
+        test_problems=test_problems,
+        engine=engine,
+        copied=copied,
+        scorer=scorer,
+        trained_policy=trained_policy,
+        reference=reference,
+        frozen_reference=frozen_reference,
+        reward=Reward(config.reward, config.grading_workers),
+        probes=probes,
+        monitor=Monitor(display),
+    )
+
+
+def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem], list[Problem]]:
+    """Training and test problems that fit the model's positions. Raises UserError."""
+    load: dict[str, Any] = dict(
+        max_prompt=config.max_prompt,
+        suffix=config.prompt_suffix,
+        drop=config.drop_bad_rows,
+        say=say,
+    )
+    test_problems = load_problems(config.test_problems, tokenizer, **load)
+    problems = load_problems(config.problems, tokenizer, evaluation=test_problems, **load)
+    check_context(policy, problems, config.max_response)
+    check_context(policy, test_problems, config.eval_max_response, option="eval_max_response")
+    return problems, test_problems
+
+
+def start_engine(config: Config, policy, eos_ids, problems, test_problems, copied, device):
+    """vLLM, or the embedded engine: with the policy itself, or with a copy where it is cut up."""
+    if config.engine == "vllm":
+        lengths = [len(p.prompt_ids) + config.max_response for p in problems]
+        lengths += [len(p.prompt_ids) + config.eval_max_response for p in test_problems]
+        return VLLMEngine(
+            config.model,
+            eos_ids,
+            max(lengths),
+            config.dtype,
+            device,
+            config.engine_memory,
+            config.rollout_tokens,
+        )
+    model = policy
+    if copied:
+        model = dist.cast(copy.deepcopy(policy), config.dtype).to(device)
+    return TransformersEngine(model, eos_ids, config.rollout_tokens)
+
+
+def place(config: Config, forward: TokenLogprobs, device: str) -> torch.nn.Module:
+    """A model on all ranks, as the configuration says."""
+    return dist.spread(
+        forward,
+        device=device,
+        parallel=config.parallel,
+        dtype=config.dtype,
+        cpu_offload=config.cpu_offload,
+        activation_checkpointing=config.activation_checkpointing,
+    )
