@@ -1,10 +1,10 @@
-"""Shared by all tests: the repository's root is importable, and torch uses one thread (CI machines
-have few cores)."""
+"""Shared by all tests: torch has one thread, for CI machines have few cores and pytest-xdist (-n 2)
+runs a test on each. OpenMP reads its variable once, so this comes before anything imports torch."""
 
-import sys
-from pathlib import Path
+import os
 
-import torch
+os.environ["OMP_NUM_THREADS"] = "1"
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+
 torch.set_num_threads(1)

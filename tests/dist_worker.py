@@ -1,7 +1,7 @@
-"""dist_worker.py: what test_dist.py computes on several ranks, and without a group in the test's
-own process.
+"""dist_worker.py: what runtime/test_dist.py computes on several ranks, and without a group in the
+test's own process.
 
-    torchrun --nproc_per_node 2 dist_worker.py OUT '{"name": ["group", {"longest": 7}], ...}'
+    torchrun --nproc_per_node 2 tests/dist_worker.py OUT '{"name": ["group", {"longest": 7}], ...}'
 
 Every rank runs every case, a function of this file with its options; OUT gets {name: [result of
 rank 0, of rank 1, ...]}.
@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
-import dist  # noqa: E402  (the rest is imported where it is used: transformers takes seconds)
-from errors import leave  # noqa: E402
+# the rest is imported where it is used: transformers takes seconds
+from runtime import dist  # noqa: E402
+from runtime.cli import leave  # noqa: E402
 
 
 # --------------------------------------------------------------------------------------------------
@@ -38,7 +39,7 @@ def sequences_of(model, lengths: list[int], sign: int = 0):
     that of all advantages; 0: both."""
     from helpers import random_tokens
 
-    from fci import Sequence, score
+    from runtime.scoring import Sequence, score
     from tree import TrainingSequence
 
     rng = random.Random(7)
@@ -94,14 +95,14 @@ def update(
     SGD with learning rate 1 takes AdamW's place (unless adam_lr), so that the change of the weights
     is the gradient. poison: one advantage of the longest sequence.
     """
-    from fci import TokenLogprobs, token_batches
     from learner import Learner, mini_batches
+    from runtime.scoring import TokenLogprobs, token_batches
 
     policy = model_of(model)
     sequences = sequences_of(policy, lengths, sign)
     if poison is not None:
         max(sequences, key=lambda s: len(s.tokens)).advantages[1] = poison
-    # what every rank gets of every mini-batch, by the rule (dist.deal, fci.token_batches); asserted
+    # what every rank gets of every mini-batch, by the rule (dist.deal, scoring.token_batches); asserted
     # to be unequal
     parts = [
         [sequences[i] for i in indices]
@@ -155,7 +156,7 @@ def scores(model: str, lengths: list[int], at: int | None = None, parallel: str 
     others have none."""
     from helpers import random_bounds, random_tokens
 
-    from fci import Sequence, TokenLogprobs, score
+    from runtime.scoring import Sequence, TokenLogprobs, score
 
     rng = random.Random(3)
     drawn = [
@@ -175,9 +176,9 @@ def gap(stale: int) -> str:
     says."""
     import copy
 
-    from errors import UserError
-    from rollout import Request, TransformersEngine
-    from vllm_engine import engine_gap
+    from runtime.cli import UserError
+    from runtime.rollout import Request, TransformersEngine
+    from runtime.scoring import engine_gap
 
     policy = model_of("qwen2")
     engine = TransformersEngine(

@@ -1,15 +1,14 @@
-"""What stands in for downloads: a real byte-level BPE tokenizer with a chat template, and a tiny
-Qwen2 that goes with it."""
+"""fixtures.py: what stands in for downloads, a real byte-level BPE tokenizer with a chat template and
+a tiny Qwen2 that goes with it; and how files are read and compared."""
 
+import dataclasses
 import filecmp
+import json
 from pathlib import Path
 
-import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -73,21 +72,20 @@ def save_real_model(folder: Path, chat: bool = True, **overrides) -> Path:
     return folder
 
 
-def step_without_sync(trainer, monkeypatch) -> UserError:
-    """One step of the training loop whose weight sync is forgotten; what its check says."""
-    batch = trainer.new_batch(1)
-    trainer.sample(None, batch)
-    trainer.sample(batch, None)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.engine, "sync_weights", lambda weights: None)
-        with pytest.raises(
-            UserError, match="engine and learner disagree after the weight sync"
-        ) as stop:
-            trainer.update(1, trainer.sequences(batch))
-    return stop.value
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return lines(folder / "metrics.jsonl")
 
 
 def same_file(got: Path, expected: Path) -> None:
     """Byte for byte. Not `==` on the contents: where CI is set, pytest shows the whole difference
     of two strings, and finding it in two files of weights takes hours."""
     assert filecmp.cmp(got, expected, shallow=False), f"{got} and {expected} differ"
+
+
+def saved_and_restored(state):
+    """Through JSON, as a checkpoint would: the state must be plain numbers."""
+    return type(state)(**json.loads(json.dumps(dataclasses.asdict(state))))

@@ -5,8 +5,13 @@ or a swapped head hardly shows. Here matrices have std 1.5 / sqrt(fan in): atten
 standard deviation of about 2.
 """
 
+import copy
+
+import numpy as np
 import torch
 import transformers
+
+from runtime.scoring import Sequence
 
 VOCABULARY = 40
 WINDOW = 8  # of the sliding-window models: shorter than every test sequence
@@ -82,3 +87,72 @@ def random_tokens(rng, count: int) -> list[int]:
 def random_bounds(rng, length: int, steps: int) -> list[int]:
     """A random cut of `length` tokens into `steps` steps of at least one token."""
     return [0, *sorted(rng.sample(range(1, length), steps - 1)), length]
+
+
+# --------------------------------------------------------------------------------------------------
+# The second opinion on FCI: plain loops in float64 over attention that transformers itself returns,
+# one unpadded sequence at a time. It shares no code with fci.py.
+# --------------------------------------------------------------------------------------------------
+def eager_twin(model):
+    """The same weights with transformers' own eager attention, which never heard of fci.py."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    return twin
+
+
+@torch.no_grad()
+def eager_attention(model, sequence: Sequence) -> np.ndarray:
+    """alpha[l, h, q, s] in float64."""
+    output = model(torch.tensor([sequence.prompt_ids + sequence.tokens]), output_attentions=True)
+    return torch.cat(output.attentions).double().numpy()
+
+
+def fci_by_definition(alpha: np.ndarray, sequence: Sequence, delta: int) -> list[float]:
+    """AttnRL Eq. 4 is alpha; its mean over two steps, Eq. 5 and Eq. 6, read aloud."""
+    spans = [
+        [len(sequence.prompt_ids) + t for t in range(a, b)]
+        for a, b in zip(sequence.bounds, sequence.bounds[1:])
+    ]
+    scores = []
+    for k, keys in enumerate(spans):
+        best = 0.0
+        for layer in alpha:
+            for head in layer:
+                y = 0.0
+                for queries in spans[k + delta :]:  # Eq. 5: j >= k + Delta
+                    y += np.mean([np.mean([head[q, s] for s in keys]) for q in queries])
+                best = max(best, y)  # Eq. 6
+        scores.append(best if k > 0 else 0.0)
+    return scores
+
+
+def random_sequence(rng, longest: int = 60) -> Sequence:
+    """1 to 6 prompt tokens and at least 12 response tokens, cut anywhere."""
+    tokens = random_tokens(rng, rng.randint(12, longest))
+    bounds = random_bounds(rng, len(tokens), rng.randint(1, len(tokens)))
+    return Sequence(random_tokens(rng, rng.randint(1, 6)), tokens, bounds)
+
+
+# --------------------------------------------------------------------------------------------------
+# A model leaves as it came
+# --------------------------------------------------------------------------------------------------
+def fingerprint(model):
+    return (
+        model.config._attn_implementation,
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        torch.is_grad_enabled(),
+    )
+
+
+def same(a, b) -> bool:
+    """Fingerprints hold tensors, for which == is no truth value."""
+    return (
+        a[:3] == b[:3]
+        and a[4] == b[4]
+        and all(
+            (x is None) == (y is None) and (x is None or torch.equal(x, y))
+            for x, y in zip(a[3], b[3])
+        )
+    )

@@ -4,51 +4,27 @@ files, settings."""
 import dataclasses
 import json
 import random
-import typing
 
 import pytest
 import torch
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, same_file, save_real_model
-from test_eval import run
+from fixtures import REAL_DATA, ROOT, TOY_MODEL, metrics_of, same_file, save_real_model
+from launch import run as command
+from runs import TINY, set_up, tiny, train_tiny, trained_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
-from attnrl import METHODS, Config, Trainer, parse_config, train
-from errors import UserError, stop_on_user_error
-from fci import Separators, Sequence, score, separator_tokens, split_steps, without_answer
-from rollout import Request, TransformersEngine, request_seed
-from runlog import Display
-from toy.programs import toy_solution
+from attnrl import METHODS, Config, parse_config, train
+from fci import separator_tokens, split_steps
+from runtime.cli import UserError, stop_on_user_error
+from runtime.data import load_problems
+from runtime.rollout import Request, TransformersEngine, request_seed
+from runtime.scoring import Sequence, score
 from tree import Response, choose_branch_points, tree_sequences
-
-TINY = [
-    "--steps",
-    "2",
-    "--batch_size",
-    "4",
-    "--problems",
-    "toy:6:50:1",
-    "--test_problems",
-    "toy:6:5:2",
-    "--eval_samples",
-    "2",
-    "--eval_every",
-    "1",
-    "--mini_batch",
-    "64",
-]
-
-
-def tiny(tmp_path, *options, name="run") -> Config:
-    return parse_config([*TINY, "--out", str(tmp_path / name), *options])
-
-
-def metrics_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
 
 # --- configuration
 # --------------------------------------------------------------------------------------------------
+
+
 def test_presets_and_command_line_in_this_order():
     assert parse_config([]).delta == 1 and parse_config([]).lr == 5e-5  # toy
     paper = parse_config(["--preset", "paper"])
@@ -90,10 +66,29 @@ def test_presets_and_command_line_in_this_order():
     )
 
 
+def test_help_is_grouped_with_defaults_and_an_example(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "example: python attnrl.py" in text
+    assert all(
+        f"\n{group}:\n" in text
+        for group in ("sampling", "branching", "adaptive sampling", "update", "machine")
+    )
+    assert all(
+        f"--{f.name}" in text for f in dataclasses.fields(Config)
+    ) and "top rho of FCI (default: 0.2)" in " ".join(text.split())
+    assert (
+        parse_config(["--ads_batch", "False"]).ads_batch is False
+        and parse_config(["--dry_run"]).dry_run is True
+    )
+
+
 def test_a_method_is_attnrl_but_for_a_few_settings():
     names = list(METHODS)
-    # what the command line takes
-    assert list(typing.get_args(Config.__annotations__["method"])) == names
+    with pytest.raises(UserError) as refused:  # what the command line takes
+        parse_config(["--method", "other"])
+    assert all(f"'{name}'" in str(refused.value) for name in names)
     usual = vars(parse_config([]))
     changed = {
         name: {
@@ -161,7 +156,7 @@ def test_bad_settings_are_one_line_and_exit_code_2(args, message, capsys, monkey
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return train(tiny(tmp_path_factory.mktemp("runs")))
+    return train_tiny(tmp_path_factory.mktemp("runs"))
 
 
 def test_a_run_writes_its_folder(finished):
@@ -228,8 +223,8 @@ def test_every_metric_is_explained_in_the_readme(finished):
 
 
 def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
-    again = train(tiny(tmp_path))
-    other = train(tiny(tmp_path, "--seed", "1", name="other"))
+    again = train_tiny(tmp_path)
+    other = train_tiny(tmp_path, "--seed", "1", name="other")
 
     def without_times(folder):
         return [
@@ -255,7 +250,7 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     ],
 )
 def test_every_method_runs(tmp_path, options):
-    records = metrics_of(train(tiny(tmp_path, *options)))
+    records = metrics_of(train_tiny(tmp_path, *options))
     assert len(records) == 3 and records[2]["train/updates"] >= 1
     assert (
         records[2]["leaves"] == 4 * 8
@@ -267,44 +262,39 @@ def test_every_method_runs(tmp_path, options):
 
 
 def test_grpo_has_no_branch_points_and_says_nothing_of_them(tmp_path, capsys):
-    train(tiny(tmp_path, "--advantage", "grpo", "--grpo_samples", "8"))
+    train_tiny(tmp_path, "--advantage", "grpo", "--grpo_samples", "8")
     assert "filtered" not in capsys.readouterr().out
 
 
-def test_prl_steps_and_process_rewards_in_a_run(tmp_path, monkeypatch):
+def test_prl_steps_and_process_rewards_in_a_run(tmp_path):
     """The first step starts at the initial policy, so the log-ratios are 0 (up to rounding); in the
     second they are not, and the advantage is another one in every step of a response. Groups whose
     rewards agree are trained, too."""
-    seen = []
-    real = Trainer.sequences
-    monkeypatch.setattr(
-        Trainer,
-        "sequences",
-        lambda self, batch: seen.append((batch, real(self, batch))) or seen[-1][1],
-    )
-    options = [
-        "--method",
-        "prl",
-        "--grpo_samples",
-        "8",
-        "--prl_steps",
-        "blank",
-        "--prl_eta",
-        "2",
-        "--lr",
-        "1e-3",
-    ]
-    train(tiny(tmp_path, *options))
-    for step, (batch, sequences) in enumerate(seen, 1):
-        responses = [r for group in batch.groups for r in group.responses]
+    run = set_up(*tiny(tmp_path), *"--method prl --grpo_samples 8".split(), *PRL_OPTIONS)
+    for number in (1, 2):
+        result = attnrl.step(run, number, None)
+        responses = [r for group in result.groups for r in group.responses]
         ratios = [
             abs(a - b) for r in responses for a, b in zip(r.logprobs, r.ref_logprobs, strict=True)
         ]
-        assert max(ratios) < 1e-4 if step == 1 else max(ratios) > 0.01
+        assert max(ratios) < 1e-4 if number == 1 else max(ratios) > 0.01
         assert all(len(r.bounds) > 4 for r in responses), "programs of 6 lines have blank lines"
-    agreeing = [group for group in batch.groups if len({r.reward for r in group.responses}) == 1]
-    assert agreeing and len(sequences) == len(responses)
-    assert all(len(set(s.advantages)) > 2 for s in sequences)
+    agreeing = [g for g in result.groups if len({r.reward for r in g.responses}) == 1]
+    assert agreeing and len(result.sequences) == len(responses)
+    assert all(len(set(s.advantages)) > 2 for s in result.sequences)
+
+
+PRL_OPTIONS = "--prl_steps blank --prl_eta 2 --lr 1e-3".split()
+
+
+def test_the_clips_of_the_configuration_reach_the_loss(tmp_path):
+    """Clips 0.05, 0.1, 2 on ratio 1.5 with A = 1: -1.1; ratio 0.9 with A = -1: 0.95; ratio 2.5 with
+    A = -1: 2."""
+    clips = "--clip_low 0.05 --clip_high 0.1 --dual_clip 2".split()
+    ratios, advantages = torch.tensor([1.5, 0.9, 2.5]), torch.tensor([1.0, -1.0, -1.0])
+    run = set_up(*tiny(tmp_path), *clips)
+    losses, clipped = run.learner.loss(ratios.log(), torch.zeros(3), advantages)
+    assert losses.tolist() == pytest.approx([-1.1, 0.95, 2.0]) and clipped.all()
 
 
 @pytest.mark.parametrize("choice, expanded", [("none", True), ("easy", False)])
@@ -312,9 +302,7 @@ def test_easy_problems_are_all_expanded_or_none(choice, expanded, tmp_path, monk
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "all_right.py").write_text("def always(response, answers):\n    return 1.0\n")
     record = metrics_of(
-        train(
-            tiny(tmp_path, "--ads_filter", choice, "--reward", "all_right:always", "--steps", "1")
-        )
+        train_tiny(tmp_path, "--ads_filter", choice, "--reward", "all_right:always", "--steps", "1")
     )[1]
     assert (
         record["filtered_ratio"] == (0 if expanded else 1)
@@ -323,30 +311,20 @@ def test_easy_problems_are_all_expanded_or_none(choice, expanded, tmp_path, monk
 
 
 def test_inert_fci_is_named(tmp_path, capsys):
-    train(tiny(tmp_path, "--delta", "12", "--steps", "1"))
+    train_tiny(tmp_path, "--delta", "12", "--steps", "1")
     assert "FCI is inert" in capsys.readouterr().out
-
-
-def test_answers_after_the_thought_score_zero_everywhere():
-    """FCI of the step with the last </think> (token 7) and of all later ones is 0, not only left
-    out of branching."""
-    separators = Separators(frozenset({9}), frozenset(), think_end=7)
-    tokens, bounds = [1, 9, 2, 9, 7, 9, 3, 9, 4], [0, 2, 4, 6, 8, 9]
-    assert without_answer([0.0, 0.5, 0.4, 0.3, 0.2], tokens, bounds, separators) == (
-        [0.0, 0.5, 0.0, 0.0, 0.0],
-        2,
-    )
-    assert without_answer([0.0, 0.5], [1, 9, 2], [0, 2, 3], separators) == ([0.0, 0.5], 2)
 
 
 def test_without_adaptive_sampling_every_response_is_expanded(tmp_path):
     off = ["--ads_filter", "none", "--ads_expansion", "false", "--ads_batch", "false"]
-    for m in metrics_of(train(tiny(tmp_path, *off)))[1:]:
+    for m in metrics_of(train_tiny(tmp_path, *off))[1:]:
         assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (4, 6, 0, 4 * 30)
 
 
 # --- the pipeline
 # --------------------------------------------------------------------------------------------------
+
+
 class CountingEngine(TransformersEngine):
     """The real engine, which also remembers what it was asked."""
 
@@ -359,72 +337,55 @@ class CountingEngine(TransformersEngine):
         return super().generate(requests, on_token)
 
 
-def calls_of_a_run(monkeypatch, config) -> list[list[Request]]:
-    """The generation calls of training (evaluations left out)."""
-    made = []
-    original = Trainer.__init__
-
-    def with_counting_engine(self, *args):
-        original(self, *args)
-        self.engine = CountingEngine(self.engine)
-        made.append(self.engine)
-
-    monkeypatch.setattr(Trainer, "__init__", with_counting_engine)
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"test_accuracy": 0.0, "test_faults": 0})
-    train(config)
-    return made[0].calls
+def initial_requests(run: attnrl.Run) -> list[tuple[int, int]]:
+    """(initial responses, all requests) of each generation call of three steps."""
+    run.engine, batch = CountingEngine(run.engine), None
+    for number in (1, 2, 3):
+        batch = attnrl.step(run, number, batch).upcoming
+    assert batch is None
+    longest = run.config.max_response
+    return [(sum(r.max_tokens == longest for r in call), len(call)) for call in run.engine.calls]
 
 
-def test_one_step_off_policy_needs_one_call_a_step_and_one_warm_up(tmp_path, monkeypatch):
-    config = tiny(tmp_path, "--steps", "3", "--ads_batch", "false")
-    calls = calls_of_a_run(monkeypatch, config)
-    initial = [sum(r.max_tokens == config.max_response for r in call) for call in calls]
+def test_one_step_off_policy_needs_one_call_a_step_and_one_warm_up(tmp_path):
+    calls = initial_requests(set_up(*tiny(tmp_path), *"--steps 3 --ads_batch false".split()))
     # warm-up; steps 1 and 2 sample the next batch too; nothing for a batch after the last
-    assert initial == [24, 24, 24, 0]
+    assert [initial for initial, _ in calls] == [24, 24, 24, 0]
     # and each step has continuations
-    assert all(len(call) > n for call, n in zip(calls[1:], initial[1:]))
+    assert all(asked > initial for initial, asked in calls[1:])
 
 
-def test_synchronous_mode_needs_two_calls_a_step(tmp_path, monkeypatch):
-    config = tiny(
-        tmp_path, "--steps", "3", "--ads_batch", "false", "--one_step_off_policy", "false"
-    )
-    calls = calls_of_a_run(monkeypatch, config)
-    assert [sum(r.max_tokens == config.max_response for r in call) for call in calls] == [
-        24,
-        0,
-        24,
-        0,
-        24,
-        0,
-    ]
+def test_synchronous_mode_needs_two_calls_a_step(tmp_path):
+    options = "--steps 3 --ads_batch false --one_step_off_policy false".split()
+    calls = initial_requests(set_up(*tiny(tmp_path), *options))
+    assert [initial for initial, _ in calls] == [24, 0, 24, 0, 24, 0]
 
 
 def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):
-    trainer = Trainer(tiny(tmp_path, "--lr", "0.003"), Display(2))
-    first = trainer.new_batch(1)
-    trainer.sample(None, first)
-    second = trainer.new_batch(2)
-    trainer.sample(first, second)  # both with the initial policy
+    run = set_up(*tiny(tmp_path), "--lr", "0.003")
+    first, second = attnrl.new_batch(run, 1), attnrl.new_batch(run, 2)
+    attnrl.sample(run, None, first)
+    attnrl.sample(run, first, second)  # both with the initial policy
 
-    def scored(policy, group, tokens):
-        return torch.tensor(score(policy, [Sequence(group.problem.prompt_ids, tokens)])[0].logprobs)
+    def scored(group, tokens):
+        sequence = Sequence(group.problem.prompt_ids, tokens)
+        return torch.tensor(score(run.policy, [sequence])[0].logprobs)
 
     before = {
-        (j, i): scored(trainer.policy, g, r.tokens)
+        (j, i): scored(g, r.tokens)
         for j, g in enumerate(second.groups)
         for i, r in enumerate(g.responses)
     }
-    trainer.update(1, trainer.sequences(first))
-    trainer.sample(second, None)  # continuations come from the updated policy
+    attnrl.update_policy(run, 1, trained_sequences(run, first.groups))
+    attnrl.sample(run, second, None)  # continuations come from the updated policy
     for j, group in enumerate(second.groups):
         for i, r in enumerate(group.responses):
-            now = scored(trainer.policy, group, r.tokens)
+            now = scored(group, r.tokens)
             # the older policy's
             assert torch.allclose(torch.tensor(r.logprobs), before[j, i], atol=1e-5)
             assert not torch.allclose(now, before[j, i], atol=1e-3)
             for c in r.continuations:
-                whole = scored(trainer.policy, group, r.tokens[: c.at] + c.tokens)
+                whole = scored(group, r.tokens[: c.at] + c.tokens)
                 # the newer policy's
                 assert torch.allclose(torch.tensor(c.logprobs), whole[c.at :], atol=1e-5)
         # and so they reach training: the shared prefix with the older, the suffix with the newer
@@ -435,10 +396,8 @@ def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):
         }
         for r in group.responses:
             for c in r.continuations:
-                assert (
-                    tuple(r.tokens[: c.at] + c.tokens),
-                    tuple(r.logprobs[: c.at] + c.logprobs),
-                ) in trained
+                tokens = tuple(r.tokens[: c.at] + c.tokens)
+                assert (tokens, tuple(r.logprobs[: c.at] + c.logprobs)) in trained
     assert any(r.continuations for g in second.groups for r in g.responses)
 
 
@@ -446,11 +405,11 @@ def test_a_rollout_depends_on_its_place_in_the_run_only(tmp_path):
     """Same (seed, step, problem, response) -> same tokens, whatever the batch size and however it
     is cut up."""
     tokens = []
-    for options in (["--batch_size", "4"], ["--batch_size", "2", "--rollout_tokens", "300"]):
-        trainer = Trainer(tiny(tmp_path, *options), Display(1))
+    for options in (["--batch_size", 4], ["--batch_size", 2, "--rollout_tokens", 300]):
+        run = set_up(*tiny(tmp_path), *options)
         torch.manual_seed(len(tokens))  # global generators play no role
-        batch = trainer.new_batch(1)
-        trainer.sample(None, batch)
+        batch = attnrl.new_batch(run, 1)
+        attnrl.sample(run, None, batch)
         tokens.append([[r.tokens for r in g.responses] for g in batch.groups[:2]])
     assert tokens[0] == tokens[1]
 
@@ -464,21 +423,21 @@ def test_one_generation_call_samples_what_two_calls_sample(tmp_path):
 
     leaves = []
     for one_call in (True, False):
-        trainer = Trainer(tiny(tmp_path, "--lr", "0"), Display(1))
-        first, second = trainer.new_batch(1), trainer.new_batch(2)
-        trainer.sample(None, first)
+        run = set_up(*tiny(tmp_path), "--lr", 0)
+        first, second = attnrl.new_batch(run, 1), attnrl.new_batch(run, 2)
+        attnrl.sample(run, None, first)
         for call in (
             [(first, second), (second, None)]
             if one_call
             else [(first, None), (None, second), (second, None)]
         ):
-            trainer.sample(*call)
+            attnrl.sample(run, *call)
         leaves.append(
             [
                 s
                 for batch in (first, second)
                 for group in batch.groups
-                for s in trainer.leaves(group)
+                for s in attnrl.leaves(run.config, group)
             ]
         )
     assert list(map(whole, leaves[0])) == list(map(whole, leaves[1])) and len(leaves[0]) > 50
@@ -494,8 +453,6 @@ def test_toy_branch_points_chosen_by_fci_differ_from_the_earliest_two():
         AutoModelForCausalLM.from_pretrained(TOY_MODEL),
         AutoTokenizer.from_pretrained(TOY_MODEL),
     )
-    from data import load_problems
-
     problems = load_problems("toy:8:60:7", tokenizer, max_prompt=100)
     requests = [
         Request(p.prompt_ids, config.max_response, 1.0, request_seed(7, i, j))
@@ -533,38 +490,12 @@ def test_the_toy_is_learnt_in_minutes(tmp_path):
     assert all(metrics_of(run)[-1]["seconds/total"] < 300 for run in runs)
 
 
-def test_fci_command_marks_branch_points_and_draws(tmp_path):
-    plot = tmp_path / "fci.png"
-    problem = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
-    (tmp_path / "r.txt").write_text(toy_solution(problem))
-    for extra in ([], ["--response", tmp_path / "r.txt"]):
-        text, _ = run(
-            "fci.py",
-            "--model",
-            TOY_MODEL,
-            "--problem",
-            problem,
-            "--delta",
-            1,
-            "--plot",
-            plot,
-            *extra,
-        )
-        lines = [line for line in text.splitlines() if line.startswith("step")]
-        assert (
-            len(lines) == 9
-            and sum("<- branch" in line for line in lines) == 2
-            and "FCI 0.0000" in lines[0]
-        )
-        assert plot.read_bytes()[:4] == b"\x89PNG"
-
-
 # --- real input
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}")
 def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_learnt(tmp_path):
     model = save_real_model(tmp_path / "model")
-    text, _ = run(
+    text, _ = command(
         "attnrl.py",
         "--model",
         model,
@@ -600,91 +531,3 @@ def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_lear
 
 # --- what is shown, and where metrics go
 # --------------------------------------------------------------------------------
-def test_levels_of_the_display(tmp_path, capsys):
-    """Each shows what the one before shows, and more."""
-    shown = {}
-    levels = {
-        "quiet": ["--quiet"],
-        "warning": ["--log_level", "warning"],
-        "info": [],
-        "debug": ["--log_level", "debug"],
-    }
-    for name, options in levels.items():
-        train(
-            tiny(
-                tmp_path,
-                "--steps",
-                "1",
-                "--batch_size",
-                "1",
-                "--eval_every",
-                "0",
-                *options,
-                name=name,
-            )
-        )
-        shown[name] = capsys.readouterr().out.splitlines()
-    assert shown["quiet"] == shown["warning"] and not any(
-        line.startswith(("before", "step    1   reward")) for line in shown["quiet"]
-    )
-    assert sum("reward" in line for line in shown["info"]) == 1 and [
-        line[:12] for line in shown["info"][:2]
-    ] == ["run folder: ", "before train"]
-    assert (
-        set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
-    )
-    assert any(line.strip().startswith("generate ") and "train " in line for line in shown["debug"])
-
-
-def test_tensorboard_gets_every_metric(tmp_path):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = train(tiny(tmp_path, "--track", "tensorboard"))
-    train(
-        tiny(
-            tmp_path,
-            "--track",
-            "tensorboard",
-            "--steps",
-            "3",
-            "--resume",
-            "auto",
-            "--resume_changed",
-            "true",
-        )
-    )
-    events = reader.EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    records = metrics_of(run)
-    assert len(records) == 4 and set(events.Tags()["scalars"]) == {
-        key for m in records for key in m
-    }
-    for key in ("initial/reward", "train/grad_norm", "test_accuracy"):
-        wanted = [(m["step"], pytest.approx(m[key], rel=1e-6)) for m in records if key in m]
-        assert [(e.step, e.value) for e in events.Scalars(key)] == wanted
-
-
-def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there
-    with pytest.raises(UserError, match="--track wandb: pip install wandb"):
-        train(tiny(tmp_path, "--track", "wandb"))
-    assert not (tmp_path / "run").exists()
-
-
-def test_help_is_grouped_with_defaults_and_an_example(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_config(["--help"])
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "example: python attnrl.py" in text
-    assert all(
-        f"\n{group}:\n" in text
-        for group in ("sampling", "branching", "adaptive sampling", "update", "machine")
-    )
-    assert all(
-        f"--{f.name}" in text for f in dataclasses.fields(Config)
-    ) and "top rho of FCI (default: 0.2)" in " ".join(text.split())
-    assert (
-        parse_config(["--ads_batch", "False"]).ads_batch is False
-        and parse_config(["--dry_run"]).dry_run is True
-    )

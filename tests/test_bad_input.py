@@ -1,4 +1,4 @@
-"""Bad input to every command: one line that names the culprit, exit code 2, nothing written,
+"""test_bad_input.py: bad input to every command: one line that names the culprit, exit code 2, nothing written,
 nothing run.
 
 One table, in one process (each command's main inside stop_on_user_error, as its last lines have
@@ -6,6 +6,8 @@ it); a few of the same as real subprocesses. {w} is a folder of bad files and mo
 which `world` builds once.
 """
 
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -27,42 +29,42 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-import attnrl
 import eval as evaluation
-import plan
-import report
-import view
-from errors import stop_on_user_error
+from runtime.cli import stop_on_user_error
+
+COMMANDS = [
+    "attnrl.py",
+    "eval.py",
+    "tools.show_fci",
+    "tools.view",
+    "tools.plan",
+    "tools.report",
+    "experiments/methods.py",
+    "experiments/what_fci_finds.py",
+    "toy/build.py",
+    "bench/exchange.py",
+    "bench/longrun.py",
+]
 
 
-def main_of(script: str):
-    """The main of a script that is no module of the flat ones."""
+@functools.cache
+def main_of(command: str):
+    """The main of a command, by the name under which it speaks of itself."""
+    if "/" not in command:
+        return importlib.import_module(command.removesuffix(".py")).main
     spec = importlib.util.spec_from_file_location(
-        script.replace("/", "_").removesuffix(".py"), ROOT / script
+        command.replace("/", "_").removesuffix(".py"), ROOT / command
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main
 
 
-MAINS = {
-    "attnrl.py": attnrl.main,
-    "eval.py": evaluation.main,
-    "fci.py": view.show_fci,
-    "view.py": view.main,
-    "plan.py": plan.main,
-    "report.py": report.main,
-}
-MAINS |= {
-    script: main_of(script)
-    for script in (
-        "experiments/methods.py",
-        "experiments/what_fci_finds.py",
-        "toy/build.py",
-        "bench/exchange.py",
-        "bench/longrun.py",
-    )
-}
+def words_of(command: str) -> list[str]:
+    """How a person types it."""
+    return [str(ROOT / command)] if command.endswith(".py") else ["-m", command]
+
+
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;?d"
 GOOD = {"step": 0, "test_accuracy": 0.5, "generated_tokens": 0, "seconds/total": 0.0}
 
@@ -285,12 +287,12 @@ USUAL = {
         "out",
     ],
     "eval.py": ["--k", "1", "--out", "out"],
-    "fci.py": ["--model", str(TOY_MODEL), "--problem", PROGRAM],
-    "view.py": [],
-    "plan.py": [],
-    "report.py": [],
+    "tools.show_fci": ["--model", str(TOY_MODEL), "--problem", PROGRAM],
+    "tools.view": [],
+    "tools.plan": [],
+    "tools.report": [],
     "toy/build.py": ["--out", "out"],
-} | {script: [] for script in MAINS if script[:3] in ("exp", "ben")}
+} | {script: [] for script in COMMANDS if script[:3] in ("exp", "ben")}
 TOY = f"--model {TOY_MODEL}"
 CASES = [
     # settings of a training run
@@ -380,13 +382,13 @@ CASES = [
     ("eval.py", "--model {w}/short --problems toy:6:3", "toy:6:3, program|16 positions"),
     ("eval.py", "--model {w}/short --ask a=1;b=2;c=3;d=4;e=5;?e", "--ask|16 positions"),
     ("eval.py", "--model {w}/badtemplate --ask x", "--ask|chat template"),
-    ("fci.py", "--model {w}/raisingtemplate", "--problem|no user here"),
+    ("tools.show_fci", "--model {w}/raisingtemplate", "--problem|no user here"),
     (
         "eval.py",
         "--model {w}/badtemplate --problems {w}/good.jsonl",
         "good.jsonl: bad rows (1 malformed)",
     ),
-    ("fci.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
+    ("tools.show_fci", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
     ("attnrl.py", "--model {w}/cohere", "--model {w}/cohere|rescales its logits"),
     (
         "eval.py",
@@ -548,27 +550,27 @@ CASES = [
     ("attnrl.py", "--out {w}/file/x", "--out {w}/file/x: cannot be made a folder"),
     ("attnrl.py", "--out " + "n" * 300, "--out nnn|: cannot be made a folder"),
     # FCI of one response
-    ("fci.py", "--delta 0", "--delta"),
-    ("fci.py", "--rho nan", "--rho"),
-    ("fci.py", "--max_response 0", "--max_response"),
-    ("fci.py", "--seed -1", "--seed"),
-    ("fci.py", "--delta four", "--delta"),
-    ("fci.py", "--response {w}", "--response {w}: cannot be read"),
-    ("fci.py", "--response {w}/latin1.txt", "latin1.txt: cannot be read"),
-    ("fci.py", "--response {w}/emptytext.txt", "the response is empty"),
-    ("fci.py", "--response {w}/long.txt", "--response {w}/long.txt|positions"),
-    ("fci.py", "--problem=", "--problem|empty"),
-    ("fci.py", "--problem= --response {w}/good.jsonl", "--problem|empty"),
-    ("fci.py", "--plot {w}/nothing/x.png", "--plot {w}/nothing/x.png: cannot be written"),
-    ("fci.py", "--plot {w}/x.nonsense", "--plot {w}/x.nonsense: cannot be written"),
-    ("fci.py", "--plot {w}/folder.jsonl", "--plot {w}/folder.jsonl: cannot be written"),
-    ("fci.py", "--plot {w}/curves", "--plot {w}/curves: cannot be written (Is a directory)"),
-    ("fci.py", "--plots x", "--plots"),
+    ("tools.show_fci", "--delta 0", "--delta"),
+    ("tools.show_fci", "--rho nan", "--rho"),
+    ("tools.show_fci", "--max_response 0", "--max_response"),
+    ("tools.show_fci", "--seed -1", "--seed"),
+    ("tools.show_fci", "--delta four", "--delta"),
+    ("tools.show_fci", "--response {w}", "--response {w}: cannot be read"),
+    ("tools.show_fci", "--response {w}/latin1.txt", "latin1.txt: cannot be read"),
+    ("tools.show_fci", "--response {w}/emptytext.txt", "the response is empty"),
+    ("tools.show_fci", "--response {w}/long.txt", "--response {w}/long.txt|positions"),
+    ("tools.show_fci", "--problem=", "--problem|empty"),
+    ("tools.show_fci", "--problem= --response {w}/good.jsonl", "--problem|empty"),
+    ("tools.show_fci", "--plot {w}/nothing/x.png", "--plot {w}/nothing/x.png: cannot be written"),
+    ("tools.show_fci", "--plot {w}/x.nonsense", "--plot {w}/x.nonsense: cannot be written"),
+    ("tools.show_fci", "--plot {w}/folder.jsonl", "--plot {w}/folder.jsonl: cannot be written"),
+    ("tools.show_fci", "--plot {w}/curves", "--plot {w}/curves: cannot be written (Is a directory)"),
+    ("tools.show_fci", "--plots x", "--plots"),
     # curves and tables
-    ("view.py", "", "the following arguments are required: runs/NAME"),
-    ("view.py", "{w}/curves --help-me", "--help-me"),
+    ("tools.view", "", "the following arguments are required: runs/NAME"),
+    ("tools.view", "{w}/curves --help-me", "--help-me"),
     *[
-        ("view.py", f"{{w}}/{name}", f"{{w}}/{name}/metrics.jsonl{words}")
+        ("tools.view", f"{{w}}/{name}", f"{{w}}/{name}/metrics.jsonl{words}")
         for name, words in {
             "nothing": ": cannot be read",
             "file": ": cannot be read",
@@ -585,29 +587,29 @@ CASES = [
             "nulls": ", line 1: |step",
         }.items()
     ],
-    ("view.py", "{w}/curves", "{w}/curves/curves.png: cannot be written"),
+    ("tools.view", "{w}/curves", "{w}/curves/curves.png: cannot be written"),
     (
-        "view.py",
+        "tools.view",
         "{w}/curves/metrics.jsonl",
         "metrics.jsonl: cannot be read (Not a directory); give the folder of a run",
     ),
-    ("plan.py", "--gpus 8", "--gpus"),
-    ("plan.py", "1.5B", "1.5B"),
+    ("tools.plan", "--gpus 8", "--gpus"),
+    ("tools.plan", "1.5B", "1.5B"),
     # results of evaluations
-    ("report.py", "", "FILE.jsonl"),
-    ("report.py", "--compares x", "--compares"),
-    ("report.py", "{w}/nothing.jsonl", "{w}/nothing.jsonl: cannot be read"),
+    ("tools.report", "", "FILE.jsonl"),
+    ("tools.report", "--compares x", "--compares"),
+    ("tools.report", "{w}/nothing.jsonl", "{w}/nothing.jsonl: cannot be read"),
     (
-        "report.py",
+        "tools.report",
         "{w}/folder.jsonl",
         (
             "{w}/folder.jsonl: cannot be read (Is a directory); give its files,"
             " {w}/folder.jsonl/*.jsonl"
         ),
     ),
-    ("report.py", "--compare {w}/good.jsonl", "--compare: takes two result files, got 1"),
+    ("tools.report", "--compare {w}/good.jsonl", "--compare: takes two result files, got 1"),
     *[
-        ("report.py", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
+        ("tools.report", f"{{w}}/{name}", f"{{w}}/{name}, line 1: ")
         for name in (
             "file",
             "good.jsonl",
@@ -672,7 +674,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     ]
     before = files(world)
     with pytest.raises(SystemExit) as stop, stop_on_user_error(command):
-        MAINS[command](argv)
+        main_of(command)(argv)
     out, error = capfd.readouterr()
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error[-3000:]
     assert error.startswith(f"{command}: ") and "Traceback" not in out + error
@@ -683,17 +685,18 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert files(world) == before and not files(tmp_path), "something was written"
 
 
-@pytest.mark.parametrize("command", MAINS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_copy(
     command, capsys, monkeypatch
 ):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        MAINS[command](["--help"])
+        main_of(command)(["--help"])
     text = capsys.readouterr().out
+    shown = command if command.endswith(".py") else f"-m {command}"
     assert (
         stop.value.code == 0
-        and text.startswith(f"usage: python {command} ")
+        and text.startswith(f"usage: python {shown} ")
         and text.count("example: ") == 1
     )
     # one line, however long
@@ -706,21 +709,21 @@ def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_co
     [
         ("attnrl.py", "--steps 0", "--steps 0"),
         ("eval.py", "--model {w}/automap --ask x", "cannot be loaded"),
-        ("view.py", "{w}/halfline", "line 2"),
-        ("plan.py", "x", "plan.py takes no arguments"),
-        ("report.py", "{w}/good.jsonl", "good.jsonl, line 1: no settings"),
+        ("tools.view", "{w}/halfline", "line 2"),
+        ("tools.plan", "x", "takes no arguments"),
+        ("tools.report", "{w}/good.jsonl", "good.jsonl, line 1: no settings"),
     ],
 )
 def test_the_same_as_real_commands(command, args, words, world, tmp_path):
     before = files(world)
     done = subprocess.run(
-        [sys.executable, str(ROOT / command), *args.replace("{w}", str(world)).split()],
+        [sys.executable, *words_of(command), *args.replace("{w}", str(world)).split()],
         cwd=tmp_path,
         input="y\n",
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, (
         done.stderr

@@ -1,6 +1,7 @@
 """Every command in README.md and docs/ does what the page says: each block of commands is run, at
-reduced size, in a copy of the project, with small models and files in the place of real ones. A
-block that is not run stands in NOT_RUN with the reason.
+reduced size, in a copy of the project, with small models and files in the place of real ones. So is
+each block of Python, and what its comments say is printed must be. A block that is not run stands
+in NOT_RUN with the reason.
 
     python -m pytest tests/test_commands.py
 """
@@ -11,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pyarrow
 import pyarrow.parquet
@@ -19,15 +21,23 @@ from fixtures import ROOT, save_real_model
 
 from toy.programs import toy_set
 
-# variants: own test
 PAGES = [
     "README.md",
     "docs/tour.md",
-    "docs/faq.md",
+    "docs/methods.md",
+    "docs/runs.md",
+    "docs/data-and-models.md",
+    "docs/evaluation.md",
+    "docs/multi-gpu.md",
     "docs/memory.md",
+    "docs/benchmarks.md",
+    "docs/differences.md",
+    "docs/faq.md",
     "experiments/README.md",
     "toy/README.md",
-]
+    "bench/scale.md",
+]  # docs/variants.md has a test of its own
+COMMAND = r"(python|torchrun|make|git|for|source|pip|uv|hf|\.venv)\b"
 SMALL = "--steps 1 --batch_size 2 --test_problems toy:6:2:2 --eval_samples 1"
 TINY_FILES = "--steps 1 --batch_size 2 --max_response 20 --eval_max_response 20 --eval_samples 1"
 REDUCED = [  # in this order; what a command is replaced by
@@ -68,6 +78,7 @@ NOT_RUN = {  # a line of the block: why
         "the network; `make demo`, `make test` and `make test-vllm` are what CI and people run"
     ),
     "python -m venv .venv &&": "installs",
+    "pip install -r requirements.txt": "installs",
     "torchrun --nnodes 2": "two machines",
     "python attnrl.py ... --out runs/mine --resume auto": "not a whole command; test_checkpoint.py",
     "python toy/build.py --out toy/model": "an hour; test_toy.py runs its parts",
@@ -75,22 +86,38 @@ NOT_RUN = {  # a line of the block: why
 }
 
 
+def fenced(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every block, also of those inside lists."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```", text, re.M | re.S)
+    return [(language, textwrap.dedent(block)) for _, language, block in found]
+
+
 def blocks(page: str) -> list[str]:
     """Blocks of commands: those whose first line is one."""
-    found = re.findall(
-        r"^```\w*\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S
-    )
-    return [
-        block
-        for block in found
-        if re.match(r"(python|torchrun|make|git|for|source|\.venv)\b", block)
-    ]
+    return [block for _, block in fenced(page) if re.match(COMMAND, block)]
 
 
 def reduced(block: str) -> str:
     for pattern, instead in REDUCED:
         block = re.sub(pattern, instead, block)
     return "\n".join(line for line in block.splitlines() if "toy/build.py" not in line)  # an hour
+
+
+# What the reader of a block of Python has at hand, who is told "model", "prompt_ids" ...
+AT_HAND = """
+import fci
+from runtime.models import load_model
+model, tokenizer, _ = load_model("toy/model", "cpu")
+prompt_ids = tokenizer("a=4;b=a-2;?b")["input_ids"]
+response_ids = tokenizer("a=4\\n\\nb=4-2=2\\n\\n\\\\boxed{2}")["input_ids"]
+bounds = fci.split_steps(response_ids, fci.separator_tokens(tokenizer))
+"""
+
+
+def said(block: str) -> list[str]:
+    """What the comments say that the lines print, up to a colon."""
+    return re.findall(r"^print\(.*\)  # ([^:\n]*)", block, re.M)
 
 
 RUN = [
@@ -104,6 +131,17 @@ RUN = [
 def test_what_is_not_run_is_still_there():
     text = "".join(block for page in [*PAGES, "docs/variants.md"] for block in blocks(page))
     assert all(line in text for line in NOT_RUN) and len(RUN) > 20
+
+
+def test_every_page_and_every_block_of_commands_is_looked_at():
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
+    assert pages - set(PAGES) == {"docs/variants.md"}
+    for page in PAGES:
+        for language, block in fenced(page):
+            commands = re.findall(rf"^{COMMAND} [^a-z]*\S*(?:\.py|--)", block, re.M)
+            assert language == "python" or not commands or block in blocks(page), (page, block)
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert len(fenced(page)) * 2 == len(re.findall(r"^ *```", text, re.M)), page
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +208,27 @@ def run(folder, script: str) -> None:
 @pytest.mark.parametrize("page, i, block", RUN, ids=[f"{page}-{i}" for page, i, _ in RUN])
 def test_commands_of_the_pages_run(page, i, block, copy):
     run(copy, reduced(block))
+
+
+PYTHON = [
+    (page, i, block)
+    for page in PAGES
+    for i, (language, block) in enumerate(fenced(page))
+    if language == "python"
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page, i, block", PYTHON, ids=[f"{page}-{i}" for page, i, _ in PYTHON])
+def test_python_of_the_pages_runs(page, i, block, copy, tmp_path):
+    (tmp_path / "block.py").write_text(AT_HAND + block)
+    environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "block.py"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == said(block)

@@ -1,5 +1,5 @@
-"""The evaluation: the replaceable reward, the command, the suite, stop and go on; prepared
-responses, real problem files."""
+"""test_eval.py: the evaluation command, the suite, stop and go on; prepared responses, real problem
+files."""
 
 import itertools
 import json
@@ -12,55 +12,16 @@ from pathlib import Path
 
 import pytest
 from fixtures import REAL_DATA, ROOT, TOY_MODEL, bpe_tokenizer, same_file, save_real_model
+from launch import run
 
 import attnrl
 import eval as evaluation
-import report
-from errors import UserError
-from rollout import Completion
+from runtime.cli import UserError, stop_on_user_error
+from runtime.data import load_problems
+from runtime.models import load_model
+from runtime.results import read_results
+from runtime.rollout import Completion
 from toy.programs import toy_solution
-
-
-def run(*args, cwd=ROOT, code=0):
-    """Run a command of the project as a user does; returns its stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout, done.stderr
-
-
-def test_reward_can_be_replaced_and_is_checked(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
-        "def short(response, answers):\n    return 1 / (1 + len(response))\n"
-        "def broken(response, answers):\n    return float('nan')\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    assert evaluation.Reward("mine:short")([("", ["1"]), ("abc", ["1"])]) == [1.0, 0.25]
-    with pytest.raises(UserError, match="returned nan"):
-        evaluation.Reward("mine:broken")([("", ["1"])])
-    for wrong in ("nothing:here", "mine:nothing", "mine"):
-        with pytest.raises(UserError, match="cannot be imported"):
-            evaluation.Reward(wrong)
-
-
-def test_broken_weights_are_one_line(tmp_path):
-    model = save_real_model(tmp_path / "model")
-    weights = model / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be loaded") as error:
-        evaluation.load_model(str(model), "cpu")
-    assert "\n" not in str(error.value)
-
-
-def test_default_reward_counts_missing_boxes():
-    reward = evaluation.Reward()
-    assert reward([(r"\boxed{4}", ["4"]), ("4", ["4"]), (r"\boxed{5}", ["4", "5"])]) == [
-        1.0,
-        0.0,
-        1.0,
-    ]
-    assert reward.counts["unboxed"] == 1
 
 
 def test_evaluation_command_writes_one_line_per_sample(tmp_path):
@@ -89,7 +50,7 @@ def test_evaluation_command_writes_one_line_per_sample(tmp_path):
     )
     average = 100 * sum(row["reward"] for row in rows) / 80
     assert f"| 20        | 4 | {average:.1f} [" in text and "pass@2" in text and "pass@4" in text
-    tokenizer = evaluation.load_model(str(TOY_MODEL), "cpu")[1]
+    tokenizer = load_model(str(TOY_MODEL), "cpu")[1]
     for row in rows:  # the grade is what a look at the text says
         assert (f"\\boxed{{{row['answers'][0]}}}" in row["response"]) == bool(row["reward"])
         assert row["boxed"] == ("boxed{" in row["response"]) and row["error"] == ""
@@ -421,7 +382,7 @@ def test_prepared_responses_give_exactly_this_table(tmp_path, monkeypatch, capsy
             str(tmp_path / "out"),
         ]
     )
-    samples = report.read_results(tmp_path / "out" / "four.jsonl").samples
+    samples = read_results(tmp_path / "out" / "four.jsonl").samples
     assert [s.response for s in samples] == [text for text, _ in PREPARED]
     assert [s.reward for s in samples] == [1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]
     assert [i for i, s in enumerate(samples) if not s.boxed] == [7, 10, 11, 13, 15]
@@ -477,9 +438,7 @@ def test_real_files_with_prepared_responses_give_exactly_this_table(tmp_path, mo
     model = save_real_model(tmp_path / "model", max_position_embeddings=16384)
     tokenizer, said = bpe_tokenizer(), []
     for name in REAL:
-        for p in evaluation.load_problems(
-            str(REAL_DATA / f"{name}.parquet"), tokenizer, max_prompt=8000
-        ):
+        for p in load_problems(str(REAL_DATA / f"{name}.parquet"), tokenizer, max_prompt=8000):
             gold = p.answers[-1]
             said += [
                 (f"\\boxed{{{gold}}}", True),
@@ -561,7 +520,7 @@ def test_ask_streams_one_answer():
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(args, message, capsys):
-    with pytest.raises(SystemExit) as stop, evaluation.stop_on_user_error("eval.py"):
+    with pytest.raises(SystemExit) as stop, stop_on_user_error("eval.py"):
         evaluation.main([str(a) for a in args])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and len(error.strip().splitlines()) == 1

@@ -15,7 +15,7 @@ from statistics import fmean, stdev
 import pytest
 from fixtures import ROOT
 
-from errors import UserError
+from runtime.cli import UserError
 
 spec = importlib.util.spec_from_file_location("methods", ROOT / "experiments" / "methods.py")
 methods = importlib.util.module_from_spec(spec)

@@ -1,8 +1,8 @@
-r"""test_fci.py: FCI (AttnRL Eq. 4-6), log-probabilities and entropies, steps.
+r"""test_fci.py: FCI (AttnRL Eq. 4-6) and steps.
 
-The second opinion on FCI is `fci_by_definition`: plain loops in float64 over attention matrices
-that transformers itself returns (eager attention, `output_attentions=True`, one unpadded sequence
-at a time). It shares no code with fci.py.
+The second opinion on FCI is helpers.fci_by_definition: plain loops in float64 over attention
+matrices that transformers itself returns (eager attention, `output_attentions=True`, one unpadded
+sequence at a time). It shares no code with fci.py.
 
     python -m pytest tests/test_fci.py
 """
@@ -19,9 +19,14 @@ from helpers import (
     VOCABULARY,
     WINDOW,
     WINDOWED,
+    eager_attention,
+    eager_twin,
+    fci_by_definition,
+    fingerprint,
     random_bounds,
+    random_sequence,
     random_tokens,
-    randomise,
+    same,
     tiny_model,
 )
 from hypothesis import given, settings
@@ -30,68 +35,22 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fci
-from errors import UserError
 from fci import (
     ATTENTION_NAME,
     Separators,
-    Sequence,
     StepAttention,
-    check_model,
     fci_scores,
-    prl_steps,
-    score,
     separator_tokens,
     split_steps,
-    token_logprobs,
     without_answer,
 )
+from runtime.scoring import Sequence, score
 
 CLOSE = dict(rtol=0, atol=1e-5)
 MODELS = {kind: tiny_model(kind) for kind in KINDS}
 
 
-def eager_twin(model):
-    """The same weights with transformers' own eager attention, which never heard of fci.py."""
-    twin = copy.deepcopy(model)
-    twin.set_attn_implementation("eager")
-    return twin
-
-
 EAGER = {kind: eager_twin(model) for kind, model in MODELS.items()}
-
-
-@torch.no_grad()
-def eager_attention(model, sequence: Sequence) -> np.ndarray:
-    """alpha[l, h, q, s] in float64."""
-    output = model(torch.tensor([sequence.prompt_ids + sequence.tokens]), output_attentions=True)
-    return torch.cat(output.attentions).double().numpy()
-
-
-def fci_by_definition(alpha: np.ndarray, sequence: Sequence, delta: int) -> list[float]:
-    """AttnRL Eq. 4-6, read aloud."""
-    spans = [
-        [len(sequence.prompt_ids) + t for t in range(a, b)]
-        for a, b in zip(sequence.bounds, sequence.bounds[1:])
-    ]
-    scores = []
-    for k, keys in enumerate(spans):
-        best = 0.0
-        for layer in alpha:
-            for head in layer:
-                y = 0.0
-                for queries in spans[k + delta :]:  # j >= k + Delta
-                    # Eq. 4, summed by Eq. 5
-                    y += np.mean([np.mean([head[q, s] for s in keys]) for q in queries])
-                best = max(best, y)  # Eq. 6
-        scores.append(best if k > 0 else 0.0)
-    return scores
-
-
-def random_sequence(rng, longest: int = 60) -> Sequence:
-    """1 to 6 prompt tokens and at least 12 response tokens, cut anywhere."""
-    tokens = random_tokens(rng, rng.randint(12, longest))
-    bounds = random_bounds(rng, len(tokens), rng.randint(1, len(tokens)))
-    return Sequence(random_tokens(rng, rng.randint(1, 6)), tokens, bounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,8 +175,8 @@ def test_eq4_eq5_eq6_by_hand_chosen_queries_and_keys():
 
 
 def test_long_steps_are_means_not_sums():
-    """Every step twice as long (each token's attention uniform) must not double the score: Eq. 4
-    averages."""
+    """Every step twice as long (each token's attention uniform) must not double the score: the
+    attention between two steps is a mean."""
     model = tiny_model("llama", num_hidden_layers=1)
     model.model.layers[0].self_attn.q_proj.weight.data.zero_()
     bounds, start = [0, 30, 70, 100], 10
@@ -257,146 +216,10 @@ def test_short_responses():
 
 
 # --------------------------------------------------------------------------------------------------
-# Log-probabilities and entropies
-# --------------------------------------------------------------------------------------------------
-def plain_logprobs(
-    model, sequence: Sequence, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The textbook way: all logits of one unpadded sequence; log-probs of its tokens and
-    entropies."""
-    logits = model(torch.tensor([sequence.prompt_ids + sequence.tokens])).logits[0]
-    start = len(sequence.prompt_ids)
-    logp = torch.log_softmax(logits[start - 1 : start - 1 + len(sequence.tokens)] / temperature, -1)
-    entropy = -(logp.exp() * logp).sum(-1)
-    return logp[range(len(sequence.tokens)), sequence.tokens], entropy
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("kind", KINDS)
-def test_logprobs_and_entropies_are_those_of_the_tempered_model(kind, temperature):
-    rng = random.Random(2)
-    sequences = [random_sequence(rng) for _ in range(7)] + [Sequence([3], random_tokens(rng, 40))]
-    with torch.no_grad():
-        wanted = [plain_logprobs(EAGER[kind], s, temperature) for s in sequences]
-    for budget in (10**6, 150, 1):
-        for got, (logp, entropy) in zip(
-            score(MODELS[kind], sequences, temperature, token_budget=budget), wanted
-        ):
-            np.testing.assert_allclose(got.logprobs, logp, **CLOSE)
-            np.testing.assert_allclose(got.entropies, entropy, **CLOSE)
-
-
-def test_scores_do_not_depend_on_the_batch():
-    rng = random.Random(3)
-    sequences = [random_sequence(rng) for _ in range(6)]
-    alone = [score(MODELS["qwen3"], [s])[0] for s in sequences]
-    order = [4, 0, 5, 2, 1, 3]
-    together = score(MODELS["qwen3"], [sequences[i] for i in order])
-    for i, got in zip(order, together):
-        for name in ("logprobs", "entropies", "fci"):
-            np.testing.assert_allclose(getattr(got, name), getattr(alone[i], name), **CLOSE)
-
-
-@pytest.mark.parametrize("budget", [40, 100, 300])
-def test_batches_stay_within_the_token_budget(budget):
-    """rows x longest row <= token_budget in every forward pass, unless one row alone needs more;
-    none is lost."""
-    rng, shapes = random.Random(9), []
-    sequences = [random_sequence(rng) for _ in range(20)]
-    model = tiny_model("qwen2", num_hidden_layers=1)
-    model.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
-    )
-    scores = score(model, sequences, token_budget=budget)
-    assert [len(got.logprobs) for got in scores] == [len(s.tokens) for s in sequences]
-    assert sum(rows for rows, _ in shapes) == len(sequences)
-    assert all(rows * width <= budget or rows == 1 for rows, width in shapes)
-    assert budget == 40 or max(rows for rows, _ in shapes) > 1
-
-
-@given(
-    lengths=st.lists(st.integers(1, 9000), min_size=1, max_size=60), budget=st.integers(100, 40000)
-)
-@settings(max_examples=60, deadline=None)
-def test_a_pass_is_within_the_budget_and_at_most_a_twentieth_padding(lengths, budget):
-    batches = fci.token_batches([Sequence([0], [0] * (n - 1)) for n in lengths], budget)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        padded, real = len(batch) * max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
-        assert real >= 0.95 * padded and (padded <= budget or len(batch) == 1)
-
-
-@pytest.mark.parametrize("chunk", [1, 7])
-def test_long_batches_go_through_the_head_in_chunks(chunk, monkeypatch):
-    """More positions than HEAD_CHUNK: equal numbers, and never more logits at once."""
-    rng = random.Random(4)
-    # one pass
-    sequences = [
-        Sequence([1], tokens, [0, 5, 30]) for tokens in (random_tokens(rng, 30) for _ in range(4))
-    ]
-    model, widths = tiny_model("qwen2"), []
-    model.lm_head.register_forward_hook(
-        lambda module, inputs, output: widths.append(output.shape[0])
-    )
-    whole = score(model, sequences)
-    assert widths == [sum(len(s.tokens) for s in sequences)]
-    widths.clear()
-    monkeypatch.setattr(fci, "HEAD_CHUNK", chunk)
-    for got, want in zip(score(model, sequences), whole):
-        np.testing.assert_allclose(got.logprobs, want.logprobs, **CLOSE)
-        np.testing.assert_allclose(got.entropies, want.entropies, **CLOSE)
-    assert max(widths) == chunk
-
-
-@pytest.mark.parametrize("chunk", [5, 1024])
-def test_gradient_equals_plain_autograd(chunk, monkeypatch):
-    """Checkpointed chunks must not change the gradient; entropies carry none."""
-    monkeypatch.setattr(fci, "HEAD_CHUNK", chunk)
-    rng = random.Random(5)
-    sequences = [random_sequence(rng) for _ in range(3)]
-    weights = torch.tensor([rng.gauss(0, 1) for s in sequences for _ in s.tokens])
-    ours, plain = tiny_model("qwen3"), tiny_model("qwen3")
-    calls = []
-    ours.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[0]))
-    logp, entropy = token_logprobs(ours, sequences, 0.6)
-    assert not entropy.requires_grad
-    forward_calls = len(calls)
-    (logp * weights).mean().backward()
-    # logits were not kept for the backward pass but computed again
-    assert len(calls) == 2 * forward_calls
-    (torch.cat([plain_logprobs(plain, s, 0.6)[0] for s in sequences]) * weights).mean().backward()
-    for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
-        assert b.grad.abs().max() > 1e-5, name
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-# --------------------------------------------------------------------------------------------------
 # The model leaves as it came; memory
 # --------------------------------------------------------------------------------------------------
 class Boom(Exception):
     """Raised by a hook in the middle of a forward pass."""
-
-
-def fingerprint(model):
-    return (
-        model.config._attn_implementation,
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-        [None if p.grad is None else p.grad.clone() for p in model.parameters()],
-        torch.is_grad_enabled(),
-    )
-
-
-def same(a, b) -> bool:
-    """Fingerprints hold tensors, for which == is no truth value."""
-    return (
-        a[:3] == b[:3]
-        and a[4] == b[4]
-        and all(
-            (x is None) == (y is None) and (x is None or torch.equal(x, y))
-            for x, y in zip(a[3], b[3])
-        )
-    )
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -484,86 +307,6 @@ def test_no_attention_matrix_is_ever_stored(kind):
 # --------------------------------------------------------------------------------------------------
 # Refusals
 # --------------------------------------------------------------------------------------------------
-SMALL = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=None,
-)
-GEMMA = dict(SMALL, head_dim=8, final_logit_softcapping=None, attn_logit_softcapping=None)
-
-
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        (
-            transformers.Gemma2Config(**{**GEMMA, "final_logit_softcapping": 30.0}),
-            "rescales its logits",
-        ),
-        (transformers.CohereConfig(**SMALL, logit_scale=0.0625), "rescales its logits"),
-        (transformers.GraniteConfig(**SMALL, logits_scaling=8.0), "rescales its logits"),
-        (transformers.FalconH1Config(**SMALL, lm_head_multiplier=0.5), "rescales its logits"),
-        (transformers.Gemma2Config(**{**GEMMA, "attn_logit_softcapping": 50.0}), "soft-capping"),
-        (
-            transformers.GptOssConfig(
-                **SMALL, head_dim=8, num_local_experts=2, num_experts_per_tok=1
-            ),
-            "attention sinks",
-        ),
-        (
-            transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
-            "attention registry",
-        ),
-        (
-            transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2),
-            "no attention layer",
-        ),
-    ],
-    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
-)
-def test_models_that_would_get_wrong_scores_are_refused(config, words):
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.train()
-    before = fingerprint(model)
-    with pytest.raises(ValueError, match=words):
-        score(model, [Sequence([1, 2], [3, 4, 5, 6], [0, 1, 2, 3, 4])], delta=1)
-    assert same(fingerprint(model), before)
-
-
-def test_a_model_whose_logits_are_not_those_of_its_head_is_refused_whatever_its_config_calls_it():
-    class Scaled(transformers.Qwen2ForCausalLM):
-        factor = 1.0
-
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            output.logits = output.logits * self.factor
-            return output
-
-    model = randomise(Scaled(transformers.Qwen2Config(**SMALL)), 0)
-    check_model(model, "m")
-    model.factor = 0.5
-    with pytest.raises(UserError, match="--model m: rescales its hidden states or logits"):
-        check_model(model, "m")
-
-
-def test_gemma2_without_caps_is_scored():
-    """The refusals look at the values, not at the family: without its caps Gemma 2 is a plain model
-    (and sliding)."""
-    model = randomise(
-        transformers.AutoModelForCausalLM.from_config(
-            transformers.Gemma2Config(**GEMMA, sliding_window=WINDOW)
-        ).eval(),
-        0,
-    )
-    sequence = random_sequence(random.Random(8))
-    got = score(model, [sequence], delta=1)[0]
-    want = fci_by_definition(eager_attention(eager_twin(model), sequence), sequence, 1)
-    np.testing.assert_allclose(got.fci, want, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -574,32 +317,18 @@ def test_wrong_bounds_are_refused(bounds):
         fci_scores(MODELS["qwen2"], [1], [2, 3, 4], bounds)
 
 
-def test_empty_prompt_is_refused():
-    for bounds in (None, [0, 1, 2]):
-        with pytest.raises(ValueError, match="prompt"):
-            score(MODELS["qwen2"], [Sequence([1], [2]), Sequence([], [2, 3], bounds)])
-
-
 # --------------------------------------------------------------------------------------------------
 # Steps
 # --------------------------------------------------------------------------------------------------
-BLANK, LINE, THINK = 9, 8, 7
-SEPARATORS = Separators(double=frozenset({BLANK}), single=frozenset({LINE, BLANK}), think_end=THINK)
-
-
-@pytest.mark.parametrize(
-    "ends, bounds", [("blank", [0, 2, 6]), ("newline", [0, 2, 3, 6]), ("length", [0, 4, 6])]
-)
-def test_prl_steps(ends, bounds):
-    """Of 6 tokens the second is a blank line, the third and the last a single newline."""
-    tokens = [5, 9, 8, 5, 5, 8]
-    assert (
-        prl_steps(
-            tokens, Separators(double=frozenset({9}), single=frozenset({8, 9})), ends, length=4
-        )
-        == bounds
-    )
-    assert prl_steps([5], SEPARATORS, ends) == [0, 1]
+BLANK, LINE, THINK, EOS = 9, 8, 7, 6
+TEXTS = {
+    **dict.fromkeys(range(1, 13), b"x"),
+    BLANK: b".\n\n",
+    LINE: b"\n",
+    THINK: b"</think>",
+    EOS: b"</s>",
+}
+SEPARATORS = Separators(TEXTS, frozenset({EOS}))
 
 
 @pytest.mark.parametrize(
@@ -608,12 +337,16 @@ def test_prl_steps(ends, bounds):
         ([1, BLANK, 2, 3, BLANK, 4], [0, 2, 5, 6]),
         ([1, BLANK, 2, LINE, 3], [0, 2, 5]),  # with blank lines, single newlines do not cut
         ([1, LINE, 2, LINE, 3], [0, 2, 4, 5]),  # none: single newlines do
+        ([1, LINE, LINE, 2, LINE, 3], [0, 3, 6]),  # two single ones are a blank line
         ([1, 2, 3], [0, 3]),  # neither: one step
-        ([1, BLANK, BLANK, 2], [0, 2, 3, 4]),  # after EVERY separator token
+        ([1, BLANK, BLANK, 2], [0, 2, 3, 4]),  # ".\n\n" twice
+        ([1, BLANK, LINE, LINE, 2], [0, 4, 5]),  # one run
         ([1, BLANK], [0, 2]),  # at the end: no empty last step
+        ([1, BLANK, EOS], [0, 3]),
         ([BLANK, 1], [0, 1, 2]),
+        ([LINE, LINE, 1], [0, 3]),  # white space alone is no step
         ([BLANK], [0, 1]),
-        ([LINE, LINE], [0, 1, 2]),
+        ([LINE, LINE], [0, 2]),
         ([1], [0, 1]),
         ([], [0]),
     ],
@@ -627,17 +360,14 @@ def test_bounds_partition_the_response(tokens):
     bounds = split_steps(tokens, SEPARATORS)
     steps = [tokens[a:b] for a, b in zip(bounds, bounds[1:])]
     assert sum(steps, []) == tokens and all(steps)
-    ends = {BLANK} if BLANK in tokens else {LINE}
-    for position, step in enumerate(steps):
-        assert not ends & set(step[:-1])  # a separator only closes a step
-        assert step[-1] in ends or position == len(steps) - 1
+    for step in steps[:-1]:
+        assert step[-1] in (BLANK, LINE) and set(step) - {LINE, EOS}
     usable = branchable_steps(tokens, bounds, SEPARATORS)
     assert 0 <= usable <= len(steps)
     # usable: no "</think>" in or before it, unless there is none at all after
-    for position, step in enumerate(steps):
-        assert (position < usable) == (
-            THINK not in tokens or THINK in sum(steps[position + 1 :], [])
-        )
+    for position in range(len(steps)):
+        after = sum(steps[position + 1 :], [])
+        assert (position < usable) == (THINK not in tokens or THINK in after)
 
 
 def branchable_steps(tokens, bounds, separators):
@@ -661,12 +391,24 @@ def branchable_steps(tokens, bounds, separators):
 )
 def test_branchable_steps(tokens, usable):
     assert branchable_steps(tokens, split_steps(tokens, SEPARATORS), SEPARATORS) == usable
-    without = Separators(SEPARATORS.double, SEPARATORS.single)  # a tokenizer that has no "</think>"
+    without = Separators({**TEXTS, THINK: b"</thing>"})  # a tokenizer that has no "</think>"
     bounds = split_steps(tokens, without)
     assert branchable_steps(tokens, bounds, without) == len(bounds) - 1
 
 
-def train_bpe(with_think: bool = True):
+def test_answers_after_the_thought_score_zero_everywhere():
+    """FCI of the step with the last </think> (token 7) and of all later ones is 0, not only left
+    out of branching."""
+    separators = Separators({7: b"</think>", 9: b"\n\n", **dict.fromkeys(range(1, 5), b"x")})
+    tokens, bounds = [1, 9, 2, 9, 7, 9, 3, 9, 4], [0, 2, 4, 6, 8, 9]
+    assert without_answer([0.0, 0.5, 0.4, 0.3, 0.2], tokens, bounds, separators) == (
+        [0.0, 0.5, 0.0, 0.0, 0.0],
+        2,
+    )
+    assert without_answer([0.0, 0.5], [1, 9, 2], [0, 2, 3], separators) == ([0.0, 0.5], 2)
+
+
+def train_bpe():
     """A byte-level BPE as Qwen's: its pattern lets punctuation take newlines along, so ".\n\n"
     becomes one token."""
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -690,8 +432,7 @@ def train_bpe(with_think: bool = True):
         ),
     )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe)
-    if with_think:
-        tokenizer.add_tokens(["</think>"])
+    tokenizer.add_tokens(["</think>"])
     return tokenizer
 
 
@@ -699,16 +440,10 @@ def test_separator_tokens_of_a_bpe_tokenizer():
     tokenizer = train_bpe()
     separators = separator_tokens(tokenizer)
     texts = {i: tokenizer.decode([i]) for i in tokenizer.get_vocab().values()}
-    merges = {texts[i] for i in separators.double}
-    assert {".\n\n", ":\n\n", "\n\n"} <= merges  # the tokenizer has such tokens, and all are found
-    assert {".\n", "\n"} <= {texts[i] for i in separators.single - separators.double}
-    assert separators.double < separators.single
-    assert all(
-        ("\n\n" in text) == (i in separators.double) and ("\n" in text) == (i in separators.single)
-        for i, text in texts.items()
-    )
-    assert separators.think_end == tokenizer.convert_tokens_to_ids("</think>")
-    assert separator_tokens(train_bpe(with_think=False)).think_end is None
+    # the tokenizer has such tokens, and all are read
+    assert {".\n\n", ":\n\n", "\n\n", ".\n", "\n"} <= set(texts.values())
+    assert {i: text.decode(errors="replace") for i, text in separators.texts.items()} == texts
+    assert separators.texts[tokenizer.convert_tokens_to_ids("</think>")] == b"</think>"
 
     text = "Then x = 2.\n\nSo we add:\n\n\\[ x \\]\n\n</think>Done.\nWell"
     tokens = tokenizer(text)["input_ids"]
@@ -728,7 +463,8 @@ def test_separator_tokens_of_the_toy_tokenizer():
     tokenizer = build_tokenizer()
     separators = separator_tokens(tokenizer)
     (blank,) = tokenizer("\n\n")["input_ids"]
-    assert separators.double == {blank} <= separators.single and separators.think_end is None
+    assert [i for i, text in separators.texts.items() if b"\n\n" in text] == [blank]
+    assert separators.special == {tokenizer.eos_token_id}
     tokens = tokenizer("a=3\n\nb=7\n\n\\{7}")["input_ids"]
     bounds = split_steps(tokens, separators)
     assert [tokenizer.decode(tokens[a:b]) for a, b in zip(bounds, bounds[1:])] == [

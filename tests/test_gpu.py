@@ -23,11 +23,11 @@ from helpers import KINDS, random_bounds, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from attnrl import parse_config, train
-from data import load_problems
-from dist import cast, full_weights
-from fci import Sequence, score
-from rollout import Request, TransformersEngine, request_seed
-from vllm_engine import VLLMEngine, engine_gap, probe_requests
+from runtime.data import load_problems
+from runtime.dist import cast, full_weights
+from runtime.rollout import Request, TransformersEngine, probe_requests, request_seed
+from runtime.scoring import Sequence, engine_gap, score
+from runtime.vllm_engine import VLLMEngine
 
 DEVICE = "cuda"
 GIB = 2**30

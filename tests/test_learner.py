@@ -1,7 +1,7 @@
 """test_learner.py: the update rule by hand, and gradients against a second implementation with
 plain loops.
 
-`plain_gradient` shares no code with learner.py or fci.py: one sequence at a time without padding,
+`plain_gradient` shares no code with learner.py or runtime/scoring.py: one sequence at a time without padding,
 full logits, a Python loop over tokens, the clip rules as if-else. `learner_gradient` is what really
 moves the weights: one `update` with SGD of learning rate 1 in the optimizer's place, weights before
 minus weights after.
@@ -12,6 +12,7 @@ minus weights after.
 import copy
 import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fci import Sequence, score, token_logprobs
-from learner import Learner, TrainStats, k3_kl, learning_rate, mini_batches, ppo_loss
+from learner import Learner, TrainStats, k3_kl, mini_batches, ppo_loss
+from runtime.scoring import Sequence, score, token_logprobs
 from tree import TrainingSequence
 
 EOS = 0  # also the id that pad_right fills up with: EOS must be trained all the same
@@ -142,7 +143,7 @@ def ppo_at(ratio, advantage, **options):
         (9.00, 0.0, 0.0, False),
     ],
 )
-def test_ppo_loss_by_hand(ratio, advantage, loss, clipped):
+def test_eq1_ppo_loss_by_hand(ratio, advantage, loss, clipped):
     got, flag, gradient = ppo_at(ratio, advantage)
     assert got == pytest.approx(loss, abs=1e-12)
     assert flag is clipped
@@ -198,31 +199,8 @@ def test_k3_kl_is_an_unbiased_estimate_of_the_kl():
 
 
 # --------------------------------------------------------------------------------------------------
-# Schedules and mini-batches
+# Learning rate and mini-batches
 # --------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "schedule, warmup, expected",
-    [
-        ("constant", 0, [2, 2, 2, 2]),
-        ("linear", 0, [2, 1.5, 1, 0.5]),
-        ("cosine", 0, [2, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)]),
-        ("constant", 2, [1, 2, 2, 2]),
-        ("linear", 2, [1, 2, 2, 1]),
-        ("cosine", 2, [1, 2, 2, 1]),
-        ("constant", 4, [0.5, 1, 1.5, 2]),
-        ("linear", 8, [0.25, 0.5, 0.75, 1]),  # a warm-up longer than the run
-    ],
-)
-def test_learning_rate_by_hand(schedule, warmup, expected):
-    assert [
-        learning_rate(step, 4, 2.0, warmup, schedule) for step in (1, 2, 3, 4)
-    ] == pytest.approx(expected)
-
-
-def test_learning_rate_decays_to_zero_after_the_last_step():
-    assert learning_rate(5, 4, 2.0, 0, "linear") == 0 and learning_rate(
-        5, 4, 2.0, 0, "cosine"
-    ) == pytest.approx(0)
 
 
 def test_set_learning_rate_is_the_size_of_the_next_step():
@@ -300,9 +278,8 @@ def test_clip_settings_reach_the_loss():
     policy = tiny_model("qwen2")
     (s,) = on_policy(policy, [TrainingSequence([3, 4], [5, 6, EOS], [1.0, -1.0, -1.0], [0.0] * 3)])
     s.logprobs = [lp - math.log(ratio) for lp, ratio in zip(s.logprobs, (1.5, 0.9, 2.5))]
-    stats = Learner(policy, clip_low=0.05, clip_high=0.1, dual_clip=2.0).train(
-        [s], mini_batch=1, seed=0
-    )
+    loss = partial(ppo_loss, clip_low=0.05, clip_high=0.1, dual_clip=2.0)
+    stats = Learner(policy, loss=loss).train([s], mini_batch=1, seed=0)
     assert (
         stats.policy_loss == pytest.approx((-1.1 + 0.95 + 2) / 3, abs=1e-5)
         and stats.clip_fraction == 1

@@ -1,26 +1,20 @@
-"""test_sampler.py: Eq. 8, 9 and 10 by hand, which trees are expanded, and the problem stream.
+"""test_sampler.py: Eq. 8, 9 and 10 by hand, and which trees are expanded.
 
 python -m pytest tests/test_sampler.py
 """
 
-import dataclasses
-import json
 import math
 import random
 from collections import Counter
 
 import pytest
-import torch
-from helpers import tiny_model
+from fixtures import saved_and_restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fci import fci_scores
-from runlog import fci_spread, notices, uniform_fci
 from sampler import (
     AdaptiveBatch,
     EasyFilter,
-    ProblemStream,
     choose_trees,
     is_correct,
     problem_fci,
@@ -30,11 +24,6 @@ from sampler import (
 )
 
 quick = settings(max_examples=150, deadline=None)
-
-
-def saved_and_restored(state):
-    """Through JSON, as a checkpoint would: the state must be plain numbers."""
-    return type(state)(**json.loads(json.dumps(dataclasses.asdict(state))))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,133 +221,3 @@ def test_eq10_bounds_and_saved_state(size, steps):
         twin = saved_and_restored(b)
         assert b.update(sampled, kept) == twin.update(sampled, kept) == b.size
         assert 1 <= b.size <= 500 and isinstance(b.size, int)
-
-
-# --------------------------------------------------------------------------------------------------
-# The problem stream
-# --------------------------------------------------------------------------------------------------
-@quick
-@given(st.integers(1, 12), st.integers(0, 3), st.lists(st.integers(0, 30), min_size=1, max_size=8))
-def test_stream_every_epoch_is_a_permutation_however_it_is_taken(size, seed, counts):
-    stream = ProblemStream(size, seed)
-    taken = []
-    # batches that wrap in their middle, and batches larger than the set, included
-    for count in counts:
-        part = stream.take(count)
-        assert len(part) == count
-        taken += part
-    assert taken == ProblemStream(size, seed).take(sum(counts))
-    for start in range(0, len(taken) - size + 1, size):
-        assert sorted(taken[start : start + size]) == list(range(size))
-
-
-@quick
-@given(
-    st.integers(1, 12),
-    st.integers(0, 3),
-    st.lists(st.integers(0, 30), max_size=5),
-    st.integers(0, 60),
-)
-def test_stream_restored_at_any_point_continues_identically(size, seed, before, after):
-    stream = ProblemStream(size, seed)
-    for count in before:
-        stream.take(count)
-    assert saved_and_restored(stream).take(after) == stream.take(after)
-
-
-def test_stream_epochs_and_seeds_differ():
-    stream = ProblemStream(20, seed=1)
-    epochs = [tuple(stream.take(20)) for _ in range(5)]
-    assert len(set(epochs)) == 5
-    assert len({tuple(ProblemStream(20, seed).take(20)) for seed in range(5)}) == 5
-    assert tuple(range(20)) not in epochs  # shuffled, the first epoch too
-
-
-def test_stream_does_not_touch_the_global_generator():
-    random.seed(5)
-    state = random.getstate()
-    first = ProblemStream(9).take(9)
-    assert random.getstate() == state
-    random.seed(6)
-    assert ProblemStream(9).take(9) == first
-
-
-def test_stream_wraps_in_the_middle_of_a_batch():
-    stream = ProblemStream(5)
-    stream.take(3)
-    wrapped = stream.take(4)
-    assert (stream.epoch, stream.position) == (1, 2)
-    assert wrapped[2:] == ProblemStream(5, epoch=1).take(2)
-
-
-@pytest.mark.parametrize("size", [0, -1])
-def test_stream_of_nothing_is_refused(size):
-    with pytest.raises(ValueError, match="empty"):
-        ProblemStream(size)
-
-
-@pytest.mark.parametrize("position", [-1, 5, 6])  # 6 made take() loop for ever
-def test_stream_restored_on_a_smaller_problem_set_is_refused(position):
-    with pytest.raises(ValueError, match="position"):
-        ProblemStream(5, position=position)
-
-
-# --------------------------------------------------------------------------------------------------
-# Failures with a name
-# --------------------------------------------------------------------------------------------------
-def test_fci_spread_by_hand():
-    """1 2 3: mean 2, population std sqrt(2/3); zeros (first and last steps) do not count; too few
-    scores: None."""
-    flat = [3.0, 2.0, 1.0]  # in these units 1 2 3 spread even more
-    assert fci_spread([[0, 1.0, 2.0, 3.0, 0, 0]], [[0, *flat, 0, 0]]) == pytest.approx(
-        math.sqrt(2 / 3) / 2
-    )
-    assert fci_spread([[0, 0.5, 0.5, 0.5, 0]], [[0, *flat, 0]]) == 0  # all alike
-    # as attention to everything alike
-    assert fci_spread([[0, 0.6, 0.4, 0.2, 0]], [[0, *flat, 0]]) == pytest.approx(0)
-    # the median of .41 0 0
-    assert (
-        fci_spread([[1.0, 2.0, 3.0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], [0, 1.0, 0]], [flat] * 4)
-        == 0
-    )
-    assert (
-        fci_spread([], []) is None
-        and fci_spread([[0, 1.0, 2.0, 0], []], [[0, 1.0, 1.0, 0], []]) is None
-    )
-
-
-def test_collapse_is_named_for_a_model_that_attends_evenly_and_not_for_one_that_does_not():
-    """The real thing: zero query weights make attention exactly uniform."""
-    torch.manual_seed(0)
-    bounds, prompt = [0, 4, 9, 15, 20, 27, 33, 40, 44, 50], [1] * 12
-    spreads = []
-    for collapsed in (True, False):
-        model = tiny_model("llama")
-        if collapsed:
-            for layer in model.model.layers:
-                torch.nn.init.zeros_(layer.self_attn.q_proj.weight)
-        y = fci_scores(model, prompt, list(range(40)) + [3] * 10, bounds, delta=2)
-        spreads.append(fci_spread([y], [uniform_fci(len(prompt), bounds, delta=2)]))
-    assert spreads[0] < 1e-5 < 0.05 < spreads[1]
-    assert (
-        "attention collapse" in notices(9, 9, 9, spreads[0])[0]
-        and notices(9, 9, 9, spreads[1]) == []
-    )
-
-
-def test_notices_none_if_all_is_well():
-    assert notices(problems=64, expanded=50, kept=1900, spread=0.4) == []
-    assert notices(problems=64, expanded=50, kept=1900, spread=None) == []
-    assert notices(problems=64, expanded=1, kept=1, spread=0.05) == []
-
-
-def test_notices_name_each_failure():
-    (collapse,) = notices(64, 50, 1900, spread=0.049)
-    assert collapse.startswith("attention collapse") and "0.049" in collapse
-    (filtered,) = notices(64, 0, 300, spread=0.4)
-    assert (
-        filtered.startswith("none of 64 problems is branched (all filtered,") and "64" in filtered
-    )
-    (empty,) = notices(64, 50, 0, spread=0.4)
-    assert empty.startswith("empty batch") and "64" in empty
-    assert len(notices(64, 0, 0, spread=0.0)) == 3

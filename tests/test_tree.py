@@ -1,4 +1,4 @@
-"""test_tree.py: Eq. 1, 2, 3 and 7 by hand, and the tree's invariants on random forests.
+"""test_tree.py: Eq. 2, 3 and 7 by hand, and the tree's invariants on random forests.
 
 Eq. 2-3 and Eq. 7 are also compared with second implementations that stand in this file and share no
 code with tree.py: `brute_force` has no tree and no recursion, only sets of leaves; `eq7_exact`
@@ -13,7 +13,8 @@ import random
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from forests import PROMPT, forests, quick, response
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tree import (
@@ -24,31 +25,13 @@ from tree import (
     choose_branch_points,
     drop_zero,
     fci_branch_steps,
-    grpo_sequences,
-    prl_sequences,
     step_advantages,
     tree_sequences,
 )
 
-PROMPT = [901, 902, 903]
-quick = settings(max_examples=150, deadline=None)
-
-
-def response(tokens, reward, *continuations):
-    """continuations: (at, tokens, reward). Token t has behaviour log-prob -t / 100: it shows where
-    it comes from."""
-    return Response(
-        tokens,
-        [-t / 100 for t in tokens],
-        reward,
-        continuations=[
-            Continuation(at, new, [-t / 100 for t in new], r) for at, new, r in continuations
-        ],
-    )
-
 
 # --------------------------------------------------------------------------------------------------
-# Eq. 1-3 by hand
+# Eq. 2-3 by hand
 # --------------------------------------------------------------------------------------------------
 def test_eq2_eq3_advantages_by_hand():
     """The example of tree.py's docstring: r1 (right) is cut once, continuations right and wrong; r2
@@ -122,111 +105,9 @@ def test_eq3_local_term_is_against_the_parent_not_the_root():
     assert [s.advantages for s in sequences] == [[0.0, 1.0], [0.0, -1.0]]
 
 
-def test_eq1_grpo_by_hand():
-    """Rewards 1 0 0 1 1: mean 0.6, unbiased variance (3 * 0.16 + 2 * 0.36) / 4 = 0.3."""
-    rewards = [1.0, 0.0, 0.0, 1.0, 1.0]
-    sequences = grpo_sequences(PROMPT, [response([i, i + 1], r) for i, r in enumerate(rewards)])
-    std = math.sqrt(0.3)
-    for s, reward in zip(sequences, rewards):
-        assert s.advantages == pytest.approx([(reward - 0.6) / (std + 1e-6)] * 2, rel=1e-12)
-    assert [s.tokens for s in sequences] == [[i, i + 1] for i in range(5)]
-    assert [s.logprobs for s in sequences] == [[-i / 100, -(i + 1) / 100] for i in range(5)]
-
-
-def test_eq1_epsilon_is_added_to_the_std():
-    """Rewards 0 and 2e-6: std = sqrt 2 * 1e-6 is of the size of the 1e-6, so the place of the
-    epsilon shows."""
-    sequences = grpo_sequences(PROMPT, [response([1], 0.0), response([2], 2e-6)])
-    assert sequences[1].advantages == pytest.approx([1e-6 / (math.sqrt(2) * 1e-6 + 1e-6)], rel=1e-9)
-
-
-def test_eq1_one_response_has_no_advantage():
-    assert grpo_sequences(PROMPT, [response([1, 2], 1.0)])[0].advantages == [0.0, 0.0]
-
-
-# --------------------------------------------------------------------------------------------------
-# PRL by hand
-# --------------------------------------------------------------------------------------------------
-def prl_response(old: list[float], ref: list[float], bounds: list[int], reward: float) -> Response:
-    return Response(list(range(len(old))), old, reward, bounds=bounds, ref_logprobs=ref)
-
-
-def test_prl_by_hand():
-    """5 tokens in steps [0, 2) [2, 4) [4, 5), log-ratios 0.1, -0.2, 0.3, 0.4, -0.5, eta = 10. From
-    the last token of each step on: tokens 1-4 add up to 0, tokens 3-4 to -0.1, token 4 to -0.5.
-    GRPO: rewards 1 and 0, std 1 / sqrt 2."""
-    ref = [-1.0, -2.0, -0.5, -3.0, -0.25]
-    old = [r + d for r, d in zip(ref, (0.1, -0.2, 0.3, 0.4, -0.5))]
-    right = prl_response(old, ref, [0, 2, 4, 5], 1.0)
-    wrong = prl_response([-1.0], [-1.0], [0, 1], 0.0)
-    one, other = prl_sequences(PROMPT, [right, wrong], eta=10.0)
-    grpo = 0.5 / (math.sqrt(0.5) + 1e-6)
-    assert one.advantages == pytest.approx(
-        [grpo, grpo, grpo + 0.01, grpo + 0.01, grpo + 0.05], abs=1e-12
-    )
-    assert other.advantages == [-grpo] and one.logprobs == old and one.tokens == right.tokens
-
-
-def test_prl_equal_rewards_leave_a_signal():
-    """By Eq. 1 alone the group would be dropped."""
-    group = [
-        prl_response([-1.0, -1.0], [-1.5, -1.0], [0, 1, 2], 1.0),
-        prl_response([-2.0], [-2.0], [0, 1], 1.0),
-    ]
-    first, second = prl_sequences(PROMPT, group, eta=200.0)
-    assert first.advantages == pytest.approx([-0.5 / 200, 0.0]) and second.advantages == [0.0]
-    assert drop_zero([first, second]) == [first] and drop_zero(grpo_sequences(PROMPT, group)) == []
-
-
-@quick
-@given(
-    st.lists(st.tuples(st.floats(-9, 0), st.floats(-9, 0), st.booleans()), min_size=1, max_size=30),
-    st.floats(0.5, 500),
-)
-def test_prl_equals_the_formula_token_by_token(tokens, eta):
-    """An independent computation: for every token find its step, and add up from the step's last
-    token."""
-    old, ref, ends = zip(*tokens)
-    bounds = sorted({0, len(tokens), *(i + 1 for i, end in enumerate(ends) if end)})
-    got = prl_sequences(PROMPT, [prl_response(list(old), list(ref), bounds, 1.0)], eta)[
-        0
-    ].advantages
-    for t, advantage in enumerate(got):
-        last = min(b for b in bounds if b > t) - 1
-        assert advantage == pytest.approx(
-            -math.fsum(o - r for o, r in zip(old[last:], ref[last:])) / eta, abs=1e-9
-        )
-
-
 # --------------------------------------------------------------------------------------------------
 # Random forests
 # --------------------------------------------------------------------------------------------------
-floats = st.floats(-1e9, 1e9, allow_subnormal=False)
-binary = st.sampled_from([0.0, 1.0])
-
-
-@st.composite
-def forests(draw, rewards=None):
-    """1 to 5 responses of 1 to 8 tokens with up to 4 continuations each; every sampled token has an
-    id of its own."""
-    rewards = rewards if rewards is not None else draw(st.sampled_from([binary, floats]))
-    fresh = iter(range(100, 10_000))
-    forest = []
-    for _ in range(draw(st.integers(1, 5))):
-        length = draw(st.integers(1, 8))
-        tokens = [next(fresh) for _ in range(length)]
-        cuts = draw(st.lists(st.integers(1, length - 1), max_size=4)) if length > 1 else []
-        forest.append(
-            response(
-                tokens,
-                draw(rewards),
-                *(
-                    (at, [next(fresh) for _ in range(draw(st.integers(0, 4)))], draw(rewards))
-                    for at in cuts
-                ),
-            )
-        )
-    return forest
 
 
 def leaves_of(forest):
@@ -340,10 +221,7 @@ def test_equal_rewards_give_exactly_zero(data):
     reward = data.draw(st.floats(allow_nan=False, allow_infinity=False))
     forest = data.draw(forests(st.just(reward)))
     assert all(a == 0 for s in tree_sequences(PROMPT, forest) for a in s.advantages)
-    assert all(a == 0 for s in grpo_sequences(PROMPT, forest) for a in s.advantages)
-    assert (
-        drop_zero(tree_sequences(PROMPT, forest)) == drop_zero(grpo_sequences(PROMPT, forest)) == []
-    )
+    assert drop_zero(tree_sequences(PROMPT, forest)) == []
 
 
 @quick
@@ -361,7 +239,6 @@ def test_permuting_responses_and_continuations_only_permutes_the_result(forest, 
 def test_input_is_not_modified(forest):
     before = copy.deepcopy(forest)
     tree_sequences(PROMPT, forest)
-    grpo_sequences(PROMPT, forest)
     assert forest == before
 
 
@@ -438,8 +315,6 @@ def test_rewards_that_are_not_finite_are_refused(reward):
         ] = reward
         with pytest.raises(ValueError, match="finite"):
             step_advantages(responses)
-    with pytest.raises(ValueError, match="finite"):
-        grpo_sequences(PROMPT, [response([1], 0.0), response([2], reward)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -665,5 +540,5 @@ def test_only_the_random_baseline_consumes_random_numbers():
 
 
 def test_an_unknown_branch_method_is_refused():
-    with pytest.raises(ValueError, match="fci, entropy or random"):
+    with pytest.raises(ValueError, match="fci, entropy, random"):
         choose(stepped([0.0] * 3), "attention")

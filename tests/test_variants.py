@@ -18,9 +18,9 @@ from fixtures import ROOT, TOY_MODEL, same_file
 from test_attnrl import metrics_of
 
 import attnrl
-from errors import stop_on_user_error
 from eval import load_model
 from fci import Sequence, score, separator_tokens, split_steps
+from runtime.cli import stop_on_user_error
 from sampler import ProblemStream
 from toy.programs import toy_set
 from tree import fci_branch_steps

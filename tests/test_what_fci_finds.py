@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 sys.path.insert(0, str(ROOT / "experiments"))
 import what_fci_finds as study  # noqa: E402
 
-from errors import UserError  # noqa: E402
-from rollout import Request, TransformersEngine  # noqa: E402
+from runtime.cli import UserError  # noqa: E402
+from runtime.rollout import Request, TransformersEngine  # noqa: E402
 
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
 

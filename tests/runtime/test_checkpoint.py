@@ -1,7 +1,7 @@
 """test_checkpoint.py: a run that was stopped, killed or out of disk space ends as if nothing had
 happened. Real runs, real signals, real full disks.
 
-    python -m pytest tests/test_checkpoint.py -m "not full"     # without it: also 50 x kill -9,
+    python -m pytest tests/runtime/test_checkpoint.py -m "not full"     # without it: also 50 x kill -9,
                                                                 FSDP, other numbers of ranks
 """
 
@@ -19,112 +19,33 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, same_file
-from test_dist import (
-    Launched,
+from fixtures import ROOT, TOY_MODEL, lines
+from launch import Launched, one_node, steps_done
+from runs import (
+    RUN,
+    SEED,
     assert_same,
-    lines,
+    config_of,
+    cut,
+    identical,
     metrics,
-    one_node,
+    resume,
+    same_checkpoint,
     same_run,
-    steps_done,
-    torchrun,
+    state_of,
+    together,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
-import checkpoint
-from attnrl import Trainer, parse_config, train
-from errors import UserError, stop_on_user_error
-from runlog import Display
-from sampler import ProblemStream
+from attnrl import parse_config, train
+from runtime import checkpoint
+from runtime.cli import UserError, stop_on_user_error
+from runtime.monitor import Display
+from runtime.stream import ProblemStream
 from toy.programs import toy_set
 
-# Small, and all that a checkpoint must carry is at work (asserted below): the KL to a reference, a
-# batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a stream of 16
-# problems that begins a second epoch.
-RUN = [
-    "--steps",
-    4,
-    "--batch_size",
-    4,
-    "--group_size",
-    3,
-    "--eval_every",
-    2,
-    "--eval_samples",
-    1,
-    "--test_problems",
-    "toy:8:4:2",
-    "--problems",
-    "toy:8:16:1",
-    "--mini_batch",
-    15,
-    "--kl_coef",
-    0.001,
-    "--batch_lam",
-    0.2,
-    "--save_every",
-    1,
-    "--keep",
-    9,
-]
 MODES = {"off-policy": [], "synchronous": ["--one_step_off_policy", "false"]}
-SEED = ["--seed", 3]  # one of those with which the filter acts
-
-
-def config_of(folder: Path, *options):
-    return parse_config([str(option) for option in (*RUN, *SEED, *options, "--out", folder)])
-
-
-def resume(folder: Path, *options, stop=lambda: False) -> Path:
-    """Go on in this process."""
-    return train(config_of(folder, "--resume", "auto", *options), stop)
-
-
-def state_of(folder: Path) -> dict:
-    return torch.load(folder / "training.pt", weights_only=True)
-
-
-def cut(run: Path, step: int, to: Path) -> Path:
-    """The run as a kill at a bad moment leaves it: the newest checkpoint is of `step`, but the
-    links are those of the one before; the logs are further, and end with half a line. Also half a
-    checkpoint lies around."""
-    shutil.copytree(run, to, symlinks=True)
-    for folder in checkpoint.checkpoints(to):
-        if folder.name > f"step-{step:06}":
-            shutil.rmtree(folder)
-    for link, leads in (
-        ("last", step - 1),
-        ("best", state_of(to / f"step-{step - 1:06}")["best"][1]),
-    ):
-        (to / link).unlink()
-        (to / link).symlink_to(f"step-{leads:06}")
-    half = to / f".step-{step + 1:06}.new"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    for name in ("metrics.jsonl", "batches.jsonl", "samples.jsonl"):
-        with (to / name).open("a") as file:
-            file.write((to / name).read_text().splitlines()[-1][:100])
-    return to
-
-
-def same_checkpoint(got: Path, expected: Path) -> None:
-    same_file(got / "model.safetensors", expected / "model.safetensors")
-    assert_same(state_of(got), state_of(expected), where=got.name)
-
-
-def identical(got: Path, expected: Path) -> None:
-    """Every number and every byte but the times."""
-    assert_same(metrics(got), metrics(expected), where="metrics")
-    for name in ("batches.jsonl", "samples.jsonl"):
-        assert_same(lines(got / name), lines(expected / name), where=name)
-    names = [[folder.name for folder in checkpoint.checkpoints(run)] for run in (got, expected)]
-    assert names[0] == names[1], f"checkpoints {names[0]} and {names[1]}"
-    for name in names[0]:
-        same_checkpoint(got / name, expected / name)
-    for link in ("last", "best"):
-        assert (got / link).readlink() == (expected / link).readlink()
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +130,7 @@ CHANGES = {
     ],
     "behaviour log-probs": other_logprobs,
     "branch points": lambda state: [
-        group["branch_points"].clear() for group in state["groups"][:1]
+        response["branch_points"].clear() for response in state["groups"][0]["responses"]
     ],
     "groups": lambda state: state["groups"].pop(),
     "filter": lambda state: state.update(easy_filter={"count": 1, "total": 9.0}),
@@ -246,21 +167,20 @@ def test_nothing_in_a_checkpoint_is_for_nothing(name, whole, tmp_path):
 def test_sampling_the_in_flight_half_anew_is_another_run(whole, tmp_path, monkeypatch):
     """What a checkpoint without it would come to: responses of the resumed policy, which is one
     update newer."""
-    real = checkpoint.restore
+    real = attnrl.resume
 
-    def anew(path, trainer, batch_of):
-        step, best, saved = real(path, trainer, batch_of)
-        filter_ = dict(vars(trainer.easy_filter))
-        upcoming = attnrl.Batch(
-            step + 1, [attnrl.Group(g.index, g.number, g.problem) for g in saved.groups]
-        )
-        trainer.sample(None, upcoming)
-        vars(trainer.easy_filter).update(filter_)
-        trainer.generated_tokens = state_of(path)["generated_tokens"]
+    def anew(run):
+        step, best, saved = real(run)
+        filter_ = dict(vars(run.easy_filter))
+        groups = [attnrl.Group(g.index, g.number, g.problem) for g in saved.groups]
+        upcoming = attnrl.Batch(step + 1, groups)
+        attnrl.sample(run, None, upcoming)
+        vars(run.easy_filter).update(filter_)
+        run.monitor.generated_tokens = state_of(run.checkpoint)["generated_tokens"]
         return step, best, upcoming
 
     run = cut(whole, 2, tmp_path / "run")
-    monkeypatch.setattr(checkpoint, "restore", anew)
+    monkeypatch.setattr(attnrl, "resume", anew)
     resume(run, stop=lambda: True)
     got, expected = (
         (folder / "step-000003" / "model.safetensors").read_bytes() for folder in (run, whole)
@@ -271,11 +191,6 @@ def test_sampling_the_in_flight_half_anew_is_another_run(whole, tmp_path, monkey
 # --------------------------------------------------------------------------------------------------
 # Several ranks
 # --------------------------------------------------------------------------------------------------
-def together(folder: Path, *options, ranks: int = 2) -> Path:
-    torchrun(ranks, "attnrl.py", *RUN, *SEED, *options, "--out", folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     "options, step",
     [
@@ -382,9 +297,8 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
     """A forked copy of this process saves and leaves, without cleaning up, at its n-th file
     operation, for every n."""
     run = cut(whole, 2, tmp_path / "run")
-    config = config_of(run, "--resume", "auto")
-    trainer = Trainer(config, Display(4))
-    checkpoint.restore(trainer.checkpoint, trainer, lambda step, groups: None)
+    going_on = attnrl.setup(config_of(run, "--resume", "auto"), Display(4))
+    checkpoint.restore(going_on.checkpoint, going_on)
     saved = state_of(run / "step-000002")
     names = {path.name for path in (run / "step-000002").iterdir()}
     newest = []
@@ -401,7 +315,7 @@ def test_death_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(whole, 
 
             sys.addaudithook(count)
             try:
-                checkpoint.save(run, 3, trainer, None, (0.5, 1), keep=1)
+                checkpoint.save(run, 3, going_on, None, (0.5, 1), keep=1)
             except BaseException:
                 os._exit(1)
             os._exit(0)

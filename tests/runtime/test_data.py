@@ -11,9 +11,9 @@ from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data
-from data import Problem, encode_prompt, load_problems, parse_answers, report_bad_rows
-from errors import UserError
+from runtime import data
+from runtime.cli import UserError
+from runtime.data import Problem, encode_prompt, load_problems, parse_answers, report_bad_rows
 from toy.programs import LETTERS, toy_program, toy_set, toy_solution
 
 SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."

@@ -4,7 +4,7 @@ torchrun, gloo, no mocks.
 What ranks compute is in dist_worker.py; here one torchrun computes all cases of that kind, and each
 test reads its own.
 
-    python -m pytest tests/test_dist.py -m "not full"     # without it: also nodes, 3 ranks, other
+    python -m pytest tests/runtime/test_dist.py -m "not full"     # without it: also nodes, 3 ranks, other
                                                           methods, more faults
 """
 
@@ -15,8 +15,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -26,111 +24,19 @@ from pathlib import Path
 import dist_worker
 import pytest
 import torch
-from fixtures import ROOT
+from fixtures import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launch import Launched, one_node, steps_done, torchrun
+from runs import assert_same, metrics, same_run
 from transformers import AutoModelForCausalLM
 
-import dist
 from attnrl import parse_config, train
+from runtime import dist
 from sampler import EasyFilter, problem_fci, solve_rate
 from toy.programs import toy_set
 
 LIMIT = 60  # seconds within which a run must end that lost a rank
-
-
-# --------------------------------------------------------------------------------------------------
-# torchrun, and every process that comes from it
-# --------------------------------------------------------------------------------------------------
-class Launched:
-    """A torchrun in the background. Its environment carries a mark of its own, which is inherited:
-    so all processes of the run can be found, grading workers and those that outlive their parent
-    too, and none of them outlives the test."""
-
-    def __init__(self, *arguments, prefix=(), env=None):
-        self.mark = f"ATTNRL_TEST={uuid.uuid4().hex}"
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-        name, value = self.mark.split("=")
-        # one thread a rank and sleeping OpenMP pools: CI machines have as many cores as there are
-        # ranks, or fewer
-        environment = (
-            os.environ
-            | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", name: value}
-            | (env or {})
-        )
-        command = [*prefix, sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.out, stderr=self.err
-        )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for pid in self.processes():
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def processes(self, *words: str) -> list[int]:
-        """Ids of the run's processes whose command line and environment contain all of these
-        words."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
-                command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has just ended, or is another user's
-                continue
-            if self.mark in environment and all(
-                w in environment or any(w in part for part in command) for w in words
-            ):
-                found.append(int(folder.name))
-        return found
-
-    def rank(self, number: int) -> int:
-        """The process id of one rank (grading workers inherit RANK, but have another command
-        line)."""
-        found = self.processes(f"RANK={number}", "attnrl.py")
-        assert len(found) == 1, (
-            f"{len(found)} processes of rank {number}, expected 1; stderr:\n{self.stderr()}"
-        )
-        return found[0]
-
-    def wait(self, seconds: float) -> int:
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {seconds} s; stderr:\n{self.stderr()}")
-
-    def wait_until(self, condition, what: str, seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}; stderr:\n{self.stderr()}"
-            assert time.monotonic() < end, (
-                f"{what}: not within {seconds} s; stderr:\n{self.stderr()}"
-            )
-            time.sleep(0.05)
-
-    def text(self, file) -> str:
-        file.seek(0)
-        return file.read().decode(errors="replace")
-
-    def stdout(self) -> str:
-        return self.text(self.out)
-
-    def stderr(self) -> str:
-        return self.text(self.err)
-
-
-def one_node(ranks: int) -> list:
-    # standalone: a free port, so two runs do not meet
-    return ["--standalone", "--nproc_per_node", ranks]
-
-
-def torchrun(ranks: int, *arguments) -> None:
-    with Launched(*one_node(ranks), *arguments) as run:
-        code = run.wait(180)
-        assert code == 0, f"exit code {code}, expected 0\n{run.stdout()}\n{run.stderr()}"
 
 
 def on_ranks(ranks: int, cases: dict, folder: Path) -> dict[str, list]:
@@ -148,36 +54,6 @@ def group_of_one():
         yield
     finally:
         dist.stop()
-
-
-# --------------------------------------------------------------------------------------------------
-# Comparisons that say both numbers
-# --------------------------------------------------------------------------------------------------
-def assert_same(got, expected, *, rel: float = 0.0, tol: float = 0.0, where: str = "") -> None:
-    """Nested lists and dicts are equal, floats within tol + rel * |expected|. Of a tensor the worst
-    entry is shown."""
-    if isinstance(expected, torch.Tensor):
-        assert got.shape == expected.shape and got.dtype == expected.dtype, (
-            f"{where}: {got.shape} and {expected.shape}"
-        )
-        worst = (got - expected).abs().flatten().argmax()
-        got, expected = (tensor.flatten()[worst].item() for tensor in (got, expected))
-        assert_same(got, expected, rel=rel, tol=tol, where=f"{where}[{worst}]")
-    elif isinstance(expected, dict):
-        assert list(got) == list(expected), f"{where}: keys {list(got)} and {list(expected)}"
-        for key in expected:
-            assert_same(got[key], expected[key], rel=rel, tol=tol, where=f"{where}/{key}")
-    elif isinstance(expected, list):
-        assert len(got) == len(expected), f"{where}: {len(got)} and {len(expected)} entries"
-        for i, (a, b) in enumerate(zip(got, expected)):
-            assert_same(a, b, rel=rel, tol=tol, where=f"{where}[{i}]")
-    elif isinstance(expected, float):
-        apart = abs(got - expected)
-        assert apart <= tol + rel * abs(expected), (
-            f"{where}: {got!r} and {expected!r}, {apart:.3g} apart"
-        )
-    else:
-        assert got == expected, f"{where}: {got!r} and {expected!r}"
 
 
 def test_comparisons_notice_a_difference():
@@ -531,39 +407,6 @@ def together(folder: Path, *options, ranks: int = 2) -> Path:
     return folder
 
 
-def lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [
-        {key: value for key, value in m.items() if "seconds/" not in key}
-        for m in lines(folder / "metrics.jsonl")
-    ]
-
-
-def same_run(got: Path, expected: Path) -> None:
-    """Texts, rewards and whole numbers exactly; other numbers to 1e-4 of their size (1e-5 near 0,
-    as of the log-prob gap between engine and learner, which is rounding and nothing else)."""
-    # log-probs are rounded
-    assert_same(lines(got / "samples.jsonl"), lines(expected / "samples.jsonl"), rel=1e-4, tol=2e-4)
-    assert_same(metrics(got), metrics(expected), rel=1e-4, tol=1e-5)
-    models = [
-        AutoModelForCausalLM.from_pretrained(folder / "last").state_dict()
-        for folder in (got, expected)
-    ]
-    # As in test_weights_agree_after_three_adamw_updates single weights may be off by a step or two,
-    # of 5e-5 each; not many
-    assert_same(*models, tol=1e-4, where="last")
-    rms = (
-        torch.cat([(models[0][name] - models[1][name]).flatten() for name in models[0]])
-        .square()
-        .mean()
-        .sqrt()
-    )
-    assert rms < 5e-7, f"root mean square difference of weights {rms}, allowed 5e-7"
-
-
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     folder = alone(tmp_path_factory.mktemp("alone") / "run")
@@ -671,16 +514,6 @@ def endless(tmp_path: Path, *options) -> list:
     ]
 
 
-def steps_done(folder: Path) -> int:
-    """The newest step that is on the disk."""
-    file = folder / "metrics.jsonl"
-    return (
-        max((json.loads(line)["step"] for line in file.read_text().split("\n")[:-1]), default=0)
-        if file.exists()
-        else 0
-    )
-
-
 def ended(run: Launched, since: float) -> float:
     """Wait for the end of a torchrun that lost a rank; the seconds it took. All of its processes
     must be gone."""
@@ -741,7 +574,7 @@ def reward(response, answers):
         *(
             (
                 parallel,
-                'sys.modules["__main__"].Trainer.plan = bug',
+                'sys.modules["__main__"].plan = bug',
                 "RuntimeError: a bug that only this rank has",
             )
             for parallel in BOTH

@@ -22,7 +22,7 @@ is a real one.
 for bit. Signals, kill -9 and full disks: test_checkpoint.py. Lost ranks and nodes: test_dist.py.
 The graders alone: test_grading.py.
 
-    python -m pytest tests/test_faults.py -m "not full"     # without it: also a deaf grader, a lost
+    python -m pytest tests/runtime/test_faults.py -m "not full"     # without it: also a deaf grader, a lost
                                                             rank
 """
 
@@ -39,15 +39,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, same_file
+from fixtures import ROOT, TOY_MODEL, lines, same_file
+from launch import Launched, one_node, steps_done
+from runs import RUN, SEED, assert_same, cut, identical, metrics, same_checkpoint, together
 from safetensors.torch import load_file
-from test_checkpoint import RUN, SEED, cut, identical, same_checkpoint, together
-from test_dist import Launched, assert_same, lines, metrics, one_node, steps_done
 
 import attnrl
-import checkpoint
 from attnrl import parse_config, train
-from errors import stop_on_user_error
+from runtime import checkpoint
+from runtime.cli import stop_on_user_error
 from toy.programs import toy_set
 
 needs_proc = pytest.mark.skipif(
@@ -247,18 +247,20 @@ def test_a_grader_that_is_lost_costs_its_own_item_and_is_counted(
 # --------------------------------------------------------------------------------------------------
 LIMITED = """
 import resource, sys
-import attnrl, errors
+import attnrl
+from runtime import cli, monitor
 
-steps, show = [], attnrl.Display.phase
+steps, show = [], monitor.Display.phase
 
-def phase(self, name):  # after the first step, when this phase begins: this process may have no byte more than it has
+def phase(self, name):
+    # after the first step, when this phase begins: this process may have no byte more than it has
     show(self, name)
     if steps and name == sys.argv[1]:
         size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
 
-attnrl.Display.phase = phase
-with errors.stop_on_user_error("attnrl.py"):
+monitor.Display.phase = phase
+with cli.stop_on_user_error("attnrl.py"):
     attnrl.train(attnrl.parse_config(sys.argv[2:]), lambda: steps.append(1))
 """
 
@@ -296,12 +298,12 @@ def test_out_of_memory_in_a_step(phase, whole, tmp_path):
     identical(resume(run), whole)
 
 
-def nan_in_weights(trainer) -> None:
-    trainer.policy.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
+def nan_in_weights(run) -> None:
+    run.policy.model.layers[0].mlp.up_proj.weight.data[3, 5] = float("nan")
 
 
-def nan_in_moments(trainer) -> None:
-    trainer.learner.optimizer.state[trainer.policy.model.norm.weight]["exp_avg"][7] = float("nan")
+def nan_in_moments(run) -> None:
+    run.learner.optimizer.state[run.policy.model.norm.weight]["exp_avg"][7] = float("nan")
 
 
 @pytest.mark.parametrize(
@@ -328,14 +330,9 @@ def nan_in_moments(trainer) -> None:
 def test_nan_in_the_policy_stops_the_run_and_is_in_no_checkpoint(
     damage, save_every, words, whole, tmp_path, capsys, monkeypatch
 ):
-    made = []
-
-    class Held(attnrl.Trainer):  # the same, within reach
-        def __init__(self, *args):
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(attnrl, "Trainer", Held)
+    made, real = [], attnrl.setup
+    # the same, within reach
+    monkeypatch.setattr(attnrl, "setup", lambda *args: made.append(real(*args)) or made[-1])
     run = cut(whole, 1, tmp_path / "run")
     assert words in stopped(
         capsys, run, "--save_every", save_every, stop=once(lambda: damage(made[0]))

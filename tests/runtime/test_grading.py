@@ -1,4 +1,4 @@
-"""grading.py: verdicts on hostile and on real answers, and a pool that survives what sympy does to
+"""test_grading.py: verdicts on hostile and on real answers, and a pool that survives what sympy does to
 it.
 
 Nothing here is a mock: the hangs are sympy's own, and the deaths are signals sent to live workers.
@@ -17,15 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from fixtures import REAL_DATA, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import grading
-from grading import Grader, Verdict, _clean, _decide, _key, _number, grade, last_box
+from runtime import grading
+from runtime.grading import Grader, Verdict, _clean, _decide, _key, _number, grade, last_box
 
-ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT.parent / "shared" / "data"  # not part of the repository
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evaluation data in {DATA}")
+needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no evaluation data in {REAL_DATA}")
 
 # minutes inside one multiplication: only a kill ends it
 HANG = (r"\boxed{99999999!}", [r"\sqrt{2}"])
@@ -230,7 +229,9 @@ def test_any_of_several_golds_matches_and_a_string_is_one_gold():
 
 @needs_data
 def test_hostile_cases():
-    cases = [json.loads(line) for line in (DATA / "verifier_cases.jsonl").read_text().splitlines()]
+    cases = [
+        json.loads(line) for line in (REAL_DATA / "verifier_cases.jsonl").read_text().splitlines()
+    ]
     assert len(cases) == 103
     with Grader(workers=2, timeout=2) as grader:  # a second less than usual, for nine of them hang
 
@@ -255,7 +256,7 @@ def test_hostile_cases():
 
 
 def gold_lists(name: str) -> list[list[str]]:
-    table = pytest.importorskip("pyarrow.parquet").read_table(DATA / f"{name}.parquet")
+    table = pytest.importorskip("pyarrow.parquet").read_table(REAL_DATA / f"{name}.parquet")
     return [row["reward_model"]["ground_truth"] for row in table.to_pylist()]
 
 
@@ -416,7 +417,7 @@ def test_kills_at_any_moment_lose_no_item():
 
 SCRIPT = """
 import os, sys, threading
-from grading import Grader, grade, _GRADER
+from runtime.grading import Grader, grade, _GRADER
 print("started")                                            # a second time, if a worker ran this script again
 question = (r"\\boxed{2(n-1)}", ["2n-2"])
 assert grade(*question)
@@ -502,7 +503,7 @@ def test_importing_stays_light():
     """A worker is this file as a script: an import of torch at its top would cost every worker
     seconds and memory."""
     code = (
-        "import sys, grading; print([m for m in ('torch', 'transformers', 'sympy', 'numpy') if m in"
+        "import sys, runtime.grading; print([m for m in ('torch', 'transformers', 'sympy', 'numpy') if m in"
         " sys.modules])"
     )
     out = subprocess.run(

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 
 import attnrl
 import eval as evaluation
-import grading
-from data import Problem, load_problems
-from errors import UserError, stop_on_user_error
-from grading import Grader, Verdict, last_box
+from runtime import grading
+from runtime.cli import UserError, stop_on_user_error
+from runtime.data import Problem, load_problems
+from runtime.grading import Grader, Verdict, last_box
 
 loose = dict(deadline=5000, suppress_health_check=list(HealthCheck), database=None)
 FRAGMENTS = [

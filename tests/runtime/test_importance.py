@@ -6,7 +6,7 @@ The mismatch is real and known: engines here are copies of the policy with sligh
 so that every number can be computed a second time, by `plain_logprobs` (the model's logits, nothing
 else) and by hand.
 
-    python -m pytest tests/test_importance.py
+    python -m pytest tests/runtime/test_importance.py
 """
 
 import copy
@@ -16,19 +16,19 @@ import re
 
 import pytest
 import torch
-from fixtures import step_without_sync
+from fixtures import metrics_of
 from helpers import random_tokens, tiny_model
-from test_attnrl import metrics_of
+from runs import set_up, step_without_sync
 
 import attnrl
-import dist
-from attnrl import Config, Trainer, parse_config, train
-from errors import UserError, stop_on_user_error
-from learner import Learner, TrainStats, tis_weights
-from rollout import Completion, Request, TransformersEngine, request_seed
-from runlog import Display
-from tree import TrainingSequence, grpo_sequences, tree_sequences
-from vllm_engine import engine_gap, probe_requests
+from attnrl import Config, parse_config, train
+from baselines import grpo_sequences
+from learner import Learner, TrainStats
+from runtime import dist
+from runtime.cli import UserError, stop_on_user_error
+from runtime.rollout import Completion, Request, TransformersEngine, probe_requests, request_seed
+from runtime.scoring import engine_gap, tis_weights
+from tree import TrainingSequence, tree_sequences
 
 SMALL = [
     "--steps",
@@ -132,19 +132,17 @@ class Sampled:
     were sampled."""
 
     def __init__(self, tmp_path, *options):
-        self.trainer = Trainer(
-            parse_config([*SMALL, "--out", str(tmp_path / "run"), *options]), Display(1)
-        )
-        self.temperature = self.trainer.config.temperature
+        self.run = set_up(*SMALL, "--out", tmp_path / "run", *options)
+        self.temperature = self.run.config.temperature
         self.policies, self.engines = [], []
-        self.batch = self.trainer.new_batch(1)
-        for upcoming, batch in ((None, self.batch), (self.batch, None)):
-            self.engines.append(disturbed(self.trainer.policy, seed=len(self.engines)))
-            self.policies.append(copy.deepcopy(self.trainer.policy))
-            self.trainer.engine = TransformersEngine(self.engines[-1], self.trainer.engine.eos_ids)
-            self.trainer.sample(upcoming, batch)
+        self.batch = attnrl.new_batch(self.run, 1)
+        for batch, upcoming in ((None, self.batch), (self.batch, None)):
+            self.engines.append(disturbed(self.run.policy, seed=len(self.engines)))
+            self.policies.append(copy.deepcopy(self.run.policy))
+            self.run.engine = TransformersEngine(self.engines[-1], self.run.engine.eos_ids)
+            attnrl.sample(self.run, batch, upcoming)
             with torch.no_grad():
-                for parameter in self.trainer.policy.parameters():  # "an update"
+                for parameter in self.run.policy.parameters():  # "an update"
                     parameter.mul_(1.03)
 
     def __iter__(self):
@@ -249,7 +247,7 @@ def test_the_gap_between_engine_and_learner_is_measured(tmp_path):
             sampled.logprobs(sampled.policies, prompt, r, c),
         )
     ]
-    gap = sampled.trainer.gap
+    gap = sampled.run.monitor.gap
     assert (gap.tokens, gap.total / gap.tokens, gap.largest) == (
         len(gaps),
         pytest.approx(sum(gaps) / len(gaps), abs=1e-6),
@@ -298,19 +296,17 @@ def test_a_scoring_pass_that_gives_nothing_but_log_probs_is_left_out_with_the_en
         "initial/reward",
     ):
         assert unscored[key] == pytest.approx(scored[key], rel=1e-3, abs=1e-5)
-    trainer = Trainer(
-        parse_config([*SMALL, "--behaviour", "engine", "--out", str(tmp_path / "tree")]), Display(1)
-    )
-    batch = trainer.new_batch(1)
-    trainer.sample(None, batch)
+    tree = set_up(*SMALL, "--behaviour", "engine", "--out", tmp_path / "tree")
+    batch = attnrl.new_batch(tree, 1)
+    attnrl.sample(tree, None, batch)
     assert all(
         len(r.entropies) == len(r.tokens) and r.fci for g in batch.groups for r in g.responses
     )
-    gaps = trainer.gap.tokens
-    trainer.sample(batch, None)
+    gaps = tree.monitor.gap.tokens
+    attnrl.sample(tree, batch, None)
     ends = [c for g in batch.groups for r in g.responses for c in r.continuations]
     assert (
-        trainer.gap.tokens == gaps > 0
+        tree.monitor.gap.tokens == gaps > 0
         and ends
         and all(len(c.logprobs) == len(c.tokens) for c in ends)
     )
@@ -571,18 +567,16 @@ def test_a_sharded_policys_engine_is_a_copy_and_a_forgotten_sync_stops_the_run(
     tmp_path, monkeypatch
 ):
     """FSDP2 on one rank: the training loop's own sync and check."""
-    trainer = Trainer(
-        parse_config([*SMALL, "--parallel", "fsdp", "--out", str(tmp_path / "run")]), Display(1)
-    )
+    run = set_up(*SMALL, "--parallel", "fsdp", "--out", tmp_path / "run")
     try:
-        assert trainer.engine.model is not trainer.policy and trainer.sync_gap < 1e-5
-        said = step_without_sync(trainer, monkeypatch)
+        assert run.engine.model is not run.policy and run.monitor.sync_gap < 1e-5
+        said = step_without_sync(run, monkeypatch)
         print("a step of the toy without sync: mean gap", gap_of(said)[2])
-        trainer.sync()
-        assert 0 < trainer.sync_gap < 1e-5
+        run.sync_engine()
+        assert 0 < run.monitor.sync_gap < 1e-5
         assert all(
-            torch.equal(trainer.engine.model.state_dict()[name], value)
-            for name, value in dist.full_weights(trainer.policy)
+            torch.equal(run.engine.model.state_dict()[name], value)
+            for name, value in dist.full_weights(run.policy)
         )
     finally:
         dist.stop()

@@ -5,7 +5,7 @@ The second opinion is `reference`: one request at a time, the whole sequence rec
 token, eager attention, no cache, no batch, no padding, the inverse of the cumulative distribution
 in numpy.
 
-    python -m pytest tests/test_rollout.py
+    python -m pytest tests/runtime/test_rollout.py
 """
 
 import copy
@@ -17,8 +17,7 @@ import pytest
 import torch
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_tokens, tiny_model
 
-from fci import Sequence, score
-from rollout import (
+from runtime.rollout import (
     Completion,
     Request,
     RoomyLayer,
@@ -27,6 +26,7 @@ from rollout import (
     sample_tokens,
     share_prefixes,
 )
+from runtime.scoring import Sequence, score
 
 CLOSE = dict(rtol=0, atol=1e-5)
 EOS = [5, 11]
@@ -114,7 +114,7 @@ class Calls:
 
 
 # --------------------------------------------------------------------------------------------------
-# Agreement with the reference, with fci.score and with transformers
+# Agreement with the reference, with scoring.score and with transformers
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 def test_completions_equal_sampling_without_cache_or_batch(kind):

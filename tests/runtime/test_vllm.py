@@ -5,7 +5,7 @@ Needs vLLM's CPU build (`make test-vllm`); elsewhere only the first test runs, t
 skipped. vLLM takes seconds to import and keeps module state, so nothing here imports it before a
 test needs it, and one engine lives at a time.
 
-    .venv-vllm/bin/python -m pytest tests/test_vllm.py
+    .venv-vllm/bin/python -m pytest tests/runtime/test_vllm.py
 """
 
 import copy
@@ -25,23 +25,22 @@ from statistics import fmean
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, same_file, step_without_sync
+from fixtures import ROOT, TOY_MODEL, metrics_of, same_file
 from helpers import random_tokens, tiny_model
-from test_dist import assert_same
+from runs import assert_same, set_up, step_without_sync
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
 import eval as evaluation
-from attnrl import Config, Trainer, parse_config, train
-from data import load_problems
-from dist import full_weights
-from errors import UserError, stop_on_user_error
-from fci import Sequence, score
+from attnrl import Config, parse_config, train
 from learner import Learner
-from rollout import Request, TransformersEngine, request_seed
-from runlog import Display
+from runtime.cli import UserError, stop_on_user_error
+from runtime.data import load_problems
+from runtime.dist import full_weights
+from runtime.rollout import Request, TransformersEngine, probe_requests, request_seed
+from runtime.scoring import Sequence, engine_gap, score
+from runtime.vllm_engine import VLLMEngine
 from tree import TrainingSequence
-from vllm_engine import VLLMEngine, engine_gap, probe_requests
 
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None or torch.cuda.is_available(),
@@ -265,10 +264,6 @@ def launch(*options, ranks: int = 0, code: int = 0) -> tuple[str, str, float]:
     return "".join(lines), text, leaving
 
 
-def records_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_agreement(records: list[dict], scored: tuple[int, ...] = (1, 2)) -> None:
     """Engine and learner agreed in every step: over all tokens, in the steps that score any, and in
     the check after the sync."""
@@ -293,7 +288,7 @@ def finished(tmp_path_factory):
 @needs_vllm
 def test_a_run_samples_with_the_learners_weights_and_ends_by_itself(finished):
     folder, leaving = finished
-    assert_agreement(records_of(folder))
+    assert_agreement(metrics_of(folder))
     assert leaving < LEAVING
     first, last = (
         AutoModelForCausalLM.from_pretrained(path).state_dict()
@@ -349,8 +344,8 @@ def assert_two_ranks_equal_one(finished, tmp_path, *options) -> None:
             and numbers[0] == pytest.approx(numbers[1], abs=2e-4)
             and len(numbers[0]) > 100
         )
-    assert_agreement(records_of(tmp_path / "two"))
-    for mine, theirs in zip(records_of(one), records_of(tmp_path / "two")):
+    assert_agreement(metrics_of(tmp_path / "two"))
+    for mine, theirs in zip(metrics_of(one), metrics_of(tmp_path / "two")):
         same = [key for key in mine if not key.startswith(("seconds/", "logprob_gap/"))]
         assert {key: mine[key] for key in same} == pytest.approx(
             {key: theirs[key] for key in same}, rel=1e-4, abs=1e-6
@@ -384,7 +379,7 @@ def test_a_run_that_must_stop_leaves_at_once(tmp_path):
 def run_here(engines, tmp_path, *options) -> list[dict]:
     """A run inside this process (no import of vLLM to wait for): its metrics."""
     engines.close()
-    return records_of(train(parse_config([*SMALL, *options, "--out", str(tmp_path / "run")])))
+    return metrics_of(train(parse_config([*SMALL, *options, "--out", str(tmp_path / "run")])))
 
 
 @needs_vllm
@@ -666,17 +661,17 @@ def test_a_forgotten_sync_is_caught(toy):
 def test_a_training_step_whose_sync_is_forgotten_stops_the_run(engines, tmp_path, monkeypatch):
     """The same in the training loop, and what a forgotten sync amounts to there."""
     engines.close()
-    trainer = Trainer(parse_config([*SMALL, "--out", str(tmp_path / "run")]), Display(1))
+    run = set_up(*SMALL, "--out", tmp_path / "run")
     try:
-        assert 0 < trainer.sync_gap < 1e-5
-        said = step_without_sync(trainer, monkeypatch)
+        assert 0 < run.monitor.sync_gap < 1e-5
+        said = step_without_sync(run, monkeypatch)
         print(
             "a step of the toy without sync:", re.search(r"\|difference\| \S+", str(said)).group()
         )
-        trainer.sync()
-        assert 0 < trainer.sync_gap < 1e-5
+        run.sync_engine()
+        assert 0 < run.monitor.sync_gap < 1e-5
     finally:
-        trainer.engine.close()
+        run.engine.close()
 
 
 @needs_vllm

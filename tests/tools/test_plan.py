@@ -1,4 +1,4 @@
-"""The plan of a run: parameters and bytes are those of real models, arithmetic is monotone, the
+"""test_plan.py: the plan of a run: parameters and bytes are those of real models, arithmetic is monotone, the
 text says what it should."""
 
 import json
@@ -15,12 +15,12 @@ from helpers import tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import dist
-import plan
 from attnrl import Config
-from errors import UserError
-from fci import HEAD_CHUNK, Sequence, TokenLogprobs, score, token_logprobs
-from rollout import Request, TransformersEngine
+from runtime import dist
+from runtime.cli import UserError
+from runtime.rollout import Request, TransformersEngine
+from runtime.scoring import HEAD_CHUNK, Sequence, TokenLogprobs, score, token_logprobs
+from tools import plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = [
@@ -192,7 +192,7 @@ def test_parameter_counts_of_the_papers_models_by_hand():
 
 def test_a_directory_without_weights_is_planned_fast_and_in_little_memory(tmp_path):
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    text = plan.plan(settings(model=config_only(tmp_path, "7B")), ranks=8)
+    text = plan.describe(settings(model=config_only(tmp_path, "7B")), ranks=8)
     assert time.perf_counter() - started < 10
     # KiB; the weights are 30 million
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
@@ -212,7 +212,7 @@ def test_a_bad_model_directory_is_one_clear_line(broken, tmp_path):
     if broken in texts:
         (tmp_path / "config.json").write_text(texts[broken])
     with pytest.raises(UserError) as error:
-        plan.plan(settings(model=model), ranks=1)
+        plan.describe(settings(model=model), ranks=1)
     assert str(error.value).startswith(f"--model {model}: cannot be loaded (") and "\n" not in str(
         error.value
     )
@@ -529,7 +529,7 @@ def test_the_plan_says_what_will_happen(tmp_path):
         activation_checkpointing=True,
     )
     argv = ["--preset", "paper", "--model", "my model", "--dry_run", "--gpus", "8", "--seed", "1"]
-    text = plan.plan(config, 8, 80.0, argv)
+    text = plan.describe(config, 8, 80.0, argv)
     for said in (
         "1,777,088,000 parameters",
         "8 x 80 GiB, fsdp bf16, activation checkpointing on",
@@ -563,10 +563,10 @@ def test_the_plan_says_what_will_happen(tmp_path):
 
 def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path):
     model = config_only(tmp_path, "7B")
-    text = plan.plan(settings(model=model), 8)
+    text = plan.describe(settings(model=model), 8)
     assert "DOES NOT FIT: 140" in text and "would fit with: --activation_checkpointing true" in text
-    assert "no option makes it fit" in plan.plan(settings(model=model), 1, gpu_gib=4)
-    text = plan.plan(
+    assert "no option makes it fit" in plan.describe(settings(model=model), 1, gpu_gib=4)
+    text = plan.describe(
         settings(model=model, engine_memory=0.1, activation_checkpointing=True, kl_coef=0.0), 8
     )
     assert "the share of vLLM does not hold" in text
@@ -585,7 +585,7 @@ def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path):
 )
 def test_calls_and_evaluations_are_those_of_the_training_loop(overrides, calls, evaluations):
     config = settings(**(dict(model=str(TOY_MODEL), steps=10, eval_every=4) | overrides))
-    text = plan.plan(config, 1)
+    text = plan.describe(config, 1)
     assert f" {calls} generation calls and {evaluations} evaluations" in text
     assert ("x 30 responses = 1,920, and up to 0 continuations" in text) == (
         config.advantage == "grpo"
@@ -601,7 +601,7 @@ def test_one_gpu_needs_no_torchrun():
 
 
 def test_the_table_of_the_readme():
-    lines = plan.table().splitlines()
+    lines = plan.memory_table().splitlines()
     assert len(lines) == 8 and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| 1.5B | 2k |") and lines[7].startswith("| 7B | 32k |")
     assert "**" in lines[7] and HEAD_CHUNK == 1024  # the table's numbers hold for it

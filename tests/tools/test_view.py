@@ -1,10 +1,10 @@
-"""The explorer: what view.py writes, and the page in a real headless Chromium (Debian: apt install
+"""test_view.py: the explorer, what tools/view.py writes, and the page in a real headless Chromium (Debian: apt install
 chromium chromium-driver).
 
 Numbers on the page are compared with the run's own files and with tree.py, not with what the page
 computed.
 
-    python -m pytest tests/test_view.py
+    python -m pytest tests/tools/test_view.py
 """
 
 import json
@@ -15,15 +15,11 @@ import shutil
 import time
 
 import pytest
-from fixtures import bpe_tokenizer, toy_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_dist import lines
+from fixtures import lines
 
-import view
 from attnrl import Config, parse_config, train
-from errors import UserError
-from runlog import token_texts
+from runtime.cli import UserError
+from tools import view
 from tree import fci_threshold, step_advantages
 
 CHROMIUM, DRIVER = (
@@ -160,23 +156,6 @@ def response(
 
 # --- what is logged, and what is written
 # ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("tokenizer", [toy_tokenizer(), bpe_tokenizer()], ids=["toy", "bpe"])
-@settings(max_examples=100, deadline=None)
-@given(text=st.text(max_size=40))
-def test_the_texts_of_tokens_join_to_the_whole(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    assert len(texts := token_texts(tokenizer, ids)) == len(ids)
-    assert "".join(texts) == tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def test_a_character_of_several_tokens_stands_at_the_last_and_broken_ones_are_shown():
-    tokenizer = bpe_tokenizer()
-    ids = tokenizer("a中b")["input_ids"]
-    assert token_texts(tokenizer, ids) == ["a", "", "", "中", "b"]
-    assert token_texts(tokenizer, ids[:3]) == ["a", "", "\ufffd"] and token_texts(
-        tokenizer, ids[2:3] * 20
-    )[-1].endswith("\ufffd")
-    assert token_texts(tokenizer, []) == []
 
 
 def test_logged_advantages_are_those_of_the_tree(run):
@@ -274,12 +253,6 @@ def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
     (copy / "batches.jsonl").unlink()
     with pytest.raises(UserError, match="batches.jsonl: not there"):
         view.write_explorer(copy)
-
-
-def test_a_curve_has_the_name_that_was_asked_for(tmp_path):
-    view.plot_scores(str(tmp_path / "curve"), [0.0, 1.0], [1], ["a", "b"])
-    # matplotlib alone would write curve.png
-    assert [path.name for path in tmp_path.iterdir()] == ["curve"]
 
 
 def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn_is_named(

@@ -1,0 +1,48 @@
+"""test_show_fci.py: the FCI of one response, printed and drawn. Bad input: test_bad_input.py.
+
+python -m pytest tests/tools/test_show_fci.py
+"""
+
+from fixtures import TOY_MODEL
+from launch import run
+
+from tools.show_fci import ScoredSteps, plot_scores
+from toy.programs import toy_solution
+
+
+def test_fci_command_marks_branch_points_and_draws(tmp_path):
+    plot = tmp_path / "fci.png"
+    problem = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
+    (tmp_path / "r.txt").write_text(toy_solution(problem))
+    for extra in ([], ["--response", tmp_path / "r.txt"]):
+        text, _ = run(
+            "-m",
+            "tools.show_fci",
+            "--model",
+            TOY_MODEL,
+            "--problem",
+            problem,
+            "--delta",
+            1,
+            "--plot",
+            plot,
+            *extra,
+        )
+        lines = [line for line in text.splitlines() if line.startswith("step")]
+        assert (
+            len(lines) == 9
+            and sum("<- branch" in line for line in lines) == 2
+            and "FCI 0.0000" in lines[0]
+        )
+        assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_curve_has_the_name_that_was_asked_for(tmp_path):
+    plot_scores(str(tmp_path / "curve"), ScoredSteps(["a", "b"], [0.0, 1.0], [1]))
+    # matplotlib alone would write curve.png
+    assert [path.name for path in tmp_path.iterdir()] == ["curve"]
+
+
+def test_fci_py_says_what_to_type_now():
+    text, error = run("fci.py", "--model", TOY_MODEL, code=2)
+    assert text == "" and len(error.splitlines()) == 1 and "python -m tools.show_fci" in error
