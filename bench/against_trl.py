@@ -9,9 +9,9 @@ all 192, no KL term. Neither computes log-probs of its samples anew before the u
 update a batch TRL does without them, ours takes the engine's (--behaviour engine; a scoring pass,
 our default, is a sixth of a step more). TRL is set up as its documentation says for a plain run on
 a CPU; it makes one forward and backward pass per `--micro` completions, of which the fastest that
-was tried is the default. Rounds alternate, each in a fresh process; the first step of each is not
-counted. Peak memory is the process's, libraries included. Lines: the files that a reader of the
-algorithm has to go through.
+was tried is the default. Rounds take turns, each in a fresh process; the first step of each is not
+counted. Peak memory is the process's, libraries included. Lines: the files that a reader has to go
+through who wants to know all that happens in a step (ours hold AttnRL as well).
 """
 
 import argparse
@@ -23,10 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
 
 from measure import command, gain, peak_mib, positive, record
 
-from errors import UserError, stop_on_user_error
+from runtime.cli import UserError, stop_on_user_error
 
 PROMPTS, SAMPLES, LENGTH, LR = 24, 8, 110, 1e-5
 
@@ -41,22 +45,12 @@ def ours(steps: int) -> list[float]:
 
     side = Side(
         "grpo",
-        [
-            "--grpo_samples",
-            str(SAMPLES),
-            "--batch_size",
-            str(PROMPTS),
-            "--lr",
-            str(LR),
-            "--mini_batch",
-            str(PROMPTS * SAMPLES),
-            "--test_problems",
-            "toy:8:4:2",
-            "--reward",
-            "against_trl:right",
-            "--behaviour",
-            "engine",
-        ],
+        grpo_samples=SAMPLES,
+        batch_size=PROMPTS,
+        lr=LR,
+        mini_batch=PROMPTS * SAMPLES,
+        reward="against_trl:right",
+        behaviour="engine",
     )
     for _ in range(steps):
         side.step()
@@ -66,15 +60,9 @@ def ours(steps: int) -> list[float]:
 def trl(steps: int, micro: int) -> list[float]:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     from toy.programs import toy_set
-
-    rows = [
-        {"prompt": text, "answer": answer}
-        for text, answer in toy_set(f"toy:8:{PROMPTS * (steps + 1)}:1")
-    ]
-    tokenizer = AutoTokenizer.from_pretrained("toy/model", padding_side="left")
 
     class Clock(TrainerCallback):
         seconds: list[float] = []
@@ -85,40 +73,48 @@ def trl(steps: int, micro: int) -> list[float]:
         def on_step_end(self, *_, **__):
             self.seconds.append(time.perf_counter() - self.started)
 
+    def reward(completions, answer, **_) -> list[float]:
+        return [right(text, [a]) for text, a in zip(completions, answer)]
+
+    programs = toy_set(f"toy:8:{PROMPTS * (steps + 1)}:1")
+    rows = [{"prompt": text, "answer": answer} for text, answer in programs]
     with tempfile.TemporaryDirectory() as folder:
-        config = GRPOConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=False,
-            max_steps=steps,
-            learning_rate=LR,
-            lr_scheduler_type="constant",
-            beta=0.0,
-            temperature=1.0,
-            num_generations=SAMPLES,
-            per_device_train_batch_size=micro,
-            max_completion_length=LENGTH,
-            gradient_accumulation_steps=PROMPTS * SAMPLES // micro,
-            gradient_checkpointing=False,
-            loss_type="dapo",
-            scale_rewards="group",
-            mask_truncated_completions=False,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=1000,
-            disable_tqdm=True,
-        )
         GRPOTrainer(
             AutoModelForCausalLM.from_pretrained("toy/model"),
-            lambda completions, answer, **_: [
-                right(text, [a]) for text, a in zip(completions, answer)
-            ],
-            config,
-            processing_class=tokenizer,
+            reward,
+            trl_settings(folder, steps, micro),
+            processing_class=AutoTokenizer.from_pretrained("toy/model", padding_side="left"),
             callbacks=[Clock()],
             train_dataset=Dataset.from_list(rows),
         ).train()
     return Clock.seconds
+
+
+def trl_settings(folder: str, steps: int, micro: int):
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        max_steps=steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        temperature=1.0,
+        num_generations=SAMPLES,
+        per_device_train_batch_size=micro,
+        max_completion_length=LENGTH,
+        gradient_accumulation_steps=PROMPTS * SAMPLES // micro,
+        gradient_checkpointing=False,
+        loss_type="dapo",
+        scale_rewards="group",
+        mask_truncated_completions=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1000,
+        disable_tqdm=True,
+    )
 
 
 def lines_to_read() -> dict[str, int]:
@@ -126,19 +122,61 @@ def lines_to_read() -> dict[str, int]:
     from trl.trainer import grpo_config, grpo_trainer
 
     import attnrl
-    import data
+    import baselines
     import eval as evaluation
     import fci
     import learner
-    import rollout
     import sampler
     import tree
+    from runtime import config, data, models, monitor, rewards, rollout, scoring, setup, stream
 
-    count = lambda *modules: sum(len(inspect.getsource(m).splitlines()) for m in modules)  # noqa: E731
-    return {
-        "attnrl": count(attnrl, data, evaluation, fci, learner, rollout, sampler, tree),
-        "trl": count(grpo_config, grpo_trainer, transformers.trainer),
-    }
+    method = (attnrl, baselines, evaluation, fci, learner, sampler, tree)
+    rest = (config, data, models, monitor, rewards, rollout, scoring, setup, stream)
+    theirs = (grpo_config, grpo_trainer, transformers.trainer)
+    return {"attnrl": count_lines(*method, *rest), "trl": count_lines(*theirs)}
+
+
+def count_lines(*modules) -> int:
+    return sum(len(inspect.getsource(module).splitlines()) for module in modules)
+
+
+def one_round(side: str, args) -> tuple[list[float], float]:
+    """Seconds of the steps and peak MiB of one side, in a fresh process."""
+    words = ["--child", side, "--steps", args.steps, "--micro", args.micro]
+    words = [sys.executable, __file__, *words, "--threads", args.threads]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    spent, peak = json.loads(done.stdout.split("RESULT")[1])
+    print(side, [round(s, 2) for s in spent], flush=True)
+    return spent, peak
+
+
+def compare(args) -> None:
+    seconds: dict[str, list] = {"attnrl": [], "trl": []}
+    memory: dict[str, list] = {"attnrl": [], "trl": []}
+    for n in range(args.rounds):
+        for side in list(seconds)[:: 1 if n % 2 else -1]:
+            spent, peak = one_round(side, args)
+            seconds[side] += spent
+            memory[side].append(peak)
+    lines = lines_to_read()
+    one, two = rows = [
+        {
+            "GRPO step": side,
+            "s": statistics.median(seconds[side]),
+            "peak MiB": statistics.median(memory[side]),
+            "lines to read": lines[side],
+        }
+        for side in seconds
+    ]
+    what = "GRPO step on the toy: TRL's GRPOTrainer"
+    ratios = [
+        gain(f"{what}, time", one["s"], two["s"], "s", 1.5),
+        gain(f"{what}, peak memory", one["peak MiB"], two["peak MiB"], "MiB"),
+        gain("GRPO: lines to read, TRL's", one["lines to read"], two["lines to read"], "lines"),
+    ]
+    record("trl", rows, ratios)
 
 
 def main() -> None:
@@ -157,55 +195,9 @@ def main() -> None:
 
         torch.set_num_threads(args.threads)
         seconds = ours(args.steps) if args.child == "attnrl" else trl(args.steps, args.micro)
-        return print("RESULT", json.dumps([seconds[1:] or seconds, peak_mib()]))
-    seconds: dict[str, list] = {"attnrl": [], "trl": []}
-    memory: dict[str, list] = {"attnrl": [], "trl": []}
-    for n in range(args.rounds):
-        for side in list(seconds)[:: 1 if n % 2 else -1]:
-            words = [
-                sys.executable,
-                __file__,
-                "--child",
-                side,
-                "--steps",
-                str(args.steps),
-                "--micro",
-                str(args.micro),
-                "--threads",
-                str(args.threads),
-            ]
-            done = subprocess.run(words, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            spent, peak = json.loads(done.stdout.split("RESULT")[1])
-            seconds[side] += spent
-            memory[side].append(peak)
-            print(side, [round(s, 2) for s in spent], flush=True)
-    lines = lines_to_read()
-    rows = [
-        {
-            "GRPO step": side,
-            "s": statistics.median(seconds[side]),
-            "peak MiB": statistics.median(memory[side]),
-            "lines to read": lines[side],
-        }
-        for side in seconds
-    ]
-    one, two = rows
-    record(
-        "trl",
-        rows,
-        [
-            gain("GRPO step on the toy: TRL's GRPOTrainer, time", one["s"], two["s"], "s", 1.5),
-            gain(
-                "GRPO step on the toy: TRL's GRPOTrainer, peak memory",
-                one["peak MiB"],
-                two["peak MiB"],
-                "MiB",
-            ),
-            gain("GRPO: lines to read, TRL's", one["lines to read"], two["lines to read"], "lines"),
-        ],
-    )
+        print("RESULT", json.dumps([seconds[1:] or seconds, peak_mib()]))
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,14 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
+
 import numpy as np
 
+from runtime.cli import Parser, UserError, stop_on_user_error
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from errors import Parser, UserError, stop_on_user_error  # noqa: E402
 
 
 def family(pid: int) -> list[int]:
@@ -32,20 +35,39 @@ def family(pid: int) -> list[int]:
     return [pid, *(member for child in children for member in family(child))]
 
 
+def resident(pid: int) -> float:
+    """MiB of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
 def look(pid: int) -> tuple[float, float, int, int]:
     """MiB of the process, MiB of its children, its open files, number of processes."""
-
-    def resident(member):
-        lines = Path(f"/proc/{member}/status").read_text().splitlines()
-        return sum(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
-
     members = family(pid)
-    return (
-        resident(pid),
-        sum(map(resident, members[1:])),
-        len(list(Path(f"/proc/{pid}/fd").iterdir())),
-        len(members),
-    )
+    children = sum(map(resident, members[1:]))
+    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return resident(pid), children, files, len(members)
+
+
+def watch(run: subprocess.Popen, log: Path) -> dict[int, tuple]:
+    """step -> what was seen when its line in the log was new, until the run ends."""
+    seen: dict[int, tuple] = {}
+    while run.poll() is None:
+        time.sleep(0.5)
+        try:
+            step = len(log.read_text().splitlines()) - 1 if log.exists() else -1
+            if step > 0 and step not in seen:
+                seen[step] = look(run.pid)
+        except (FileNotFoundError, ProcessLookupError):
+            pass  # a process ended while we looked
+    return seen
+
+
+def show(seen: dict[int, tuple], steps: int) -> None:
+    print("| step | MiB | MiB of children | open files | processes |\n|---|---|---|---|---|")
+    for step, (own, children, files, processes) in seen.items():
+        if step in (min(seen), max(seen)) or step % max(1, steps // 10) == 0:
+            print(f"| {step} | {own:.0f} | {children:.0f} | {files} | {processes} |")
 
 
 def main(argv: list[str]) -> None:
@@ -59,42 +81,17 @@ def main(argv: list[str]) -> None:
     if steps < 3:
         raise UserError(f"--steps {steps}: must be at least 3, for a slope")
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "run" / "metrics.jsonl"
-        command = [
-            sys.executable,
-            "attnrl.py",
-            "--steps",
-            str(steps),
-            "--eval_every",
-            "10",
-            "--out",
-            f"{folder}/run",
-        ]
-        started, seen = time.monotonic(), {}
+        out = Path(folder) / "run"
+        settings = ["--steps", str(steps), "--eval_every", "10", "--out", str(out)]
+        command, started = [sys.executable, "attnrl.py", *settings], time.monotonic()
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
-            while run.poll() is None:
-                time.sleep(0.5)
-                try:
-                    step = len(log.read_text().splitlines()) - 1 if log.exists() else -1
-                    if step > 0 and step not in seen:
-                        seen[step] = look(run.pid)
-                except (FileNotFoundError, ProcessLookupError):
-                    pass  # a process ended while we looked
+            seen = watch(run, out / "metrics.jsonl")
         if run.returncode:
             raise UserError(f"attnrl.py ended with exit code {run.returncode}")
         minutes = (time.monotonic() - started) / 60
-        disk = (
-            sum(path.stat().st_size for path in Path(folder).rglob("*") if not path.is_symlink())
-            / 2**20
-        )
-    print("| step | MiB | MiB of children | open files | processes |\n|---|---|---|---|---|")
-    shown = [
-        step
-        for step in seen
-        if step == min(seen) or step == max(seen) or step % max(1, steps // 10) == 0
-    ]
-    for step in shown:
-        print("| {} | {:.0f} | {:.0f} | {} | {} |".format(step, *seen[step]))
+        files = [path for path in Path(folder).rglob("*") if not path.is_symlink()]
+        disk = sum(path.stat().st_size for path in files) / 2**20
+    show(seen, steps)
     late = [step for step in seen if step > steps / 3]
     slope = np.polyfit(late, [seen[step][0] for step in late], 1)[0]
     print(

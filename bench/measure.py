@@ -22,14 +22,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
+
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts import this file first, and then the project's
-from errors import Parser, UserError, stop_on_user_error  # noqa: E402
+from runtime.cli import Parser, UserError, stop_on_user_error
 
-RESULTS = Path(__file__).resolve().parent / "results.json"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results.json"
+
+
+def options(**settings) -> list[str]:
+    """Settings of a run as its command line has them."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def interleave(cases: dict[str, Callable[[], float | None]], repeats: int) -> dict[str, float]:
@@ -86,26 +93,21 @@ def in_new_process(script: str, *options) -> float | None:
 
 
 def machine() -> dict:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    )
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def processor() -> str:
+    """The CPU's name, and how much of it PyTorch uses."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{[*names, platform.machine()][0]}, {threads}"
 
 
 def positive(given: str) -> int:
@@ -208,36 +210,32 @@ def show(rows: list[dict]) -> None:
 def markdown() -> str:
     """The README's table: every ratio that has a goal."""
     lines = ["| against | ours | theirs | | goal | reached |", "|---|---|---|---|---|---|"]
-    for line in (
-        line
-        for part in json.loads(RESULTS.read_text()).values()
-        for line in part["ratios"]
-        if line["goal"]
-    ):
-        times = {"gain": "{} times better", "cost": "{} times the cost"}.get(line["is"], "").format(
-            text(line["ratio"])
-        )
-        lines.append(
-            f"| {line['what']} | {text(line['ours'])} {line['unit']} |"
-            f" {text(line['other'])} {line['unit']} | {times} | {line['goal']} |"
-            f" {line['reached']} |"
-        )
+    words = {"gain": "{} times better", "cost": "{} times the cost"}
+    for part in json.loads(RESULTS.read_text()).values():
+        for line in part["ratios"]:
+            if line["goal"]:
+                ours, theirs = (f"{text(line[side])} {line['unit']}" for side in ("ours", "other"))
+                times = words.get(line["is"], "").format(text(line["ratio"]))
+                cells = (line["what"], ours, theirs, times, line["goal"], line["reached"])
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def main() -> None:
+    parser = Parser("bench/measure.py", __doc__ or "", "python bench/measure.py --markdown")
+    parser.add_argument("--markdown", action="store_true", help="the README's table")
+    args = parser.parse_args()
+    if not RESULTS.exists():
+        raise UserError(f"{RESULTS.name}: is not there; make bench writes it")
+    if args.markdown:
+        print(markdown())
+    else:
+        found = json.loads(RESULTS.read_text())
+        show([line for part in found.values() for line in part["ratios"]])
+        for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
+            print("\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items()))
 
 
 if __name__ == "__main__":
     with stop_on_user_error("bench/measure.py"):
-        parser = Parser("bench/measure.py", __doc__ or "", "python bench/measure.py --markdown")
-        parser.add_argument("--markdown", action="store_true", help="the README's table")
-        chosen = parser.parse_args()
-        if not RESULTS.exists():
-            raise UserError(f"{RESULTS.name}: is not there; make bench writes it")
-        if chosen.markdown:
-            print(markdown())
-        else:
-            found = json.loads(RESULTS.read_text())
-            show([line for part in found.values() for line in part["ratios"]])
-            for kind in sorted({json.dumps(part["machine"]) for part in found.values()}):
-                print(
-                    "\n" + ", ".join(f"{name} {value}" for name, value in json.loads(kind).items())
-                )
+        main()

@@ -1,9 +1,7 @@
 """bench/rollout.py: tokens per second of the engines, against what one would call without them.
 
-    python bench/rollout.py                        # the transformers engine against model.generate;
-                                                   prefixes shared or not
-    .venv-vllm/bin/python bench/rollout.py --vllm  # VLLMEngine against llm.generate on the same
-    prompts
+    python bench/rollout.py                        # the transformers engine
+    .venv-vllm/bin/python bench/rollout.py --vllm  # VLLMEngine against llm.generate
 
 1. The call of a real training step on the toy: continuations of one batch (prefixes of all lengths)
    and the initial responses of the next. `generate` gets the same requests in one left-padded
@@ -14,23 +12,27 @@
    are twice as long as others.
 3. Continuations: 8 responses with 3 branch points each and 2 continuations a point, on a model of
    two wide layers, where the prompt costs something; "without" computes the prefix of each request
-   anew. Tokens of prefixes computed stand beside.
-4. vLLM on the toy's mix. What the engine adds to raw `llm.generate` is one SamplingParams a request
-   and the copying of results.
+   anew. The table also counts the prefix tokens that were computed.
+4. vLLM on the toy's initial responses. What the engine adds to raw `llm.generate` is one
+   SamplingParams a request and the copying of results.
 """
 
 import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
 
 import torch
 from measure import command, gain, interleave, positive, record
+from pipeline import Side
 
-import rollout
-from attnrl import Trainer, parse_config
-from data import load_problems
-from errors import UserError, stop_on_user_error
-from eval import load_model
-from rollout import Request, TransformersEngine, request_seed
-from runlog import Display
+from runtime import rollout
+from runtime.cli import UserError, stop_on_user_error
+from runtime.data import load_problems
+from runtime.models import load_model
+from runtime.rollout import Request, TransformersEngine, request_seed
 
 
 def toy_requests(sets: list[str], tokenizer, samples: int) -> list[Request]:
@@ -43,31 +45,24 @@ def toy_requests(sets: list[str], tokenizer, samples: int) -> list[Request]:
 
 
 def step_requests() -> list[Request]:
-    """What the second generation call of a run asks for."""
-    trainer = Trainer(parse_config(["--test_problems", "toy:8:4:2"]), Display(1, quiet=True))
-    first, asked, generate = trainer.new_batch(1), [], trainer.engine.generate
-    trainer.engine.generate = lambda requests: [asked.append(requests), generate(requests)][1]
-    trainer.sample(None, first)
-    trainer.sample(first, trainer.new_batch(2))
-    return asked[1]
+    """What the second generation call of a run asks for: in it batch 1 is continued, and batch 2
+    begins."""
+    side = Side("attnrl")
+    side.step()
+    return side.calls[1]
 
 
 def plain_generate(model, requests: list[Request], eos_id: int) -> int:
     """The same requests with transformers' own loop; how many tokens it sampled, end tokens
     included."""
     width = max(len(r.prompt_ids) for r in requests)
-    ids = torch.tensor(
-        [[eos_id] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests],
-        device=model.device,
-    )
-    mask = torch.tensor(
-        [[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in requests],
-        device=model.device,
-    )
+    padding = [width - len(r.prompt_ids) for r in requests]
+    rows = [[eos_id] * n + r.prompt_ids for n, r in zip(padding, requests)]
+    seen = [[0] * n + [1] * (width - n) for n in padding]
     with torch.no_grad():
         out = model.generate(
-            ids,
-            attention_mask=mask,
+            torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(seen, device=model.device),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -79,55 +74,54 @@ def plain_generate(model, requests: list[Request], eos_id: int) -> int:
     return sum(row.index(eos_id) + 1 if eos_id in row else len(row) for row in out)
 
 
+def engine_tokens(engine, requests: list[Request]) -> int:
+    return sum(len(c.tokens) for c in engine.generate(requests))
+
+
 def against_generate(repeats: int) -> None:
     model, tokenizer, (eos_id,) = load_model("toy/model", "auto")
-    # all in one batch, as generate has them
-    engine, rows, ratios = TransformersEngine(model, [eos_id], 10**6), [], []
+    engine = TransformersEngine(model, [eos_id], 10**6)  # all in one batch, as generate has them
+    rows, ratios = [], []
     mixes = {
         "a training step's call": step_requests(),
         "initial responses": toy_requests(["toy:8:24:1"], tokenizer, 6),
         "4 to 9 variables": toy_requests([f"toy:{n}:4:1" for n in range(4, 10)], tokenizer, 6),
     }
     for name, requests in mixes.items():
-        seconds = interleave(
-            {
-                "engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)),
-                "generate": lambda: plain_generate(model, requests, eos_id),
-            },
-            repeats,
-        )
-        ours, other = 1 / seconds["engine"], 1 / seconds["generate"]
-        rows.append(
-            {
-                "requests": f"{name}, {len(requests)}",
-                "engine, tokens/s": ours,
-                "model.generate, tokens/s": other,
-            }
-        )
+        cases = {
+            "engine": lambda: engine_tokens(engine, requests),
+            "generate": lambda: plain_generate(model, requests, eos_id),
+        }
+        ours, other = (1 / seconds for seconds in interleave(cases, repeats).values())
+        counted = {"engine, tokens/s": ours, "model.generate, tokens/s": other}
+        rows.append({"requests": f"{name}, {len(requests)}"} | counted)
         goal = 2 if name == "a training step's call" else None
-        ratios.append(
-            gain(f"rollout, {name}: model.generate", ours, other, "tokens/s", goal, more=True)
-        )
+        what = f"rollout, {name}: model.generate"
+        ratios.append(gain(what, ours, other, "tokens/s", goal, more=True))
     record("rollout/generate", rows, ratios)
 
 
-def shared_prefixes(repeats: int) -> None:
+def wide_model():
+    """Two layers in which a prompt costs something; few words."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=512,
-            hidden_size=768,
-            intermediate_size=2048,
-            num_hidden_layers=2,
-            num_attention_heads=12,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def continuation_requests() -> list[Request]:
+    """Of 8 prompts of 200 tokens and their responses: two from each of three points."""
     rng, requests = random.Random(0), []
     for i in range(8):
         prompt = [rng.randrange(512) for _ in range(200)]
@@ -137,39 +131,34 @@ def shared_prefixes(repeats: int) -> None:
             for at in (100, 200, 300)
             for t in range(2)
         ]
-    engine, share = TransformersEngine(model, []), rollout.share_prefixes
-    nobody = lambda prompts: (list(range(len(prompts))), list(range(len(prompts))))  # noqa: E731
-    computed = {}
+    return requests
+
+
+def shared_prefixes(repeats: int) -> None:
+    engine, requests = TransformersEngine(wide_model(), []), continuation_requests()
+    share, computed = rollout.share_prefixes, {}
+    alone = lambda prompts: (list(range(len(prompts))), list(range(len(prompts))))  # noqa: E731
 
     def run(name: str, how):
         rollout.share_prefixes, engine.prefilled = how, 0
         engine.generate(requests)
         rollout.share_prefixes, computed[name] = share, engine.prefilled
 
-    seconds = interleave(
-        {"shared": lambda: run("shared", share), "without": lambda: run("without", nobody)}, repeats
-    )
+    cases = {"shared": lambda: run("shared", share), "without": lambda: run("without", alone)}
+    seconds = interleave(cases, repeats)
     once = 8 * (200 + 300)  # each response's prompt, and the response up to its last branch point
     assert computed["shared"] == once, computed
     rows = [
         {"prefixes": name, "s": seconds[name], "prefix tokens computed": computed[name]}
         for name in seconds
     ]
-    what = "48 continuations of 8 responses, without sharing prefixes"
-    record(
-        "rollout/prefixes",
-        rows,
-        [
-            gain(f"rollout, {what}: time", seconds["shared"], seconds["without"], "s"),
-            gain(
-                f"rollout, {what}: prefix tokens",
-                computed["shared"],
-                computed["without"],
-                "tokens",
-                computed["without"] / once,
-            ),
-        ],
-    )
+    what = "rollout, 48 continuations of 8 responses, without sharing prefixes"
+    ours, other = computed["shared"], computed["without"]
+    ratios = [
+        gain(f"{what}: time", seconds["shared"], seconds["without"], "s"),
+        gain(f"{what}: prefix tokens", ours, other, "tokens", other / once),
+    ]
+    record("rollout/prefixes", rows, ratios)
 
 
 def against_vllm(repeats: int) -> None:
@@ -180,7 +169,7 @@ def against_vllm(repeats: int) -> None:
             "--vllm: vllm is not installed here; make bench runs this in .venv-vllm"
         ) from None
 
-    from vllm_engine import VLLMEngine
+    from runtime.vllm_engine import VLLMEngine
 
     model, tokenizer, eos_ids = load_model("toy/model", "cpu")
     requests = toy_requests(["toy:8:24:1"], tokenizer, 6)
@@ -200,36 +189,15 @@ def against_vllm(repeats: int) -> None:
     prompts = [{"prompt_token_ids": r.prompt_ids} for r in requests]
 
     def raw() -> int:
-        return sum(
-            len(o.outputs[0].token_ids)
-            for o in engine.llm.generate(prompts, params, use_tqdm=False)
-        )
+        found = engine.llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(one.outputs[0].token_ids) for one in found)
 
-    seconds = interleave(
-        {"engine": lambda: sum(len(c.tokens) for c in engine.generate(requests)), "raw": raw},
-        repeats,
-    )
-    ours, other = 1 / seconds["engine"], 1 / seconds["raw"]
-    record(
-        "rollout/vllm",
-        [
-            {
-                "requests": "initial responses",
-                "VLLMEngine, tokens/s": ours,
-                "llm.generate, tokens/s": other,
-            }
-        ],
-        [
-            gain(
-                "rollout, initial responses, vLLM: llm.generate",
-                ours,
-                other,
-                "tokens/s",
-                0.95,
-                more=True,
-            )
-        ],
-    )
+    cases = {"engine": lambda: engine_tokens(engine, requests), "raw": raw}
+    ours, other = (1 / seconds for seconds in interleave(cases, repeats).values())
+    counted = {"VLLMEngine, tokens/s": ours, "llm.generate, tokens/s": other}
+    what = "rollout, initial responses, vLLM: llm.generate"
+    ratio = gain(what, ours, other, "tokens/s", 0.95, more=True)
+    record("rollout/vllm", [{"requests": "initial responses"} | counted], [ratio])
 
 
 def main() -> None:

@@ -1,17 +1,15 @@
 """bench/scale.py: what a step costs as it grows, measured on the toy; and what one would cost on 8
 GPUs, computed.
 
-    python bench/scale.py                # problems, response length, ranks: measured, beside the
-                                         straight line
-    python bench/scale.py --model        # only the computed table of bench/scale.md: seconds,
-                                         tokens, GiB for 1.5B and 7B
+    python bench/scale.py                # problems, response length, ranks: measured
+    python bench/scale.py --model        # only the computed table of bench/scale.md (1.5B and 7B)
 
 A step is AttnRL's without adaptive sampling, so that work is constant: G = 6, N = 2, T = 2, lr 0.
 For the lengths the policy has no end token, so every response is as long as allowed, and a coin is
-the reward, so nearly all leaves are trained. For the ranks every process has one thread. Straight
-line: the first row's seconds times problems, or tokens, or divided by ranks. Attention grows with
-the square of the length, and what a step costs whatever its size makes small steps dearer than the
-line: both are what the columns show.
+the reward, so nearly all leaves are trained. For the ranks every process has one thread. Beside
+each measured step stands the straight line: the first row's seconds times problems, or tokens, or
+divided by ranks. A step leaves it for two reasons: attention grows with the square of the length,
+and a part of each step takes the same time whatever its size.
 """
 
 import argparse
@@ -23,33 +21,25 @@ import tempfile
 import zlib
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
+
 import torch
 from measure import ROOT, command, positive, record
 from pipeline import Side
 
-import dist
-import plan
-from errors import stop_on_user_error
+from runtime import dist
+from runtime.cli import stop_on_user_error
+from tools import plan
 
-WORK = [
-    "--ads_filter",
-    "none",
-    "--ads_expansion",
-    "false",
-    "--ads_batch",
-    "false",
-    "--lr",
-    "0",
-    "--test_problems",
-    "toy:8:4:2",
-]
+WORK = dict(ads_filter="none", ads_expansion=False, ads_batch=False, lr=0)
 SHOWN = ("generate", "score", "train", "exchange", "sync")
 
 
-def median_steps(steps: int, sizes: list[list[str]], endless: bool = False) -> list[dict]:
-    """Seconds of a step by phase, of every size (its options), in the order of Side.seen; the sizes
-    take turns, so that load on the machine hits all alike. The first step is not counted."""
-    sides = [Side("attnrl", WORK + options, endless) for options in sizes]
+def median_steps(steps: int, sizes: list[dict], endless: bool = False) -> list[dict]:
+    """Seconds of a step by phase, of every size (its settings), in the order of Side.seen; the
+    sizes take turns, so that load on the machine hits all alike. The first step is not counted."""
+    sides = [Side("attnrl", endless, **WORK, **settings) for settings in sizes]
     for _ in range(steps + 1):
         for side in sides:
             side.step()
@@ -62,7 +52,8 @@ def rows_with_line(
     """Adds the straight line through the first row (`down`: divided instead of multiplied)."""
     rows = []
     for size, step in zip(sizes, found):
-        line = found[0]["step"] * (sizes[0] / size if down else size / sizes[0])
+        times = sizes[0] / size if down else size / sizes[0]
+        line = found[0]["step"] * times
         rows.append(
             {
                 name: size,
@@ -77,7 +68,7 @@ def rows_with_line(
 
 
 def by_problems(steps: int, sizes: list[int]) -> None:
-    found = median_steps(steps, [["--batch_size", str(size)] for size in sizes])
+    found = median_steps(steps, [dict(batch_size=size) for size in sizes])
     record("scale/problems", rows_with_line("problems", sizes, found), [])
 
 
@@ -90,40 +81,18 @@ def by_length(steps: int, sizes: list[int]) -> None:
         model = Path(shutil.copytree(ROOT / "toy/model", f"{folder}/model"))
         config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 4096}
         (model / "config.json").write_text(json.dumps(config))
-        options = [
-            "--batch_size",
-            "4",
-            "--model",
-            str(model),
-            "--reward",
-            "scale:coin",
-            "--rollout_tokens",
-            "1000000",
-        ]
-        found = median_steps(
-            steps, [[*options, "--max_response", str(size)] for size in sizes], endless=True
-        )
+        same = dict(batch_size=4, model=model, reward="scale:coin", rollout_tokens=10**6)
+        settings = [same | dict(max_response=size) for size in sizes]
+        found = median_steps(steps, settings, endless=True)
     record("scale/length", rows_with_line("response", sizes, found), [])
 
 
 def by_ranks(steps: int, sizes: list[int]) -> None:
     found = []
     for size in sizes:
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--nproc_per_node",
-                str(size),
-                __file__,
-                "--child",
-                "--steps",
-                str(steps),
-            ],
-            capture_output=True,
-            text=True,
-        )
+        ranks = ["-m", "torch.distributed.run", "--nproc_per_node", str(size)]
+        command = [sys.executable, *ranks, __file__, "--child", "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         found.append(json.loads(done.stdout.split("RESULT")[1]))
@@ -147,43 +116,35 @@ def seconds(shape: plan.Shape, config, mean: int) -> dict[str, float]:
     responses = config.batch_size * config.group_size / GPUS
     continued = responses * config.branch_points * config.continuations
     suffix = 0.6 * mean  # a branch point lies at 40 % of its response on average: assumption
-    kv = plan.kv_per_token(shape, 2)
+    whole = PROMPT + mean
     at_once = min(responses + continued, plan.vllm_tokens(config, shape, 80) / (PROMPT + mean / 2))
 
-    # FLOP: the weights, and the causal half of attention
     def forward(tokens: float, width: float) -> float:
-        return tokens * (
-            2 * shape.parameters + 2 * shape.layers * shape.heads * shape.head_dim * width
-        )
+        """FLOP: the weights, and the causal half of attention."""
+        attention = 2 * shape.layers * shape.heads * shape.head_dim * width
+        return tokens * (2 * shape.parameters + attention)
 
-    # weights are read once a decoding step, each row's keys and values for every token
     def decode(tokens: float) -> float:
-        # the longest response needs that many, alone or not
+        """Weights are read once a decoding step, each row's keys and values for every token."""
+        # the longest response needs that many steps, alone or not
         count = max(tokens / at_once, config.max_response)
-        return count * (
-            DECODE_FLOOR + 2 * shape.parameters / (BANDWIDTH * DECODE_SHARE)
-        ) + tokens * (PROMPT + mean / 2) * kv / (BANDWIDTH * DECODE_SHARE)
+        weights = 2 * shape.parameters / (BANDWIDTH * DECODE_SHARE)
+        cache = (PROMPT + mean / 2) * plan.kv_per_token(shape, 2) / (BANDWIDTH * DECODE_SHARE)
+        return count * (DECODE_FLOOR + weights) + tokens * cache
 
-    whole = PROMPT + mean
     sampled = [responses * mean, continued * suffix]
-    prefill = forward(
-        responses * PROMPT + continued / config.continuations * (whole - suffix), mean
-    ) / (PEAK * SCORE_SHARE)
-    score = (responses * FCI_COST + continued) * forward(whole, whole) / (PEAK * SCORE_SHARE)
+    prefixes = responses * PROMPT + continued / config.continuations * (whole - suffix)
+    prefill = forward(prefixes, mean) / (PEAK * SCORE_SHARE)
+    one_pass = forward(whole, whole) / PEAK  # over one leaf, at the peak
     # forward, backward (two), and forward again
     passes = 4 if config.activation_checkpointing else 3
     reference = 1 if config.kl_coef else 0
-    train = (
-        (responses + continued)
-        * forward(whole, whole)
-        * (passes / TRAIN_SHARE + reference / SCORE_SHARE)
-        / PEAK
-    )
+    trained = passes / TRAIN_SHARE + reference / SCORE_SHARE
     return {
         "one call": decode(sum(sampled)) + prefill,
         "two calls": sum(map(decode, sampled)) + prefill,
-        "score": score,
-        "train": train,
+        "score": (responses * FCI_COST + continued) * one_pass / SCORE_SHARE,
+        "train": (responses + continued) * one_pass * trained,
         "tokens": GPUS * sum(sampled),
     }
 
@@ -192,33 +153,41 @@ def model_table() -> str:
     """Markdown: one row a model and length."""
     from transformers import Qwen2Config
 
+    columns = (
+        "model",
+        "responses, mean (longest)",
+        "generate s",
+        "the same in two calls",
+        "score s",
+        "train s",
+        "step s",
+        "M tokens",
+        "GPU hours of 500 steps",
+        "GiB per GPU",
+    )
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, sizes in plan.QWEN2.items():
+        tied = name == "1.5B"
+        shape = plan.count(Qwen2Config(num_hidden_layers=28, tie_word_embeddings=tied, **sizes))
+        for mean, longest in ((1000, 4096), (3000, 8192), (8000, 16384)):
+            cells = model_cells(shape, mean, longest)
+            lines.append(f"| {name} | {mean:,} ({longest:,}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def model_cells(shape: plan.Shape, mean: int, longest: int) -> list[str]:
     from attnrl import PRESETS, Config
 
-    lines = [
-        (
-            "| model | responses, mean (longest) | generate s | the same in two calls | score s |"
-            " train s | step s | M tokens | GPU hours of 500 steps | GiB per GPU |"
-        ),
-        "|---|---|---|---|---|---|---|---|---|---|",
+    config = Config(**PRESETS["paper"] | dict(parallel="fsdp", max_response=longest))
+    s = seconds(shape, config, mean)
+    step = s["one call"] + s["score"] + s["train"]
+    return [
+        *(f"{s[key]:.0f}" for key in ("one call", "two calls", "score", "train")),
+        f"{step:.0f}",
+        f"{s['tokens'] / 1e6:.1f}",
+        f"{500 * GPUS * step / 3600:,.0f}",
+        f"{plan.peak(config, shape, GPUS, 80)[0]:.0f}",
     ]
-    for name, sizes in plan.QWEN2.items():
-        shape = plan.count(
-            Qwen2Config(num_hidden_layers=28, tie_word_embeddings=name == "1.5B", **sizes)
-        )
-        for mean, longest in ((1000, 4096), (3000, 8192), (8000, 16384)):
-            config = Config(**PRESETS["paper"] | dict(parallel="fsdp", max_response=longest))
-            s = seconds(shape, config, mean)
-            step = s["one call"] + s["score"] + s["train"]
-            gib = plan.peak(config, shape, GPUS, 80)[0]
-            numbers = (
-                *(f"{s[key]:.0f}" for key in ("one call", "two calls", "score", "train")),
-                f"{step:.0f}",
-                f"{s['tokens'] / 1e6:.1f}",
-                f"{500 * GPUS * step / 3600:,.0f}",
-                f"{gib:.0f}",
-            )
-            lines.append(f"| {name} | {mean:,} ({longest:,}) | {' | '.join(numbers)} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -236,7 +205,7 @@ def main() -> None:
         print(model_table())
     elif args.child:
         torch.set_num_threads(1)
-        (found,) = median_steps(args.steps, [["--batch_size", "24"]])
+        (found,) = median_steps(args.steps, [dict(batch_size=24)])
         if dist.rank() == 0:
             print("RESULT", json.dumps(found), "RESULT")
         dist.stop(lambda: None)

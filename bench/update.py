@@ -3,11 +3,11 @@ would save.
 
     python bench/update.py
 
-1. Padding: share of the passes' tokens that is padding, with `fci.token_batches` (rows of similar
-   length, at most 5 % padding a pass), with passes of sorted rows filled up to the budget, and in
-   the order in which the sequences come, 8 a pass. Lengths: a toy step's leaves; and 192 responses
-   of log-normal length, mean about 2,900 tokens and at most 8,192, which is what reasoning models
-   look like.
+1. Padding: share of the passes' tokens that is padding, with `token_batches` of runtime/scoring.py
+   (rows of similar length, at most 5 % padding a pass), with passes of sorted rows filled up to the
+   budget, and in the order in which the sequences come, 8 a pass. Lengths: a toy step's leaves; and
+   192 responses of log-normal length, mean about 2,900 tokens and at most 8,192, which is what
+   reasoning models look like.
 2. Speed: one optimizer step on 192 of those leaves, `Learner.update` against a plain loop: 8
    sequences a pass in the order they come, all logits, log_softmax, gather. Trained tokens per
    second, and the largest difference between the two gradients.
@@ -17,31 +17,49 @@ would save.
 4. Shared prefixes: tokens of the leaves of one mini-batch, as learner.mini_batches deals them out,
    against tokens of its prefix trees (each shared prefix once): the most that packing trees into
    rows could save. It is counted, not built: mini-batches are drawn from all leaves of a step, so
-   few leaves of a tree meet in one, and the mask of a packed tree takes the causal kernel away.
-   Beside the toy's: 64 problems with the paper's 6 trees of 5 leaves, branched at a quarter and at
+   few leaves of a tree meet in one, and the mask of a packed tree rules out the causal kernel. The
+   toy's leaves, and 64 problems with the paper's 6 trees of 5 leaves, branched at a quarter and at
    half.
 """
 
 import argparse
 import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
 
 import torch
 from measure import command, extra_bytes, gain, in_new_process, interleave, positive, record, share
+from pipeline import Side
 
-from attnrl import Trainer, parse_config
-from errors import stop_on_user_error
-from fci import Sequence, token_batches, token_logprobs
+from attnrl import Run
 from learner import Learner, mini_batches, ppo_loss
-from runlog import Display
+from runtime.cli import stop_on_user_error
+from runtime.scoring import Sequence, token_batches, token_logprobs
 
 
-def toy_leaves() -> tuple[Trainer, list]:
-    """One training step's sequences, sampled for real."""
-    trainer = Trainer(parse_config(["--test_problems", "toy:8:4:2"]), Display(1, quiet=True))
-    batch = trainer.new_batch(1)
-    trainer.sample(None, batch)
-    trainer.sample(batch, None)
-    return trainer, trainer.sequences(batch)
+def toy_leaves() -> tuple[Run, list]:
+    """One training step's sequences, sampled for real by a policy that stays as it is (lr 0)."""
+    side = Side("attnrl", lr=0)
+    return side.run, side.step().sequences
+
+
+def filled(lengths: list[int], budget: int) -> list[list[int]]:
+    """Indices sorted by length, in passes filled up to the budget of padded tokens."""
+    batches, rest = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
+    while rest:
+        batches.append([rest.pop(0)])
+        while rest and (len(batches[-1]) + 1) * lengths[rest[0]] <= budget:
+            batches[-1].append(rest.pop(0))
+    return batches
+
+
+def waste(lengths: list[int], batches: list[list[int]]) -> float:
+    """Share of padding in these passes, %."""
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
+    return 100 * (1 - sum(lengths) / padded)
 
 
 def padding(leaves: list) -> None:
@@ -52,30 +70,21 @@ def padding(leaves: list) -> None:
         ("192 long responses", long, 32768),
         ("24 of them, a rank's share of 8", long[:24], 32768),
     ):
-
-        def waste(batches):
-            padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-            return 100 * (1 - sum(lengths) / padded)
-
         ours = token_batches([Sequence([0], [0] * (n - 1)) for n in lengths], budget)
         plain = [list(range(i, min(i + 8, len(lengths)))) for i in range(0, len(lengths), 8)]
-        # sorted, and filled up to the budget
-        full, rest = [], sorted(range(len(lengths)), key=lambda i: lengths[i])
-        while rest:
-            full.append([rest.pop(0)])
-            while rest and (len(full[-1]) + 1) * lengths[rest[0]] <= budget:
-                full[-1].append(rest.pop(0))
+        full = filled(lengths, budget)
         rows.append(
             {
                 "sequences": name,
-                "token_batches, % padding": waste(ours),
+                "token_batches, % padding": waste(lengths, ours),
                 "passes": len(ours),
-                "filled to the budget, %": waste(full),
+                "filled to the budget, %": waste(lengths, full),
                 "their passes": len(full),
-                "8 a pass, %": waste(plain),
+                "8 a pass, %": waste(lengths, plain),
             }
         )
-        ratios.append(share(f"update, padding of {name}: 8 a pass", waste(ours), waste(plain), 5))
+        what = f"update, padding of {name}: 8 a pass"
+        ratios.append(share(what, waste(lengths, ours), waste(lengths, plain), 5))
     record("update/padding", rows, ratios)
 
 
@@ -92,56 +101,36 @@ def plain_loss(model, rows: list, total: int) -> torch.Tensor:
     return (ppo_loss(logp, old, advantage)[0] * mask).sum() / total
 
 
-def speed(trainer: Trainer, leaves: list, repeats: int) -> None:
-    model, leaves = trainer.policy, leaves[:192]
+def speed(run: Run, leaves: list, repeats: int) -> None:
+    model, leaves = run.policy, leaves[:192]
     total, gradients = sum(len(s.tokens) for s in leaves), {}
-    learner = Learner(
-        model,
-        lr=0.0,
-        weight_decay=0.0,
-        max_grad_norm=1e9,
-        kl_coef=0.0,
-        token_budget=trainer.config.token_budget,
-    )
-    # weights stay
-    learner.optimizer.step = lambda: gradients.update(
-        ours=[p.grad.clone() for p in model.parameters()]
-    )
+    steady = dict(lr=0.0, weight_decay=0.0, max_grad_norm=1e9, kl_coef=0.0)
+    learner = Learner(model, **steady, token_budget=run.config.token_budget)
 
-    def ours():
+    def keep(name: str) -> None:
+        gradients[name] = [p.grad.clone() for p in model.parameters()]
+
+    learner.optimizer.step = lambda: keep("ours")  # weights stay
+
+    def ours() -> int:
         learner.train(leaves, 192, seed=0)
         return total
 
-    def plain():
+    def plain() -> int:
         model.zero_grad()
         for i in range(0, len(leaves), 8):
             plain_loss(model, leaves[i : i + 8], total).backward()
-        gradients["plain"] = [p.grad.clone() for p in model.parameters()]
+        keep("plain")
         return total
 
-    seconds = interleave({"ours": ours, "plain": plain}, repeats)
+    cases = {"ours": ours, "plain": plain}
+    one, other = (1 / seconds for seconds in interleave(cases, repeats).values())
     gap = max((a - b).abs().max().item() for a, b in zip(gradients["ours"], gradients["plain"]))
-    rows = [
-        {
-            "sequences": "192 leaves of the toy",
-            "Learner, tokens/s": 1 / seconds["ours"],
-            "plain loop, tokens/s": 1 / seconds["plain"],
-            "largest difference of gradients": gap,
-        }
-    ]
-    record(
-        "update/speed",
-        rows,
-        [
-            gain(
-                "update, 192 leaves of the toy: plain loop",
-                1 / seconds["ours"],
-                1 / seconds["plain"],
-                "tokens/s",
-                more=True,
-            )
-        ],
-    )
+    name = "192 leaves of the toy"
+    counted = {"Learner, tokens/s": one, "plain loop, tokens/s": other}
+    rows = [{"sequences": name} | counted | {"largest difference of gradients": gap}]
+    ratio = gain(f"update, {name}: plain loop", one, other, "tokens/s", more=True)
+    record("update/speed", rows, [ratio])
 
 
 def memory(lengths: list[int]) -> None:
@@ -160,84 +149,94 @@ def memory(lengths: list[int]) -> None:
             }
         )
         if plain:
-            ratios.append(
-                gain(f"update, T = {length}, 151,936 words: all logits, memory", ours, plain, "MiB")
-            )
+            what = f"update, T = {length}, 151,936 words: all logits, memory"
+            ratios.append(gain(what, ours, plain, "MiB"))
     record("update/memory", rows, ratios)
+
+
+def many_words_model():
+    """Qwen's vocabulary over one narrow layer."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16384,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
 
 
 def child(case: str, length: int) -> float:
     """Extra MiB at the peak of one forward and backward pass."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=151936,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=16384,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    model = many_words_model()
     ids = torch.randint(0, 1000, (length,)).tolist()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
 
-    def run(ids: list[int]):
-        if case == "ours":
-            return (
-                token_logprobs(model, [Sequence(ids[:1], ids[1:])], 1.0, with_entropy=False)[0]
-                .sum()
-                .backward()
-            )
+    def ours(ids: list[int]) -> torch.Tensor:
+        row = Sequence(ids[:1], ids[1:])
+        return token_logprobs(model, [row], 1.0, with_entropy=False)[0]
+
+    def plain(ids: list[int]) -> torch.Tensor:
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
-        logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None]).sum().backward()
+        return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])
 
-    run(ids[:8])
-    return extra_bytes(lambda: run(ids)) / 2**20
+    logprobs = {"ours": ours, "plain": plain}[case]
+    logprobs(ids[:8]).sum().backward()  # libraries and thread pools are not what is measured
+    return extra_bytes(lambda: logprobs(ids).sum().backward()) / 2**20
 
 
-def prefixes(trainer: Trainer, leaves: list) -> None:
-    def shares(name: str, rows: list[tuple], size: int) -> dict:
-        batches = mini_batches(len(rows), size, seed=0)
-        tree = sum(
-            len({row[:t] for row in (rows[i] for i in batch) for t in range(1, len(row) + 1)})
-            for batch in batches
-        )
-        return {
-            "leaves": name,
-            "number": len(rows),
-            "mini-batches": len(batches),
-            "tokens": sum(map(len, rows)),
-            "with each prefix once": tree,
-            "saved at most, %": 100 * (1 - tree / sum(map(len, rows))),
-        }
+def saving(name: str, leaves: list[tuple], size: int) -> dict:
+    """Tokens of the leaves in mini-batches of `size`, with and without shared prefixes."""
+    batches = mini_batches(len(leaves), size, seed=0)
+    tree = sum(
+        len({leaves[i][:t] for i in batch for t in range(1, len(leaves[i]) + 1)})
+        for batch in batches
+    )
+    tokens = sum(map(len, leaves))
+    return {
+        "leaves": name,
+        "number": len(leaves),
+        "mini-batches": len(batches),
+        "tokens": tokens,
+        "with each prefix once": tree,
+        "saved at most, %": 100 * (1 - tree / tokens),
+    }
 
-    toy = [tuple(s.prompt_ids + s.tokens) for s in leaves]
-    paper, new = [], iter(range(10**9))
-    take = lambda n: tuple(next(new) for _ in range(n))  # noqa: E731  all tokens differ
-    for _ in range(64):  # a token here is 40 of the paper's
+
+def paper_leaves() -> list[tuple]:
+    """64 problems, 6 trees of 5 leaves each; a token here is 40 of the paper's, and no two are
+    equal."""
+    new, leaves = iter(range(10**9)), []
+
+    def take(count: int) -> tuple:
+        return tuple(next(new) for _ in range(count))
+
+    for _ in range(64):
         prompt = take(4)
         for _ in range(6):
             response = prompt + take(72)
-            paper += [response] + [
-                response[: 4 + at] + take(72 - at) for at in (18, 36) for _ in range(2)
-            ]
-    record(
-        "update/prefixes",
-        [
-            shares("a toy step's", toy, trainer.config.mini_batch),
-            shares("the same, one mini-batch", toy, 10**6),
-            shares("the paper's shape", paper, 192),
-            shares("the same, one mini-batch", paper, 10**6),
-        ],
-        [],
-    )
+            leaves.append(response)
+            leaves += [response[: 4 + at] + take(72 - at) for at in (18, 36) for _ in range(2)]
+    return leaves
+
+
+def prefixes(run: Run, leaves: list) -> None:
+    toy, paper = [tuple(s.prompt_ids + s.tokens) for s in leaves], paper_leaves()
+    rows = [
+        saving("a toy step's", toy, run.config.mini_batch),
+        saving("the same, one mini-batch", toy, 10**6),
+        saving("the paper's shape", paper, 192),
+        saving("the same, one mini-batch", paper, 10**6),
+    ]
+    record("update/prefixes", rows, [])
 
 
 def main() -> None:
@@ -258,10 +257,10 @@ def main() -> None:
     if args.child:
         print(child(args.child, args.lengths[0]))
     else:
-        trainer, leaves = toy_leaves()
+        run, leaves = toy_leaves()
         padding(leaves)
-        prefixes(trainer, leaves)
-        speed(trainer, leaves, args.repeats)
+        prefixes(run, leaves)
+        speed(run, leaves, args.repeats)
         memory(args.lengths)
 
 

@@ -1,12 +1,9 @@
 """methods.py: the paper's table on the toy. Methods x seeds at EQUAL generated tokens, with
 intervals and figures.
 
-    python experiments/methods.py --quick            # 3 methods x 3 seeds on one setting: at most
-                                                     20 minutes on 2 cores
-    python experiments/methods.py                    # 9 methods x 5 seeds on two settings: about 2
-                                                     hours; goes on where it was
-    python experiments/methods.py --report           # tables and figures of what is there, without
-                                                     running anything
+    python experiments/methods.py --quick     # 3 methods x 3 seeds on one setting: 10 to 20 minutes
+    python experiments/methods.py             # 9 methods x 5 seeds on two settings: about 2 hours
+    python experiments/methods.py --report    # tables and figures again, without running anything
 
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps"
 compares nothing. Every run goes on until an evaluation lies beyond the budget of generated tokens
@@ -39,49 +36,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean, stdev
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
+
 import numpy as np
 from matplotlib.figure import Figure
 
+from runtime.cli import Parser, UserError, stop_on_user_error
+from tools.view import BLUE, GREEN, PINK, read_metrics
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from errors import Parser, UserError, stop_on_user_error  # noqa: E402
-from view import BLUE, GREEN, PINK, read_metrics  # noqa: E402
 
 # What all runs of a setting share; the method is the only difference. Toy steps are a line each,
 # hence --prl_steps.
-SHARED = [
-    "--lr",
-    "2e-5",
-    "--eval_every",
-    "3",
-    "--eval_samples",
-    "4",
-    "--prl_steps",
-    "blank",
-    "--steps",
-    "100000",
-    "--keep",
-    "1",
-    "--log_samples",
-    "0",
-]
+SHARED = (
+    "--lr 2e-5 --eval_every 3 --eval_samples 4 --prl_steps blank --steps 100000 --keep 1"
+    " --log_samples 0"
+)
 SETTINGS = {
-    "toy8": [
-        "--problems",
-        "toy:8:4000:1",
-        "--test_problems",
-        "toy:8:200:2",
-        "--max_response",
-        "110",
-    ],
-    "toy8-10": [
-        "--problems",
-        "toy:8-10:4000:1",
-        "--test_problems",
-        "toy:8-10:200:2",
-        "--max_response",
-        "140",
-    ],
+    "toy8": "--problems toy:8:4000:1 --test_problems toy:8:200:2 --max_response 110",
+    "toy8-10": "--problems toy:8-10:4000:1 --test_problems toy:8-10:200:2 --max_response 140",
 }
 METHODS = [
     "grpo",
@@ -154,65 +128,47 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
     if is_there(setting, method, seed, tokens, folder):
         return result
     run = HERE.parent / "runs" / "experiments" / folder.name / f"{setting}-{method}-{seed}"
-    options = ["--method", method, "--seed", str(seed), *SHARED, *SETTINGS[setting]]
+    options = [*SHARED.split(), *SETTINGS[setting].split()]
+    options = ["--method", method, "--seed", str(seed), *options]
     run.parent.mkdir(parents=True, exist_ok=True)
-    with run.with_suffix(".log").open("a") as log:
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])],
-            cwd=HERE.parent,
-            stdout=log,
-            stderr=log,
-            env=one_thread,
-        )
-        running.append(process)  # running[-1] may be the other thread's by now
-        code = process.wait()
-    if code:
-        raise UserError(
-            f"{setting}, {method}, seed {seed}: exit code {code}; see {run.with_suffix('.log')}"
-        )
+    log = run.with_suffix(".log")
+    if code := train_in_new_process(options, run, tokens, log):
+        raise UserError(f"{setting}, {method}, seed {seed}: exit code {code}; see {log}")
     records = [{key: round(m[key], 5) for key in KEPT if key in m} for m in read_metrics(run)]
+    found = dict(setting=setting, method=method, seed=seed, tokens=tokens, options=options)
     result.parent.mkdir(parents=True, exist_ok=True)
     fresh = result.with_suffix(".new")
-    fresh.write_text(
-        json.dumps(
-            {
-                "setting": setting,
-                "method": method,
-                "seed": seed,
-                "tokens": tokens,
-                "options": options,
-                "records": records,
-            }
-        )
-        + "\n"
-    )
+    fresh.write_text(json.dumps(found | {"records": records}) + "\n")
     fresh.replace(result)
     shutil.rmtree(run)  # models: what is needed is in the JSON
     return result
+
+
+def train_in_new_process(options: list[str], run: Path, tokens: float, log: Path) -> int:
+    """Its exit code; what it says is appended to `log`."""
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])]
+    with log.open("a") as file:
+        process = subprocess.Popen(words, cwd=HERE.parent, stdout=file, stderr=file, env=one_thread)
+        running.append(process)  # running[-1] may be the other thread's by now
+        return process.wait()
 
 
 def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, jobs: int) -> None:
     """Those that are not there yet, `jobs` at a time. Ctrl-C, SIGTERM and a run that fails end the
     others."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    wanted, started = (
-        [what for what in wanted if not is_there(*what, tokens, folder)],
-        time.monotonic(),
-    )
-    print(
-        f"{len(wanted)} runs to do; logs:"
-        f" {HERE.parent / 'runs' / 'experiments' / folder.name}/*.log",
-        flush=True,
-    )
+    wanted = [what for what in wanted if not is_there(*what, tokens, folder)]
+    logs, started = HERE.parent / "runs" / "experiments" / folder.name, time.monotonic()
+    print(f"{len(wanted)} runs to do; logs: {logs}/*.log", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
         try:
             futures = [pool.submit(run_one, *what, tokens, folder) for what in wanted]
             for i, future in enumerate(futures, 1):
                 path, minutes = future.result(), (time.monotonic() - started) / 60
+                left = minutes * (len(wanted) / i - 1)
                 print(
-                    f"{i}/{len(wanted)} after {minutes:.1f} minutes, about"
-                    f" {minutes * (len(wanted) / i - 1):.0f} left: {path}",
+                    f"{i}/{len(wanted)} after {minutes:.1f} minutes, about {left:.0f} left: {path}",
                     flush=True,
                 )
         except BaseException:  # also a run that failed: what it says must not wait for the others
@@ -229,11 +185,11 @@ def along(records: list[dict], axis: str) -> list[float]:
     """Of each record, what there was up to it: training steps ("step"), generated tokens
     ("tokens"), optimizer steps ("updates"), or seconds of training steps ("seconds": without
     evaluations, saving and loading)."""
-    if axis in ("step", "tokens"):
-        return [m["step" if axis == "step" else "generated_tokens"] for m in records]
-    return np.cumsum(
-        [m.get({"seconds": "seconds/step", "updates": "train/updates"}[axis], 0) for m in records]
-    ).tolist()
+    so_far = {"step": "step", "tokens": "generated_tokens"}
+    if axis in so_far:
+        return [m[so_far[axis]] for m in records]
+    of_a_step = {"seconds": "seconds/step", "updates": "train/updates"}[axis]
+    return np.cumsum([m.get(of_a_step, 0) for m in records]).tolist()
 
 
 def accuracy_at(records: list[dict], at: float, axis: str) -> float:
@@ -261,83 +217,88 @@ def load(folder: Path, setting: str) -> dict[str, dict[int, dict]]:
     return found
 
 
+class Comparison:
+    """The runs of one setting, read off at the same places: at T tokens, at equal time, at equal
+    optimizer steps."""
+
+    def __init__(self, runs: dict[str, dict[int, dict]]):
+        results = [r for seeds in runs.values() for r in seeds.values()]
+        ends = {
+            axis: min(along(r["records"], axis)[-1] for r in results)
+            for axis in ("seconds", "updates")
+        }
+        self.runs = runs
+        self.places = {"tokens": min(r["tokens"] for r in results)} | ends
+        # method -> axis -> {seed: accuracy}
+        self.found = {method: self.accuracies(seeds) for method, seeds in runs.items()}
+
+    def accuracies(self, seeds: dict[int, dict]) -> dict[str, dict[int, float]]:
+        return {
+            axis: {seed: accuracy_at(r["records"], at, axis) for seed, r in seeds.items()}
+            for axis, at in self.places.items()
+        }
+
+    def difference(self, one: str, other: str, axis: str) -> str:
+        """Mean and interval of one method's accuracy less the other's, paired by seed; "" without a
+        common seed."""
+        mine, others = self.found[one][axis], self.found[other][axis]
+        pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
+        return cell([x - y for x, y in pairs]) if pairs else ""
+
+    def row(self, method: str) -> list[str]:
+        records = [r["records"] for r in self.runs[method].values()]
+        start = fmean(100 * row[0]["test_accuracy"] for row in records)
+        cells = [method, str(len(records)), f"{start:.1f}"]
+        compared = method != "attnrl" and "attnrl" in self.runs
+        for axis, own in self.found[method].items():
+            cells.append(cell(list(own.values())))
+            cells.append(self.difference(method, "attnrl", axis) if compared else "")
+        for axis in ("step", "updates", "seconds"):
+            cells.append(f"{self.until(records, axis):.0f}")
+        return cells
+
+    def until(self, runs: list[list[dict]], axis: str) -> float:
+        """Mean training steps, optimizer steps or seconds to T tokens."""
+        tokens = self.places["tokens"]
+        return fmean(np.interp(tokens, along(r, "tokens"), along(r, axis)) for r in runs)
+
+
+def cell(values: list[float]) -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+COLUMNS = (
+    "method",
+    "seeds",
+    "at the start",
+    "at T",
+    "- attnrl",
+    "at equal time",
+    "- attnrl",
+    "at equal optimizer steps",
+    "- attnrl",
+    "training steps to T",
+    "optimizer steps to T",
+    "seconds to T",
+)
+
+
 def table(runs: dict[str, dict[int, dict]]) -> str:
     """One row per method: accuracy at equal tokens, seconds and optimizer steps, and the paired
     differences to AttnRL."""
-    everything = [r for seeds in runs.values() for r in seeds.values()]
-    tokens = min(r["tokens"] for r in everything)
-    seconds, updates = (
-        min(along(r["records"], axis)[-1] for r in everything) for axis in ("seconds", "updates")
-    )
-    columns = (
-        "method",
-        "seeds",
-        "at the start",
-        "at T",
-        "- attnrl",
-        "at equal time",
-        "- attnrl",
-        "at equal optimizer steps",
-        "- attnrl",
-        "training steps to T",
-        "optimizer steps to T",
-        "seconds to T",
-    )
+    comparison = Comparison(runs)
+    places = comparison.places
     lines = [
-        (
-            f"T = {tokens / 1e6:.2f} M generated tokens; equal time: {seconds:.0f} s of training;"
-            f" equal optimizer steps: {updates:.0f}."
-        ),
-        (
-            'Test accuracy in %, mean and 95 % interval over seeds; "- attnrl": the difference,'
-            " paired by seed."
-        ),
+        f"T = {places['tokens'] / 1e6:.2f} M generated tokens; equal time:"
+        f" {places['seconds']:.0f} s of training; equal optimizer steps: {places['updates']:.0f}.",
+        'Test accuracy in %, mean and 95 % interval over seeds; "- attnrl": the difference,'
+        " paired by seed.",
         "",
-        f"| {' | '.join(columns)} |",
-        "|---" * len(columns) + "|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
-
-    def cell(values):
-        mean, half = mean_and_interval(values)
-        return f"{mean:.1f}" + (f" ± {half:.1f}" if half == half else "")
-
-    places = (("tokens", tokens), ("seconds", seconds), ("updates", updates))
-    found = {
-        method: [
-            {seed: accuracy_at(r["records"], at, axis) for seed, r in seeds.items()}
-            for axis, at in places
-        ]
-        # method -> at equal tokens, seconds, updates -> {seed: accuracy}
-        for method, seeds in runs.items()
-    }
-
-    def difference(one: str, other: str, place: int) -> str:
-        pairs = [
-            (found[one][place][s], found[other][place][s])
-            for s in found[one][place]
-            if s in found[other][place]
-        ]
-        return cell([x - y for x, y in pairs]) if pairs else ""
-
-    for method, seeds in runs.items():
-        columns = []
-        for place, own in enumerate(found[method]):
-            compared = method != "attnrl" and "attnrl" in runs
-            columns += [
-                cell(list(own.values())),
-                difference(method, "attnrl", place) if compared else "",
-            ]
-        rows = [r["records"] for r in seeds.values()]
-        until = [
-            fmean(np.interp(tokens, along(row, "tokens"), along(row, axis)) for row in rows)
-            for axis in ("step", "updates", "seconds")
-        ]
-        start = fmean(100 * row[0]["test_accuracy"] for row in rows)
-        lines.append(
-            f"| {method} | {len(seeds)} | {start:.1f} | {' | '.join(columns)} | "
-            + " | ".join(f"{x:.0f}" for x in until)
-            + " |"
-        )
+    lines += [f"| {' | '.join(comparison.row(method))} |" for method in runs]
     lines += [
         "",
         "The paper's order, step by step (differences paired by seed):",
@@ -347,10 +308,8 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
     ]
     for worse, better in zip(ORDER, ORDER[1:]):
         if worse in runs and better in runs:
-            lines.append(
-                f"| {better} - {worse} |"
-                f" {' | '.join(difference(better, worse, place) for place in range(3))} |"
-            )
+            cells = [comparison.difference(better, worse, axis) for axis in places]
+            lines.append(f"| {better} - {worse} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -377,69 +336,60 @@ FIGURES = {  # file: [(key, title, scale)], over training steps
 }
 
 
+AXES = {
+    "step": "training step",
+    "tokens": "generated tokens",
+    "seconds": "seconds of training",
+    "updates": "optimizer steps",
+}
+
+
+def curves(results: list[dict], key: str, scale: float, over: str) -> list[list[tuple]]:
+    """The (place, value) points of each run that has the metric."""
+    lines = []
+    for result in results:
+        records = result["records"]
+        places = along(records, over)
+        lines.append([(x, scale * m[key]) for x, m in zip(places, records) if key in m])
+    return [line for line in lines if line]
+
+
 def draw(axis, runs: dict, key: str, title: str, scale: float, over: str) -> None:
     """Mean over seeds with a 95 % band, on a common grid of steps, tokens or seconds."""
     for method, colour in DRAWN.items():
-        lines = []
-        for result in runs.get(method, {}).values():
-            records = result["records"]
-            lines.append(
-                [(x, scale * m[key]) for x, m in zip(along(records, over), records) if key in m]
-            )
-        if lines := [line for line in lines if line]:
-            grid = np.linspace(
-                max(line[0][0] for line in lines), min(line[-1][0] for line in lines), 60
-            )
-            values = np.array([np.interp(grid, *zip(*line)) for line in lines])
-            spread = [mean_and_interval(list(column)) for column in values.T]
-            axis.plot(
-                grid, [mean for mean, _ in spread], color=colour, label=f"{method} ({len(lines)})"
-            )
-            axis.fill_between(
-                grid,
-                [m - h for m, h in spread],
-                [m + h for m, h in spread],
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-    names = {
-        "step": "training step",
-        "tokens": "generated tokens",
-        "seconds": "seconds of training",
-        "updates": "optimizer steps",
-    }
-    axis.set(title=title, xlabel=names[over])
+        lines = curves(list(runs.get(method, {}).values()), key, scale, over)
+        if not lines:
+            continue
+        first, last = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
+        grid = np.linspace(first, last, 60)
+        values = np.array([np.interp(grid, *zip(*line)) for line in lines])
+        mean, half = np.array([mean_and_interval(list(column)) for column in values.T]).T
+        axis.plot(grid, mean, color=colour, label=f"{method} ({len(lines)})")
+        axis.fill_between(grid, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+    axis.set(title=title, xlabel=AXES[over])
     axis.title.set_fontsize(10)
     axis.grid(alpha=0.3)
 
 
 def draw_figures(runs: dict, setting: str, folder: Path) -> None:
+    accuracy = ("test_accuracy", "test accuracy (avg@4), %", 100)
     panels = {
-        f"accuracy_{setting}": [
-            ("test_accuracy", "test accuracy (avg@4), %", 100, over)
-            for over in ("tokens", "seconds", "updates")
-        ]
+        f"accuracy_{setting}": [(*accuracy, over) for over in ("tokens", "seconds", "updates")]
     }
     panels |= {
         f"{name}_{setting}": [(*what, "step") for what in whats] for name, whats in FIGURES.items()
     }
     (folder / "figures").mkdir(exist_ok=True)
+    title = f"{setting}: mean over seeds (their number in brackets), band: 95 % interval"
     for name, whats in panels.items():
         figure = Figure(figsize=(4.2 * len(whats), 3.8), layout="constrained")
         axes = figure.subplots(1, len(whats))
         for axis, what in zip(axes, whats):
             draw(axis, runs, *what)
-        figure.legend(
-            *axes[-1].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=len(DRAWN),
-            frameon=False,
-        )
-        figure.suptitle(
-            f"{setting}: mean over seeds (their number in brackets), band: 95 % interval",
-            fontsize=10,
-        )
+        shown = axes[-1].get_legend_handles_labels()
+        place = dict(loc="outside lower center", ncols=len(DRAWN), frameon=False)
+        figure.legend(*shown, **place)
+        figure.suptitle(title, fontsize=10)
         figure.savefig(folder / "figures" / f"{name}.png", dpi=110)
 
 
@@ -457,67 +407,55 @@ def report(folder: Path) -> str:
     return text
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]):
     parser = Parser(
         "experiments/methods.py",
         "methods x seeds at equal generated tokens",
         "python experiments/methods.py --quick",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8"
+    add = parser.add_argument
+    add("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
+    add("--report", action="store_true", help="tables and figures of what is there")
+    for name, choices in (("settings", SETTINGS), ("methods", METHODS)):
+        text = f"default: {', '.join(choices)}"
+        add(f"--{name}", nargs="+", choices=choices, metavar="NAME", help=text)
+    add("--seeds", type=int, help="how many: 0, 1, ...; default 5, with --quick 3")
+    add("--tokens", type=float, default=0.4, help="budget of generated tokens, millions")
+    add("--jobs", type=int, default=2, help="runs at a time, each on one thread")
+    text = (
+        "of results, tables and figures; default experiments/full, with --quick experiments/quick"
     )
-    parser.add_argument("--report", action="store_true", help="tables and figures of what is there")
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        choices=SETTINGS,
-        metavar="NAME",
-        help=f"default: {', '.join(SETTINGS)}",
-    )
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        metavar="NAME",
-        help=f"default: {', '.join(METHODS)}",
-    )
-    parser.add_argument("--seeds", type=int, help="how many: 0, 1, ...; default 5, with --quick 3")
-    parser.add_argument(
-        "--tokens", type=float, default=0.4, help="budget of generated tokens, millions"
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each on one thread")
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        help=(
-            "of results, tables and figures; default experiments/full, with --quick"
-            " experiments/quick"
-        ),
-    )
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    add("--folder", type=Path, help=text)
+    add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.settings = args.settings or (["toy8"] if args.quick else list(SETTINGS))
+    args.methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
+    if args.seeds is None:
+        args.seeds = 3 if args.quick else 5
+    args.folder = args.folder or HERE / ("quick" if args.quick else "full")
+    for name in ("seeds", "tokens", "jobs"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} {getattr(args, name)}: must be a number above 0")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    folder = args.folder
     if args.one:
         options, run, tokens = json.loads(args.one)
-        return train_until(options, Path(run), tokens)
-    settings = args.settings or (["toy8"] if args.quick else list(SETTINGS))
-    methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
-    seeds = (3 if args.quick else 5) if args.seeds is None else args.seeds
-    folder = args.folder or HERE / ("quick" if args.quick else "full")
-    for name, value in (("seeds", seeds), ("tokens", args.tokens), ("jobs", args.jobs)):
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name} {value}: must be a number above 0")
+        train_until(options, Path(run), tokens)
+        return
     if not args.report:
         try:
             (folder / "results").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--folder {folder}: cannot be written ({error.strerror})") from error
         # seeds first: a table that is cut short has all methods
-        run_all(
-            [(s, m, seed) for seed in range(seeds) for s in settings for m in methods],
-            1e6 * args.tokens,
-            folder,
-            args.jobs,
-        )
+        wanted = [
+            (s, m, seed) for seed in range(args.seeds) for s in args.settings for m in args.methods
+        ]
+        run_all(wanted, 1e6 * args.tokens, folder, args.jobs)
     print(f"{report(folder)}\nwritten: {folder / 'tables.md'}, {folder / 'figures'}/*.png")
 
 

@@ -1,51 +1,60 @@
 r"""what_fci_finds.py: does FCI find the steps that matter? Two studies on the toy, where the answer
 is known.
 
-    python experiments/what_fci_finds.py              # writes figures/ and results/, prints tables;
-                                                      about 15 minutes on one core
-    python experiments/what_fci_finds.py --quick      # the same, small, into
-                                                      runs/what_fci_finds-quick; about a minute
+    python experiments/what_fci_finds.py              # about 15 minutes on one core
+    python experiments/what_fci_finds.py --quick      # the same, small: about a minute
+
+Prints tables; writes figures/ and results/ beside this file, with --quick into
+runs/what_fci_finds-quick.
 
 Study 1, correlation. In a program such as "a=4;b=a-2;c=b+b;d=7;e=d+c;?e" the influence of a line is
 known:
-    transitive  T[k] = number of later lines that mention variable k, or a variable that depends on
-    it
-    direct      D[k] = number of later lines that mention variable k
+
+    transitive  T[k] = later lines that mention variable k, or a variable that depends on it
+    direct      D[k] = later lines that mention variable k
+
 (read off the text: "x*0" and "x-x" count as dependence). T and D are compared with scores of the
 steps of a response:
-    FCI         y[k] = max over l, h of y^{l,h}[k],  y^{l,h}[k] = sum over j >= k + Delta of A^{l,h}[j, k]   (AttnRL Eq. 4-6)
-    result only the same, but keys in Eq. 4 are one token a step, the result's digit, instead of
-    all: blind to a step's length
+
+    FCI         y[k] = max over l, h of y^{l,h}[k]                      (AttnRL Eq. 6)
+                y^{l,h}[k] = sum over j >= k + Delta of A^{l,h}[j, k]   (AttnRL Eq. 5)
+    result only the same, but of step k one key only: its result, the digit before the separator.
+                Blind to a step's length
     baselines   mean entropy of the step's tokens; position (early = high); shortness (few tokens =
                 high); random
+
 by Spearman's rho, Pearson's correlation of average ranks:
+
     within      over the steps of one response, averaged over responses
     partial     early steps have more dependants AND are summed over more later ones in Eq. 5, so
-                position alone raises both.
-                From each rank the mean rank of all responses at that step index is taken; what is
-                left is correlated, all responses pooled. What depends on the index alone cannot
-                enter (so position itself has no such value).
+                position alone raises both. Subtract from each rank the mean rank of all responses
+                at that step index, and correlate what is left, all responses pooled. What depends
+                on the index alone cannot enter (so position itself has no such value).
+
 The first step (FCI 0 by definition) and the final "\boxed{}" (no variable) are left out.
 
-Shortness is a baseline because Eq. 4 is a mean over the step's tokens, and because the toy's hub
-(the variable that many lines need) is its only constant, "d=7", so the only short step. Two
-controls keep the two apart:
+Shortness is a baseline because A is a mean over the step's tokens, and because the toy's hub (the
+variable that many lines need) is its only constant, "d=7", so the only short step. Two controls
+keep the two apart:
+
     without the hub   the same responses, that step left out: all steps are equally long ("partial":
                       means per step index and hub)
     decoy             programs that look the same, but no later line mentions the constant: short
                       and without influence
 
-Study 2, disruption (the paper's Fig. 3). A response whose final answer was right is kept up to the
-end of a step, and its rest is sampled anew, 8 times: attention to that step is set to zero after
-the softmax, not renormalised, in all layers and heads, for all tokens after it. Drop = accuracy
-without less accuracy with disruption, from the same prefix with the same random numbers. The paper
-draws one step of a class (top 20 % FCI; the rest; top 20 % mean entropy). Here EVERY step is
-disrupted and a class is the mean over its steps: the expectation of that draw, with less noise.
-Quantiles are over the steps 1 to n - 1.
-    output of a later query q = sum over s of alpha[q, s] [s not in step] v[s]  =  the usual sum
-    with v[s] = 0 in the step
-so the disruption is zero rows in the VALUE cache, set when the prefix has been computed: keys,
-hence the softmax, stay, and nothing inside the prefix changes (also not its last token, which
+Study 2, disruption (the paper's Fig. 3). Keep a response whose final answer was right up to the end
+of a step, and sample its rest anew, 8 times: attention to that step is set to zero after the
+softmax, not renormalised, in all layers and heads, for all tokens after it. Drop = accuracy without
+less accuracy with disruption, from the same prefix with the same random numbers. The paper draws
+one step of a class (top 20 % FCI; the rest; top 20 % mean entropy). Here EVERY step is disrupted
+and a class is the mean over its steps: the expectation of that draw, with less noise. Quantiles are
+over the steps 1 to n - 1.
+
+    output of a later query q = sum over s of alpha[q, s] [s not in step] v[s]
+                              = the usual sum with v[s] = 0 in the step
+
+So zero rows in the VALUE cache are the disruption. They are set when the prefix has been computed:
+keys, hence the softmax, stay, and nothing inside the prefix changes (also not its last token, which
 predicts the first new one).
 
 Intervals: 95 %, percentiles of a bootstrap over problems. Left out: other models, the paper's own
@@ -60,23 +69,28 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from data import Problem, encode_question, load_problems  # noqa: E402
-from errors import Parser, UserError, stop_on_user_error  # noqa: E402
-from eval import Reward, load_model  # noqa: E402
-from fci import Sequence, score, separator_tokens, split_steps  # noqa: E402
-from rollout import Request, TransformersEngine, request_seed  # noqa: E402
-from toy.programs import toy_program, toy_solution  # noqa: E402
-from tree import Response, choose_branch_points  # noqa: E402
-from view import BLUE, GREEN, GREY, ORANGE  # noqa: E402
+from fci import Separators, separator_tokens, split_steps
+from runtime.cli import Parser, UserError, stop_on_user_error
+from runtime.data import Problem, encode_question, load_problems
+from runtime.models import load_model
+from runtime.rewards import Reward
+from runtime.rollout import Request, TransformersEngine, request_seed
+from runtime.scoring import Sequence, score
+from tools.view import BLUE, GREEN, GREY, ORANGE
+from toy.programs import toy_program, toy_solution
+from tree import Response, choose_branch_points
 
+ROOT = Path(__file__).resolve().parent.parent
 SAMPLES, RHO, RESAMPLES = 8, 0.2, 1000  # a step; the quantile of Eq. 7; bootstrap
 MEASURES = (
     "FCI, Delta 1",
@@ -93,6 +107,31 @@ MEASURES = (
 # --------------------------------------------------------------------------------------------------
 # Responses, what is true of their steps, and the steps' scores
 # --------------------------------------------------------------------------------------------------
+@dataclass
+class Study:
+    """What both studies ask: a model (in two forms) and a reward."""
+
+    model: Any
+    tokenizer: Any
+    eos_ids: list[int]
+    reward: Reward
+    separators: Separators
+    # shows attention as it is: single heads, and a second opinion on fci.py
+    eager: Any
+
+    def grade(self, problems: list[Problem], tokens: list[list[int]]) -> tuple[list[str], list]:
+        """The texts of responses, one to each of `problems`, and their rewards."""
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return texts, self.reward([(text, p.answers) for text, p in zip(texts, problems)])
+
+
+def load_study(path: str) -> Study:
+    model, tokenizer, eos_ids = load_model(path, "cpu")
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    return Study(model, tokenizer, eos_ids, Reward(), separator_tokens(tokenizer), eager)
+
+
 @dataclass
 class Row:
     """One response that lines up with its program. Arrays are over the steps 1 .. n - 1 of n
@@ -124,6 +163,11 @@ def true_influence(program: str) -> np.ndarray:
     return np.array([depends.sum(0), uses.sum(0)])
 
 
+def constant_step(program: str) -> int:
+    """The only constant but the first line."""
+    return next(k for k, line in enumerate(program.split(";")) if k and len(line) == 3)
+
+
 def decoys(count: int, variables: int, tokenizer) -> list[Problem]:
     """Programs with the toy's layout whose constant nobody needs."""
     rng, found = random.Random(0), {}
@@ -132,24 +176,22 @@ def decoys(count: int, variables: int, tokenizer) -> list[Problem]:
         text = toy_program(variables, rng, hub, pull=0.0)
         if true_influence(text)[1, hub] == 0:
             answer = toy_solution(text).rsplit("{")[-1].rstrip("}")
-            found[text] = Problem(
-                text, [answer], "decoy", encode_question(tokenizer, text, "decoy")
-            )
+            prompt = encode_question(tokenizer, text, "decoy")
+            found[text] = Problem(text, [answer], "decoy", prompt)
     return list(found.values())
 
 
 def in_format(text: str, program: str) -> bool:
     """One step for every line, with its variable, then the box."""
-    return [step[:2] for step in text.split("\n\n")] == [
-        line[:2] for line in program.split(";")[:-1]
-    ] + [r"\b"]
+    begins = [line[:2] for line in program.split(";")[:-1]]
+    return [step[:2] for step in text.split("\n\n")] == [*begins, r"\b"]
 
 
 def step_attention(
     alpha: np.ndarray, start: int, bounds: list[int], result_only: bool = False
 ) -> np.ndarray:
-    """A[l, h, j, k] of Eq. 4 from alpha[l, h, q, s]; `start` = length of the prompt, which is in no
-    step.
+    """A[l, h, j, k], the mean over the queries of step j and the keys of step k of alpha[l, h, q,
+    s]; `start` = length of the prompt, which is in no step.
 
     result_only: the key of a step is the token before its separator only.
     """
@@ -165,93 +207,100 @@ def influence(attention: np.ndarray, delta: int) -> np.ndarray:
     return np.tril(attention, -delta).sum(-2)
 
 
-def sample_rows(
-    problems, model, tokenizer, eos_ids, reward, count: int, seed: int = 0
-) -> list[Row]:
-    """`count` responses a problem; those in format, right or wrong, with their scores."""
-    separators, rng, rows = separator_tokens(tokenizer), np.random.default_rng(seed), []
+@dataclass
+class Scored:
+    """What a scoring pass says of one response. Arrays are over all its steps."""
+
+    response: Response
+    fci: dict[int, np.ndarray]  # Delta -> y
+    result_only: np.ndarray  # y, Delta 1, but keys are the steps' results only
+    heads: np.ndarray  # (layers, heads, steps): y^{l,h}, Delta 1
+    entropy: np.ndarray  # mean of the step's tokens
+
+    def measures(self, rng) -> np.ndarray:
+        """(measures, steps)"""
+        steps, lengths = len(self.entropy), np.diff(self.response.bounds)
+        rest = [self.result_only, self.entropy, -np.arange(steps), -lengths, rng.random(steps)]
+        return np.array([*self.fci.values(), *rest])
+
+    def branch_steps(self, seed: int) -> dict[str, list[int]]:
+        """rule -> the steps of its two branch points"""
+        own, n = self.response, len(self.entropy) - 1  # the last step is the box
+        rules = {
+            f"FCI, Delta {delta}": (replace(own, fci=y.tolist()), "fci")
+            for delta, y in self.fci.items()
+        }
+        rules |= {"entropy, two tokens (TreeRL)": (own, "entropy"), "random": (own, "random")}
+        steps: dict[str, list[int]] = {}
+        for name, (response, rule) in rules.items():
+            points = choose_branch_points(response, rule, 2, random.Random(seed))
+            steps[name] = [np.searchsorted(own.bounds, at, side="right") - 1 for at in points]
+        steps["two steps of highest mean entropy"] = 1 + np.argsort(-self.entropy[1:n])[:2]
+        steps["earliest two"] = [1, 2]
+        return steps
+
+
+def score_steps(study: Study, prompt: list[int], tokens: list[int], bounds: list[int]) -> Scored:
+    """FCI from attention as it is; checks that fci.py gives the same."""
+    scored = score(study.model, [Sequence(prompt, tokens, bounds)], delta=1)[0]
+    ids = torch.tensor([prompt + tokens])
+    with torch.no_grad():
+        layers = study.eager.base_model(ids, output_attentions=True).attentions
+    alpha = torch.cat(layers).double().numpy()  # Eq. 4, (layers, heads, T, T)
+    attention, on_result = (
+        step_attention(alpha, len(prompt), bounds, only) for only in (False, True)
+    )
+    fci = {delta: influence(attention, delta).max((0, 1)) for delta in (1, 2, 4)}  # Eq. 6
+    assert np.allclose(fci[1][1:], scored.fci[1:], atol=1e-5), "fci.py and eager attention disagree"
+    steps = zip(bounds, bounds[1:])
+    return Scored(
+        response=Response(
+            tokens,
+            scored.logprobs,
+            entropies=scored.entropies,
+            bounds=bounds,
+            fci=scored.fci,
+            branchable=len(bounds) - 1,
+        ),
+        fci=fci,
+        result_only=influence(on_result, 1).max((0, 1)),
+        heads=influence(attention, 1),
+        entropy=np.array([np.mean(scored.entropies[a:b]) for a, b in steps]),
+    )
+
+
+def sample_rows(study: Study, problems: list[Problem], count: int, seed: int = 0) -> list[Row]:
+    """`count` responses a problem; those in format, right or wrong, with their scores. Raises
+    UserError where none is right."""
+    rng, rows = np.random.default_rng(seed), []
     asked = [
         (i, Request(p.prompt_ids, 16 * len(p.text.split(";")), 1.0, request_seed(seed, i, j)))
         for i, p in enumerate(problems)
         for j in range(count)
     ]
-    completions = TransformersEngine(model, eos_ids).generate([request for _, request in asked])
-    texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-    verdicts = reward([(text, problems[i].answers) for text, (i, _) in zip(texts, asked)])
-    # shows attention as it is: single heads, and a second opinion on fci.py
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    for (i, request), completion, text, verdict in zip(
-        tqdm(asked, unit="response", disable=None), completions, texts, verdicts
-    ):
-        tokens, lines, prompt = (
-            completion.tokens,
-            problems[i].text.split(";")[:-1],
-            request.prompt_ids,
-        )
-        bounds, n = split_steps(tokens, separators), len(lines)
-        if not in_format(text, problems[i].text) or len(bounds) != n + 2 or not completion.finished:
+    engine = TransformersEngine(study.model, study.eos_ids)
+    completions = engine.generate([request for _, request in asked])
+    texts, rewards = study.grade([problems[i] for i, _ in asked], [c.tokens for c in completions])
+    for number, completion in enumerate(tqdm(completions, unit="response", disable=None)):
+        i, text = asked[number][0], texts[number]
+        program, prompt = problems[i].text, problems[i].prompt_ids
+        bounds, n = split_steps(completion.tokens, study.separators), program.count(";")
+        if not in_format(text, program) or len(bounds) != n + 2 or not completion.finished:
             continue  # steps and lines do not correspond
-        # the only constant but the first line
-        hub = next(k for k, line in enumerate(lines) if k and len(line) == 3)
-        scored = score(model, [Sequence(prompt, tokens, bounds)], delta=1)[0]
-        with torch.no_grad():
-            alpha = torch.cat(
-                eager.base_model(torch.tensor([prompt + tokens]), output_attentions=True).attentions
-            )
-        attention, on_result = (
-            step_attention(alpha.double().numpy(), len(prompt), bounds, only)
-            for only in (False, True)
-        )
-        fci = {delta: influence(attention, delta).max((0, 1)) for delta in (1, 2, 4)}  # Eq. 6
-        assert np.allclose(fci[1][1:], scored.fci[1:], atol=1e-5), (
-            "fci.py and eager attention disagree"
-        )
-        entropy = np.array([np.mean(scored.entropies[a:b]) for a, b in zip(bounds, bounds[1:])])
-        response = Response(
-            tokens, scored.logprobs, verdict, scored.entropies, bounds, scored.fci, n + 1
-        )
-        rules = {
-            f"FCI, Delta {d}": (replace(response, fci=y.tolist()), "fci") for d, y in fci.items()
-        }
-        rules |= {
-            "entropy, two tokens (TreeRL)": (response, "entropy"),
-            "random": (response, "random"),
-        }
-        branch = {
-            name: [
-                np.searchsorted(bounds, at, side="right") - 1
-                for at in choose_branch_points(r, how, 2, random.Random(len(rows)))
-            ]
-            for name, (r, how) in rules.items()
-        }
-        branch |= {
-            "two steps of highest mean entropy": 1 + np.argsort(-entropy[1:n])[:2],
-            "earliest two": [1, 2],
-        }
-        scores = np.array(
-            [
-                *fci.values(),
-                influence(on_result, 1).max((0, 1)),
-                entropy,
-                -np.arange(n + 1),
-                -np.diff(bounds),
-                rng.random(n + 1),
-            ]
-        )
-        branch = {rule: hub in steps for rule, steps in branch.items()}
+        scored, hub = score_steps(study, prompt, completion.tokens, bounds), constant_step(program)
+        branch = scored.branch_steps(seed=len(rows))
         rows.append(
             Row(
-                i,
-                hub,
-                text,
-                verdict == 1,
-                prompt,
-                response,
-                branch,
-                scores[:, 1:n],
-                influence(attention, 1)[..., 1:n],
-                true_influence(problems[i].text)[:, 1:],
+                problem=i,
+                hub=hub,
+                text=text,
+                right=rewards[number] == 1,
+                prompt_ids=prompt,
+                response=scored.response,
+                branch={rule: hub in steps for rule, steps in branch.items()},
+                scores=scored.measures(rng)[:, 1:n],
+                heads=scored.heads[..., 1:n],
+                truth=true_influence(program)[:, 1:],
             )
         )
     if not any(row.right for row in rows):
@@ -293,11 +342,15 @@ def weighted_mean(weights: np.ndarray, values: np.ndarray, where=True) -> np.nda
 def estimate(values: np.ndarray) -> list[float] | None:
     """[estimate, low, high] from a statistic under every line of bootstrap weights; None where it
     is undefined."""
-    return (
-        [float(values[0]), *np.nanquantile(values[1:], [0.025, 0.975]).tolist()]
-        if np.isfinite(values[0])
-        else None
-    )
+    if not np.isfinite(values[0]):
+        return None
+    return [float(values[0]), *np.nanquantile(values[1:], [0.025, 0.975]).tolist()]
+
+
+def rho(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
+    """A correlation from sums of products; NaN where all scores are equal."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(xx * yy > 1e-9, xy / np.sqrt(xx * yy), np.nan)
 
 
 def correlations(
@@ -305,44 +358,34 @@ def correlations(
 ) -> dict:
     """Spearman's rho of scores and truth, both (rows, steps), "within" responses and "partial":
     without the means of `cell`."""
-    x, y = ranks(scores), ranks(truth)
     of_cell = np.unique(cell, return_inverse=True)[1].reshape(cell.shape)
     size = np.bincount(of_cell.ravel())
-    found = {}
-    for name in ("within", "partial"):
-        dx, dy = (
-            (
-                r - r.mean(1, keepdims=True)
-                if name == "within"
-                else r - (np.bincount(of_cell.ravel(), r.ravel()) / size)[of_cell]
-            )
-            for r in (x, y)
-        )
-        # one number a response
-        xy, xx, yy = ((a * b).sum(1) for a, b in ((dx, dy), (dx, dx), (dy, dy)))
-        if name == "partial":
-            xy, xx, yy = weights @ xy, weights @ xx, weights @ yy
-        # equal scores throughout have no rank correlation
-        with np.errstate(invalid="ignore", divide="ignore"):
-            rho = np.where(xx * yy > 1e-9, xy / np.sqrt(xx * yy), np.nan)
-        found[name] = estimate(rho if name == "partial" else weighted_mean(weights, rho))
-    return found
+
+    def cell_means(r: np.ndarray) -> np.ndarray:
+        return (np.bincount(of_cell.ravel(), r.ravel()) / size)[of_cell]
+
+    def products(dx: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
+        """xy, xx, yy: one number a response"""
+        return [(a * b).sum(1) for a, b in ((dx, dy), (dx, dx), (dy, dy))]
+
+    both = ranks(scores), ranks(truth)
+    within = rho(*products(*(r - r.mean(1, keepdims=True) for r in both)))
+    pooled = rho(*(weights @ sums for sums in products(*(r - cell_means(r) for r in both))))
+    return {"within": estimate(weighted_mean(weights, within)), "partial": estimate(pooled)}
 
 
 def correlation_study(rows: list[Row]) -> dict:
     """view -> measure (and "heads") -> truth -> within, partial; the truth of disrupted rows is the
     measured drop."""
-    weights, hub = (
-        bootstrap_weights([r.problem for r in rows]),
-        np.array([r.hub for r in rows])[:, None],
-    )
-    scores, heads = (
-        np.array([r.scores for r in rows]).swapaxes(0, 1),
-        np.array([r.heads for r in rows]),
-    )
-    truths = dict(zip(("transitive", "direct"), np.array([r.truth for r in rows]).swapaxes(0, 1)))
-    if rows[0].hits is not None:
+    weights = bootstrap_weights([r.problem for r in rows])
+    scores = np.array([r.scores for r in rows]).swapaxes(0, 1)  # (measures, rows, S)
+    heads = np.array([r.heads for r in rows])  # (rows, layers, heads, S)
+    if rows[0].hits is None:
+        transitive, direct = np.array([r.truth for r in rows]).swapaxes(0, 1)
+        truths = {"transitive": transitive, "direct": direct}
+    else:
         truths = {"drop": np.array([r.hits[0, 0] - r.hits[1, 0] for r in rows])}
+    hub = np.array([r.hub for r in rows])[:, None]
     step = np.arange(1, scores.shape[-1] + 1) + 0 * hub  # (rows, S)
     found = {}
     for view, keep, cell in (
@@ -388,36 +431,30 @@ class DisruptedEngine(TransformersEngine):
         return cache, mask, hidden
 
 
-def disrupt(rows: list[Row], problems, model, tokenizer, eos_ids, reward, seed: int = 1) -> None:
+def cut_requests(row: Row, seed: int, number: int) -> list[CutRequest]:
+    """(steps x SAMPLES x 2): each step in turn is kept; the rest is asked without and with
+    disruption, with the same random numbers."""
+    tokens, bounds, before = row.response.tokens, row.response.bounds, len(row.prompt_ids)
+    requests = []
+    for k in range(1, len(bounds) - 2):
+        prefix, length = row.prompt_ids + tokens[: bounds[k + 1]], 16 * len(bounds) - bounds[k + 1]
+        for j in range(SAMPLES):
+            for cut in ((0, 0), (before + bounds[k], before + bounds[k + 1])):
+                same = request_seed(seed, number, k, j)
+                requests.append(CutRequest(prefix, length, 1.0, same, cut))
+    return requests
+
+
+def disrupt(study: Study, rows: list[Row], problems: list[Problem], seed: int = 1) -> None:
     """Fills `hits`: every step in turn is kept, then hidden from the rest, which is sampled
     anew."""
-    engine = DisruptedEngine(model, eos_ids)
+    engine = DisruptedEngine(study.model, study.eos_ids)
     # one at a time: its prefixes are computed once
     for number, row in enumerate(tqdm(rows, unit="response", disable=None)):
-        tokens, bounds, before, requests = (
-            row.response.tokens,
-            row.response.bounds,
-            len(row.prompt_ids),
-            [],
-        )
-        for k in range(1, len(bounds) - 2):
-            for j in range(SAMPLES):
-                # without and with, same random numbers
-                for cut in ((0, 0), (before + bounds[k], before + bounds[k + 1])):
-                    requests.append(
-                        CutRequest(
-                            row.prompt_ids + tokens[: bounds[k + 1]],
-                            16 * len(bounds) - bounds[k + 1],
-                            1.0,
-                            request_seed(seed, number, k, j),
-                            cut,
-                        )
-                    )
-        texts = tokenizer.batch_decode(
-            [r.prompt_ids[before:] + c.tokens for r, c in zip(requests, engine.generate(requests))],
-            skip_special_tokens=True,
-        )
-        right = reward([(text, problems[row.problem].answers) for text in texts])
+        requests, before = cut_requests(row, seed, number), len(row.prompt_ids)
+        sampled = zip(requests, engine.generate(requests))
+        tokens = [r.prompt_ids[before:] + c.tokens for r, c in sampled]
+        texts, right = study.grade([problems[row.problem]] * len(tokens), tokens)
         kept = [in_format(text, problems[row.problem].text) for text in texts]
         row.hits = np.array([right, kept]).reshape(2, -1, SAMPLES, 2).sum(2).transpose(2, 0, 1)
 
@@ -434,39 +471,48 @@ def disruption_study(rows: list[Row]) -> dict:
         for name in ("FCI, Delta 1", "mean entropy")
     )
     top, high = (x >= np.quantile(x, 1 - RHO, axis=1, keepdims=True) for x in (fci, entropy))
-    found = {"classes": {}, "by step": {}, "matched": {}}
-    for name, mask in (("top 20 % FCI", top), ("the rest", ~top), ("top 20 % entropy", high)):
-        found["classes"][name] = {
-            what: estimate(weighted_mean(weights, (x * mask).sum(1) / mask.sum(1)))
-            for what, x in (
-                ("without", right),
-                ("with", disrupted),
-                ("drop", drop),
-                ("in format, with", kept),
-            )
-        }
-        found["by step"][name] = {
-            str(k + 1): {
-                "n": int(mask[:, k].sum()),
-                "drop": estimate(weighted_mean(weights, drop[:, k], mask[:, k])),
+    shown = {"without": right, "with": disrupted, "drop": drop, "in format, with": kept}
+    masks = {"top 20 % FCI": top, "the rest": ~top, "top 20 % entropy": high}
+    pairs = {"top 20 % FCI - the rest": top, "top 20 % entropy - all others": high}
+    return {
+        "classes": {
+            name: {
+                what: estimate(weighted_mean(weights, (x * mask).sum(1) / mask.sum(1)))
+                for what, x in shown.items()
             }
-            for k in range(drop.shape[1])
+            for name, mask in masks.items()
+        },
+        "by step": {name: drop_by_step(weights, drop, mask) for name, mask in masks.items()},
+        "matched": {name: matched_gaps(weights, drop, mask) for name, mask in pairs.items()},
+    }
+
+
+def drop_by_step(weights: np.ndarray, drop: np.ndarray, mask: np.ndarray) -> dict:
+    return {
+        str(k + 1): {
+            "n": int(mask[:, k].sum()),
+            "drop": estimate(weighted_mean(weights, drop[:, k], mask[:, k])),
         }
-    for name, mask in (("top 20 % FCI - the rest", top), ("top 20 % entropy - all others", high)):
-        total, count = 0, 0
-        found["matched"][name] = {}
-        # step indices that have both kinds
-        for k in np.flatnonzero(np.minimum(mask.sum(0), (~mask).sum(0)) >= 10):
-            gap = weighted_mean(weights, drop[:, k], mask[:, k]) - weighted_mean(
-                weights, drop[:, k], ~mask[:, k]
-            )
-            found["matched"][name][str(k + 1)] = {
-                "n": [int(mask[:, k].sum()), int((~mask[:, k]).sum())],
-                "gap": estimate(gap),
-            }
-            total, count = total + mask[:, k].sum() * gap, count + mask[:, k].sum()
-        if count:  # the mean gap of the steps in the class
-            found["matched"][name]["all"] = {"n": int(count), "gap": estimate(total / count)}
+        for k in range(drop.shape[1])
+    }
+
+
+def matched_gaps(weights: np.ndarray, drop: np.ndarray, mask: np.ndarray) -> dict:
+    """The drop of the steps in a class less that of the others, at every step index that has both
+    kinds; "all": the mean gap of the steps in the class."""
+    found, total, count = {}, 0, 0
+    for k in np.flatnonzero(np.minimum(mask.sum(0), (~mask).sum(0)) >= 10):
+        inside, outside = (
+            weighted_mean(weights, drop[:, k], which) for which in (mask[:, k], ~mask[:, k])
+        )
+        n = int(mask[:, k].sum())
+        found[str(k + 1)] = {
+            "n": [n, int((~mask[:, k]).sum())],
+            "gap": estimate(inside - outside),
+        }
+        total, count = total + n * (inside - outside), count + n
+    if count:
+        found["all"] = {"n": count, "gap": estimate(total / count)}
     return found
 
 
@@ -474,16 +520,16 @@ def disruption_study(rows: list[Row]) -> dict:
 # Report
 # --------------------------------------------------------------------------------------------------
 def shown(found: list[float] | None, scale: float = 1, digits: int = 2) -> str:
-    return (
-        "-"
-        if found is None
-        else "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*(scale * x for x in found), d=digits)
-    )
+    if found is None:
+        return "-"
+    middle, low, high = (f"{scale * x:.{digits}f}" for x in found)
+    return f"{middle} [{low}, {high}]"
 
 
 def table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    print(f"\n{title}\n\n| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print(f"\n{title}\n\n| {' | '.join(header)} |\n" + "|---" * len(header) + "|")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 def print_tables(name: str, found: dict) -> None:
@@ -492,38 +538,41 @@ def print_tables(name: str, found: dict) -> None:
         f" {found['right']} of them right"
     )
     for view, by in found["correlation"].items():
-        both = [{**by[m], **found["drop correlation"][view][m]} for m in MEASURES]
-        table(
-            f"Spearman's rho, {view} (drop: of study 2)",
-            ["score", *(f"{t}, {way}" for t in both[0] for way in both[0][t])],
-            [
-                [m, *(shown(value) for ways in row.values() for value in ways.values())]
-                for m, row in zip(MEASURES, both)
-            ],
-        )
-        table(
-            f"Single heads y^(l,h), Delta 1, with T, {view}: within / partial",
-            ["layer", *(f"head {h}" for h in range(len(by["heads"][0])))],
-            [
-                [
-                    str(l),
-                    *(
-                        " / ".join(f"{v[0]:.2f}" if v else "-" for v in head["transitive"].values())
-                        for head in row
-                    ),
-                ]
-                for l, row in enumerate(by["heads"])
-            ],
-        )
+        print_correlations(view, by, found["drop correlation"][view])
+    constant = found["constant among branch points"].items()
     table(
         "The constant is among the two branch points, % of responses",
         ["rule", "%"],
+        [[rule, shown(share, 100, 1)] for rule, share in constant],
+    )
+    print_disruption(found["disruption"])
+
+
+def print_correlations(view: str, by: dict, drop: dict) -> None:
+    both = {m: by[m] | drop[m] for m in MEASURES}
+    columns = [f"{truth}, {way}" for truth, ways in both[MEASURES[0]].items() for way in ways]
+    table(
+        f"Spearman's rho, {view} (drop: of study 2)",
+        ["score", *columns],
         [
-            [rule, shown(share, 100, 1)]
-            for rule, share in found["constant among branch points"].items()
+            [m, *(shown(value) for ways in row.values() for value in ways.values())]
+            for m, row in both.items()
         ],
     )
-    classes, by_step, matched = found["disruption"].values()
+
+    def cell(head: dict) -> str:
+        ways = head["transitive"].values()
+        return " / ".join(f"{found[0]:.2f}" if found else "-" for found in ways)
+
+    table(
+        f"Single heads y^(l,h), Delta 1, with T, {view}: within / partial",
+        ["layer", *(f"head {h}" for h in range(len(by["heads"][0])))],
+        [[str(l), *map(cell, row)] for l, row in enumerate(by["heads"])],
+    )
+
+
+def print_disruption(study: dict) -> None:
+    classes, by_step, matched = study["classes"], study["by step"], study["matched"]
     table(
         "Disruption, %",
         ["class", *classes["the rest"]],
@@ -562,103 +611,67 @@ def draw_correlation(path: Path, views: dict[str, dict]) -> None:
     figure = Figure(figsize=(5 * len(views), 9), layout="constrained")
     axes = figure.subplots(2, len(views))
     for (title, by), axis, heat in zip(views.items(), *axes):
-        for shift, way, colour, mark in (
-            (-0.12, "within", BLUE, "o"),
-            (0.12, "partial", ORANGE, "s"),
-        ):
-            points(
-                axis,
-                np.arange(len(MEASURES)) + shift,
-                [by[m]["transitive"][way] for m in MEASURES],
-                fmt=mark,
-                color=colour,
-                label={"within": "within responses", "partial": "partial: position taken out"}[way],
-            )
-        axis.axhline(0, color=GREY, lw=0.8)
-        axis.set(
-            title=title,
-            ylim=(-1, 1),
-            ylabel="rank correlation with true influence T" if axis is axes[0, 0] else "",
-        )
-        axis.set_xticks(range(len(MEASURES)), MEASURES, rotation=40, ha="right")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower left")
-        values = [
-            [[v[0] if v else np.nan for v in head["transitive"].values()] for head in row]
-            for row in by["heads"]
-        ]
-        image = heat.imshow(np.array(values)[..., 0], cmap="PuOr_r", vmin=-1, vmax=1)
-        for l, h in np.ndindex(len(values), len(values[0])):
-            heat.text(
-                h,
-                l,
-                "\n".join("-" if np.isnan(v) else f"{v:.2f}" for v in values[l][h]),
-                ha="center",
-                va="center",
-                color="white" if abs(values[l][h][0]) > 0.6 else "black",
-            )
-        heat.set(
-            xlabel="head",
-            ylabel="layer",
-            xticks=range(len(values[0])),
-            yticks=range(len(values)),
-            title="single heads $y^{l,h}$, Delta 1: within, below it partial",
-        )
+        draw_scores(axis, by)
+        axis.set_title(title)
+        image = draw_heads(heat, by["heads"])
+    axes[0, 0].set_ylabel("rank correlation with true influence T")
     figure.colorbar(image, ax=axes[1], label="rank correlation with T, within", shrink=0.8)
     figure.savefig(path, dpi=110)
+
+
+def draw_scores(axis, by: dict) -> None:
+    names = {"within": "within responses", "partial": "partial: position taken out"}
+    looks = {
+        "within": dict(fmt="o", color=BLUE),
+        "partial": dict(fmt="s", color=ORANGE),
+    }
+    for shift, (way, look) in zip((-0.12, 0.12), looks.items()):
+        found = [by[m]["transitive"][way] for m in MEASURES]
+        points(axis, np.arange(len(MEASURES)) + shift, found, label=names[way], **look)
+    axis.axhline(0, color=GREY, lw=0.8)
+    axis.set_ylim(-1, 1)
+    axis.set_xticks(range(len(MEASURES)), MEASURES, rotation=40, ha="right")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="lower left")
+
+
+def draw_heads(heat, heads: list[list[dict]]):
+    """One square a head: its colour is the correlation within responses."""
+    values = np.array(
+        [
+            [[v[0] if v else np.nan for v in head["transitive"].values()] for head in row]
+            for row in heads
+        ]
+    )  # (layers, heads, [within, partial])
+    image = heat.imshow(values[..., 0], cmap="PuOr_r", vmin=-1, vmax=1)
+    for l, h in np.ndindex(values.shape[:2]):
+        text = "\n".join("-" if np.isnan(v) else f"{v:.2f}" for v in values[l, h])
+        colour = "white" if abs(values[l, h, 0]) > 0.6 else "black"
+        heat.text(h, l, text, ha="center", va="center", color=colour)
+    heat.set(
+        xlabel="head",
+        ylabel="layer",
+        xticks=range(values.shape[1]),
+        yticks=range(values.shape[0]),
+        title="single heads $y^{l,h}$, Delta 1: within, below it partial",
+    )
+    return image
+
+
+LOOKS = [dict(fmt="o", color=BLUE), dict(fmt="s", color=GREEN), dict(fmt="^", color=ORANGE)]
 
 
 def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
     """Accuracy by class; drop by class and step index; classes compared at equal index."""
     figure = Figure(figsize=(15, 4.4 * len(studies)), layout="constrained")
     axes = figure.subplots(len(studies), 3)
-    looks = [dict(fmt="o", color=BLUE), dict(fmt="s", color=GREEN), dict(fmt="^", color=ORANGE)]
-    for (name, (classes, by_step, matched)), (left, middle, right) in zip(studies.items(), axes):
-        for i, (kind, look) in enumerate(zip(classes, looks)):
-            for shift, what, fill in ((-0.1, "without", "white"), (0.1, "with", look["color"])):
-                points(left, [i + shift], [classes[kind][what]], 100, mfc=fill, **look)
-            shown_steps = {int(k): x["drop"] for k, x in by_step[kind].items() if x["n"] >= 10}
-            points(
-                middle,
-                [k + 0.15 * (i - 1) for k in shown_steps],
-                shown_steps.values(),
-                100,
-                label=kind,
-                **look,
-            )
-        last = len(by_step["the rest"])
-        places = {**{str(k): k for k in range(1, last + 1)}, "all": last + 1.5}
-        for shift, (kind, by), look in zip((-0.1, 0.1), matched.items(), looks[::2]):
-            points(
-                right,
-                [places[k] + shift for k in by],
-                [x["gap"] for x in by.values()],
-                100,
-                label=kind,
-                **look,
-            )
-        left.set(
-            title=f"{name}: without (hollow), with disruption (filled)",
-            ylabel="accuracy, %",
-            ylim=(0, 100),
-            xlim=(-0.5, 2.5),
-        )
-        left.set_xticks(range(3), list(classes))
-        middle.set(
-            title=f"{name}: by position",
-            xlabel="index of the disrupted step",
-            ylabel="accuracy drop, points",
-            ylim=(-20, 105),
-        )
-        right.set(
-            title=f"{name}: at equal position",
-            xlabel="index of the disrupted step",
-            ylabel="difference of drops, points",
-            xlim=(0.5, last + 2),
-            ylim=(-80, 80),
-        )
-        right.set_xticks(list(places.values()), list(places))
-        right.axhline(0, color=GREY, lw=0.8)
+    for (name, study), (left, middle, right) in zip(studies.items(), axes):
+        draw_classes(left, study["classes"])
+        left.set_title(f"{name}: without (hollow), with disruption (filled)")
+        draw_by_step(middle, study["by step"])
+        middle.set_title(f"{name}: by position")
+        draw_matched(right, study["matched"], last=len(study["by step"]["the rest"]))
+        right.set_title(f"{name}: at equal position")
         for axis in (left, middle, right):
             axis.grid(alpha=0.3)
             if axis.get_legend_handles_labels()[0]:
@@ -666,94 +679,130 @@ def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(argv: list[str]) -> None:
+def draw_classes(axis, classes: dict) -> None:
+    for i, (found, look) in enumerate(zip(classes.values(), LOOKS)):
+        for shift, what, fill in ((-0.1, "without", "white"), (0.1, "with", look["color"])):
+            points(axis, [i + shift], [found[what]], 100, mfc=fill, **look)
+    axis.set(ylabel="accuracy, %", ylim=(0, 100), xlim=(-0.5, 2.5))
+    axis.set_xticks(range(3), list(classes))
+
+
+def draw_by_step(axis, by_step: dict) -> None:
+    for i, (kind, by) in enumerate(by_step.items()):
+        enough = {int(k): x["drop"] for k, x in by.items() if x["n"] >= 10}
+        places = [k + 0.15 * (i - 1) for k in enough]
+        points(axis, places, enough.values(), 100, label=kind, **LOOKS[i])
+    axis.set(xlabel="index of the disrupted step", ylabel="accuracy drop, points", ylim=(-20, 105))
+
+
+def draw_matched(axis, matched: dict, last: int) -> None:
+    places = {str(k): k for k in range(1, last + 1)} | {"all": last + 1.5}
+    for shift, (kind, by), look in zip((-0.1, 0.1), matched.items(), LOOKS[::2]):
+        gaps = [x["gap"] for x in by.values()]
+        points(axis, [places[k] + shift for k in by], gaps, 100, label=kind, **look)
+    axis.set(
+        xlabel="index of the disrupted step",
+        ylabel="difference of drops, points",
+        xlim=(0.5, last + 2),
+        ylim=(-80, 80),
+    )
+    axis.set_xticks(list(places.values()), list(places))
+    axis.axhline(0, color=GREY, lw=0.8)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+def run_studies(study: Study, problems: list[Problem], count: int) -> dict:
+    """Both studies on `count` responses to each problem."""
+    rows = sample_rows(study, problems, count)
+    right, weights = [r for r in rows if r.right], bootstrap_weights([r.problem for r in rows])
+    disrupt(study, right, problems)
+    without = [replace(row, hits=None) for row in rows]
+    constant = {rule: np.array([r.branch[rule] for r in rows]) * 1 for rule in rows[0].branch}
+    return {
+        "problems": len(problems),
+        "right": len(right),
+        "correlation": correlation_study(without),
+        "constant among branch points": {
+            rule: estimate(weighted_mean(weights, chosen)) for rule, chosen in constant.items()
+        },
+        "drop correlation": correlation_study(right),
+        "disruption": disruption_study(right),
+        "rows": [row_record(row, problems[row.problem].text) for row in rows],
+    }
+
+
+def row_record(row: Row, program: str) -> dict:
+    return {
+        "problem": program,
+        "response": row.text,
+        "right": row.right,
+        "T": row.truth[0].tolist(),
+        "D": row.truth[1].tolist(),
+        **{m: row.scores[i].round(4).tolist() for i, m in enumerate(MEASURES[:5])},
+        "right of 8, without and with": row.hits[:, 0].tolist() if row.right else None,
+    }
+
+
+def parse(argv: list[str]):
     parser = Parser(
         "experiments/what_fci_finds.py",
         "What FCI finds on the toy: correlation with true influence, disruption.",
         "python experiments/what_fci_finds.py --quick",
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="few problems; writes to runs/what_fci_finds-quick, not experiments",
-    )
-    parser.add_argument("--model", default=str(ROOT / "toy" / "model"), help="model directory")
-    parser.add_argument(
-        "--problems", help="toy:VARIABLES:COUNT:SEED; default toy:8:240:3, with --quick toy:8:16:3"
-    )
+    add = parser.add_argument
+    text = "few problems; writes to runs/what_fci_finds-quick, not experiments"
+    add("--quick", action="store_true", help=text)
+    add("--model", default=str(ROOT / "toy" / "model"), help="model directory")
+    text = "toy:VARIABLES:COUNT:SEED; default toy:8:240:3, with --quick toy:8:16:3"
+    add("--problems", help=text)
     args = parser.parse_args(argv)
-    source, started = args.problems or ("toy:8:16:3" if args.quick else "toy:8:240:3"), time.time()
-    if source.split(":")[0] != "toy":
+    args.problems = args.problems or ("toy:8:16:3" if args.quick else "toy:8:240:3")
+    if args.problems.split(":")[0] != "toy":
         raise UserError(
-            f"--problems {source}: the true influence of a step is known on the toy only; give"
-            " toy:8:100:3"
+            f"--problems {args.problems}: the true influence of a step is known on the toy only;"
+            " give toy:8:100:3"
         )
-    model, tokenizer, eos_ids = load_model(args.model, "cpu")
-    toy, reward, results = load_problems(source, tokenizer, max_prompt=1024), Reward(), {}
+    return args
+
+
+def draw(folder: Path, results: dict[str, dict]) -> None:
+    views = {
+        f"{name}, {view}": by
+        for name, found in results.items()
+        for view, by in found["correlation"].items()
+    }
+    draw_correlation(folder / "fci_correlation.png", dict(list(views.items())[:3]))
+    studies = {name: found["disruption"] for name, found in results.items()}
+    draw_disruption(folder / "disruption.png", studies)
+
+
+def main(argv: list[str]) -> None:
+    args, started = parse(argv), time.time()
+    study = load_study(args.model)
+    toy = load_problems(args.problems, study.tokenizer, max_prompt=1024)
     out = ROOT / "runs" / "what_fci_finds-quick" if args.quick else ROOT / "experiments"
     try:
         for folder in ("figures", "results"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
-    for name, problems in (
-        ("toy", toy),
-        ("decoy", decoys(len(toy), toy[0].text.count(";"), tokenizer)),
-    ):
+    sets = {"toy": toy, "decoy": decoys(len(toy), toy[0].text.count(";"), study.tokenizer)}
+    results = {}
+    for name, problems in sets.items():
         print(f"{name}: sampling and scoring", flush=True)
-        rows = sample_rows(
-            problems, model, tokenizer, eos_ids, reward, count=2 if args.quick else 3
-        )
-        right, weights = (
-            [row for row in rows if row.right],
-            bootstrap_weights([row.problem for row in rows]),
-        )
-        disrupt(right, problems, model, tokenizer, eos_ids, reward)
-        without = [replace(row, hits=None) for row in rows]
-        results[name] = {
-            "problems": len(problems),
-            "right": len(right),
-            "correlation": correlation_study(without),
-            "constant among branch points": {
-                rule: estimate(weighted_mean(weights, np.array([r.branch[rule] for r in rows]) * 1))
-                for rule in rows[0].branch
-            },
-            "drop correlation": correlation_study(right),
-            "disruption": disruption_study(right),
-            "rows": [
-                {
-                    "problem": problems[row.problem].text,
-                    "response": row.text,
-                    "right": row.right,
-                    "T": row.truth[0].tolist(),
-                    "D": row.truth[1].tolist(),
-                    **{m: row.scores[i].round(4).tolist() for i, m in enumerate(MEASURES[:5])},
-                    "right of 8, without and with": row.hits[:, 0].tolist() if row.right else None,
-                }
-                for row in rows
-            ],
-        }
+        results[name] = run_studies(study, problems, count=2 if args.quick else 3)
         print_tables(name, results[name])
-    views = {
-        f"{name}, {view}": by
-        for name, found in results.items()
-        for view, by in found["correlation"].items()
-    }
-    draw_correlation(out / "figures" / "fci_correlation.png", dict(list(views.items())[:3]))
-    draw_disruption(
-        out / "figures" / "disruption.png",
-        {name: found["disruption"].values() for name, found in results.items()},
-    )
+    draw(out / "figures", results)
     settings = {
         "model": os.path.relpath(args.model, ROOT),
-        "problems": source,
+        "problems": args.problems,
         "samples": SAMPLES,
         "resamples": RESAMPLES,
     }
-    text = json.dumps(settings | results)
-    (out / "results" / "what_fci_finds.json").write_text(
-        text.replace('{"problem":', '\n{"problem":') + "\n", encoding="utf-8"
-    )
+    text = json.dumps(settings | results).replace('{"problem":', '\n{"problem":')
+    (out / "results" / "what_fci_finds.json").write_text(text + "\n", encoding="utf-8")
     print(
         f"\n{(time.time() - started) / 60:.1f} minutes; written: {out}/figures/fci_correlation.png,"
         f" disruption.png, {out}/results/what_fci_finds.json"

@@ -1,14 +1,13 @@
 """Rebuild the toy checkpoint (toy/model): a 0.6M-parameter Qwen2 that can solve the toy but slips.
 
-    python toy/build.py --out toy/model          # about 40 minutes on 2 cores; seed 0
+    python toy/build.py --out toy/model          # 25 to 60 minutes on 2 cores; seed 0
 
 Three stages of supervised learning, loss on the response only:
 1. a perfect teacher on varied programs of 2 to 9 variables, until nearly every one is solved;
 2. the same on the toy's own programs, which have a constant hub in the middle;
 3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program but
    errs now and then in every step, which is the room that reinforcement learning has.
-What was left out: everything that a real SFT needs (packing, evaluation during training, mixed
-precision).
+Left out: what a real SFT needs besides (packing, evaluation during training, mixed precision).
 """
 
 import copy
@@ -19,13 +18,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import runtime  # isort: split
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils import logging as transformers_logging
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from errors import Parser, UserError, first_line, stop_on_user_error  # noqa: E402
-from toy.programs import LETTERS, toy_program, toy_solution  # noqa: E402
+from runtime.cli import Parser, UserError, first_line, stop_on_user_error
+from toy.programs import LETTERS, toy_program, toy_solution
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
@@ -58,6 +59,13 @@ class Stage:
     out: str
 
 
+def make_program(n_vars: int, rng: random.Random, stage: Stage) -> str:
+    if not stage.varied:
+        return toy_program(n_vars, rng)
+    hub = rng.randrange(1, max(2, n_vars - 3))
+    return toy_program(n_vars, rng, hub, pull=0.4, constant=False)
+
+
 def make_batch(tokenizer, rng: random.Random, stage: Stage, size: int = 64):
     """`size` programs with their solutions -> input ids and labels, both (B, T); -100 marks prompt
     and padding."""
@@ -65,18 +73,10 @@ def make_batch(tokenizer, rng: random.Random, stage: Stage, size: int = 64):
     n_vars = max(rng.randint(*stage.variables), rng.randint(*stage.variables))
     rows, prompts = [], []
     for _ in range(size):
-        program = (
-            toy_program(
-                n_vars, rng, hub=rng.randrange(1, max(2, n_vars - 3)), pull=0.4, constant=False
-            )
-            if stage.varied
-            else toy_program(n_vars, rng)
-        )
+        program = make_program(n_vars, rng, stage)
         prompts.append(len(program))
-        rows.append(
-            tokenizer(program + toy_solution(program, stage.slip, rng))["input_ids"]
-            + [tokenizer.eos_token_id]
-        )
+        text = program + toy_solution(program, stage.slip, rng)
+        rows.append([*tokenizer(text)["input_ids"], tokenizer.eos_token_id])
     width = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.eos_token_id] * (width - len(row)) for row in rows])
     labels = ids.clone()
@@ -137,11 +137,9 @@ def widen(model, width: int = 128):
         wide[:, place] = rows.unflatten(0, (-1, old))
         return wide.flatten(0, 1)
 
-    def pad(value, like):
-        return torch.nn.functional.pad(
-            value,
-            [n for old, new in zip(value.shape[::-1], like.shape[::-1]) for n in (0, new - old)],
-        )
+    def pad(value, like):  # zeros after the last entry of each dimension
+        lacking = [b - a for a, b in zip(value.shape, like.shape)]
+        return torch.nn.functional.pad(value, [n for extra in lacking[::-1] for n in (0, extra)])
 
     wide = Qwen2ForCausalLM(config)
     for (name, value), target in zip(model.state_dict().items(), wide.state_dict().values()):
@@ -173,42 +171,32 @@ def accuracy(model, tokenizer, n_vars: int, count: int, temperature: float, seed
         pad_token_id=tokenizer.eos_token_id,
     )
     texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-    return (
-        sum(t.endswith(toy_solution(p).split("\n\n")[-1]) for t, p in zip(texts, programs)) / count
-    )
+    boxes = [toy_solution(program).split("\n\n")[-1] for program in programs]
+    return sum(text.endswith(box) for text, box in zip(texts, boxes)) / count
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]):
     parser = Parser("toy/build.py", __doc__ or "", "python toy/build.py --out runs/toy-model")
-    parser.add_argument(
-        "--out",
-        default="runs/toy-model",
-        help="model directory; stages 1 and 2: OUT-varied, OUT-hubs",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and programs")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps of stage 1")
-    parser.add_argument("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
-    parser.add_argument("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
-    parser.add_argument(
-        "--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong"
-    )
-    parser.add_argument(
-        "--start",
-        help="begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)",
-    )
+    add = parser.add_argument
+    text = "model directory; stages 1 and 2: OUT-varied, OUT-hubs"
+    add("--out", default="runs/toy-model", help=text)
+    add("--seed", type=int, default=0, help="of weights and programs")
+    add("--steps", type=int, default=5000, help="optimizer steps of stage 1")
+    add("--hub_steps", type=int, default=600, help="optimizer steps of stage 2")
+    add("--slip_steps", type=int, default=300, help="optimizer steps of stage 3")
+    add("--slip", type=float, default=0.2, help="probability that a step of the teacher is wrong")
+    text = "begin from this checkpoint instead of random weights (skip stage 1 with --steps 0)"
+    add("--start", help=text)
     args = parser.parse_args(argv)
-    for name, high in (
-        ("seed", 2**32),
-        ("steps", 10**9),
-        ("hub_steps", 10**9),
-        ("slip_steps", 10**9),
-        ("slip", 1),
-    ):
+    steps = dict.fromkeys(("steps", "hub_steps", "slip_steps"), 10**9)
+    for name, high in ({"seed": 2**32} | steps | {"slip": 1}).items():
         if not 0 <= getattr(args, name) <= high:
             raise UserError(f"--{name} {getattr(args, name)}: must be between 0 and {high}")
-    transformers_logging.disable_progress_bar()  # its bar for every saved file
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
+    return args
+
+
+def first_model(start: str | None, tokenizer):
+    """The model of an earlier stage, or random weights. Raises UserError."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -222,14 +210,22 @@ def main(argv: list[str]) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
+    if not start:
+        return Qwen2ForCausalLM(config)
     try:
-        if args.start and not Path(args.start).is_dir():
+        if not Path(start).is_dir():
             raise ValueError("no such directory")
-        model = (
-            Qwen2ForCausalLM.from_pretrained(args.start) if args.start else Qwen2ForCausalLM(config)
-        )
+        return Qwen2ForCausalLM.from_pretrained(start)
     except Exception as error:  # a dozen types for "no such model"
-        raise UserError(f"--start {args.start}: cannot be loaded ({first_line(error)})") from error
+        raise UserError(f"--start {start}: cannot be loaded ({first_line(error)})") from error
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    transformers_logging.disable_progress_bar()  # its bar for every saved file
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = first_model(args.start, tokenizer)
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)  # now, not after 40 minutes
     except OSError as error:
@@ -242,12 +238,8 @@ def main(argv: list[str]) -> None:
     ):
         if stage.steps:
             train(model, tokenizer, stage)
-            print(
-                stage.name,
-                {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)},
-                f"in {stage.out}",
-                flush=True,
-            )
+            right = {n: accuracy(model, tokenizer, n, 200, 1.0, 1) for n in (8, 9)}
+            print(stage.name, right, f"in {stage.out}", flush=True)
     widen(model).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(f"model: {args.out}")
