@@ -158,6 +158,8 @@ def parse(argv: list[str]):
     add_sampling_options(parser.add_argument_group("sampling"))
     add_other_options(parser.add_argument_group("grading, output and machine"))
     args = parser.parse_args(argv)
+    if args.reward == "eval:grade":  # its name in version 1
+        args.reward = "boxed"
     if args.suite:
         parser.set_defaults(**SUITES[args.suite])
         args = parser.parse_args(argv)

@@ -237,7 +237,7 @@ def scoring_mode(model, collector: StepAttention | None = None):
             yield
         if collector is not None and collector.layers == 0:
             name = type(model).__name__
-            raise ValueError(f"no layer of {name} uses transformers' attention registry: no FCI")
+            raise ValueError(f"no attention layer of {name} is in transformers' attention registry")
     finally:
         _collector = None
         for module, mode in modes:

@@ -196,7 +196,7 @@ def response_chain(response: Response) -> Node:
     outside 0 < at < len."""
     cuts, length = sorted({c.at for c in response.continuations}), len(response.tokens)
     if cuts and not 0 < cuts[0] <= cuts[-1] < length:
-        raise ValueError(f"continuations start inside their response: 0 < {cuts} < {length} fails")
+        raise ValueError(f"a continuation starts inside its response: 0 < {cuts} < {length} fails")
     starts = [0, *cuts]
     node = leaf(response, starts[-1])
     # from the end: what follows a cut is a child of what precedes

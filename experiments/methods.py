@@ -47,12 +47,8 @@ from tools.view import BLUE, GREEN, PINK, read_metrics
 
 HERE = Path(__file__).resolve().parent
 
-# What all runs of a setting share; the method is the only difference. Toy steps are a line each,
-# hence --prl_steps.
-SHARED = (
-    "--lr 2e-5 --eval_every 3 --eval_samples 4 --prl_steps blank --steps 100000 --keep 1"
-    " --log_samples 0"
-)
+# What all runs of a setting share, besides the toy preset; the method is the only difference.
+SHARED = "--lr 2e-5 --eval_every 3 --eval_samples 4 --steps 100000 --keep 1 --log_samples 0"
 SETTINGS = {
     "toy8": "--problems toy:8:4000:1 --test_problems toy:8:200:2 --max_response 110",
     "toy8-10": "--problems toy:8-10:4000:1 --test_problems toy:8-10:200:2 --max_response 140",

@@ -126,7 +126,7 @@ class MethodSettings:
     advantage: Literal["tree", "grpo", "prl"] = option(
         "tree",
         "tree: Eq. 2-3; grpo: one a response, prl: process rewards; these two do not branch",
-        "advantages and update",
+        "update",
     )
     lr: float = option(1e-6, "peak learning rate of AdamW")
     mini_batch: int = option(192, "training sequences per optimizer step")

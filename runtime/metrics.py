@@ -1,6 +1,6 @@
 """metrics.py: what a training step measures, and what a person should be told about it.
 
-Nothing here changes what is trained. Every key of metrics.jsonl is explained in the README.
+Nothing here changes what is trained. Every key of metrics.jsonl is explained in docs/runs.md.
 
     python -m pytest tests/runtime/test_metrics.py
 """

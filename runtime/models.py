@@ -104,7 +104,7 @@ def check_files(path: str) -> None:
         )
     inside = [n for n in sorted(names) if os.path.isfile(os.path.join(path, n, "config.json"))]
     hint = f"; did you mean {os.path.join(path, inside[0])}?" if inside else ""
-    raise UserError(f"--model {path}: is no model directory (no config.json in it){hint}")
+    raise UserError(f"--model {path}: cannot be loaded (no config.json in it){hint}")
 
 
 def check_parts(path: str, model, tokenizer, lacking: list[str]) -> None:

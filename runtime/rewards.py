@@ -110,7 +110,8 @@ def named_function(spec: str):
     module, colon, name = spec.partition(":")
     if not colon:
         raise UserError(
-            f"--reward {spec}: must be boxed, number, boxed_or_number or module:function"
+            f"--reward {spec}: cannot be imported; give boxed, number, boxed_or_number or"
+            " module:function"
         )
     try:
         function = getattr(importlib.import_module(module), name)

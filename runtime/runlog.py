@@ -1,7 +1,7 @@
 """runlog.py: the folder of a run, what is written into it, and trackers.
 
     config.json     the resolved configuration and the versions that ran it
-    metrics.jsonl   one line per step; every key is explained in the README
+    metrics.jsonl   one line per step; every key is explained in docs/runs.md
     batches.jsonl   one line per step: every problem's difficulty, FCI, filter, trees, leaves
     samples.jsonl   a few problems of every step, whole trees: tokens, log-probs, entropies, FCI,
                     branch points, advantages

@@ -1,5 +1,5 @@
-"""fixtures.py: what stands in for downloads, a real byte-level BPE tokenizer with a chat template and
-a tiny Qwen2 that goes with it; and how files are read and compared."""
+"""fixtures.py: what stands in for downloads, a real byte-level BPE tokenizer with a chat template
+and a tiny Qwen2 that goes with it; and how files are read and compared."""
 
 import dataclasses
 import filecmp
@@ -22,6 +22,11 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def typed(command: str) -> list[str]:
+    """A command line, as one types it."""
+    return command.split()
 
 
 def bpe_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:

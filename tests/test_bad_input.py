@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, save_real_model
+from fixtures import ROOT, TOY_MODEL, save_real_model, typed
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -274,18 +274,9 @@ def world(tmp_path_factory) -> Path:
 # (command, arguments, words that the one line must hold). A command's usual arguments come first
 # (USUAL).
 USUAL = {
-    "attnrl.py": [
-        "--steps",
-        "1",
-        "--batch_size",
-        "2",
-        "--problems",
-        "toy:6:20:1",
-        "--test_problems",
-        "toy:6:3:2",
-        "--out",
-        "out",
-    ],
+    "attnrl.py": typed(
+        "--steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:3:2 --out out"
+    ),
     "eval.py": ["--k", "1", "--out", "out"],
     "tools.show_fci": ["--model", str(TOY_MODEL), "--problem", PROGRAM],
     "tools.view": [],
@@ -298,7 +289,7 @@ CASES = [
     # settings of a training run
     ("attnrl.py", "--steps", "--steps"),
     ("attnrl.py", "--steps 1e3", "--steps|1e3"),
-    ("attnrl.py", "--steps -3", "--steps -3: must be a number, at least 1"),
+    ("attnrl.py", "--steps -3", "--steps -3: must be at least 1"),
     ("attnrl.py", "--seed -1", "--seed -1"),
     ("attnrl.py", "--lr inf", "--lr inf"),
     ("attnrl.py", "--lr 1e999", "--lr inf"),
@@ -564,7 +555,11 @@ CASES = [
     ("tools.show_fci", "--plot {w}/nothing/x.png", "--plot {w}/nothing/x.png: cannot be written"),
     ("tools.show_fci", "--plot {w}/x.nonsense", "--plot {w}/x.nonsense: cannot be written"),
     ("tools.show_fci", "--plot {w}/folder.jsonl", "--plot {w}/folder.jsonl: cannot be written"),
-    ("tools.show_fci", "--plot {w}/curves", "--plot {w}/curves: cannot be written (Is a directory)"),
+    (
+        "tools.show_fci",
+        "--plot {w}/curves",
+        "--plot {w}/curves: cannot be written (Is a directory)",
+    ),
     ("tools.show_fci", "--plots x", "--plots"),
     # curves and tables
     ("tools.view", "", "the following arguments are required: runs/NAME"),

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, bpe_tokenizer, same_file, save_real_model
+from fixtures import REAL_DATA, ROOT, TOY_MODEL, bpe_tokenizer, same_file, save_real_model, typed
 from launch import run
 
 import attnrl
@@ -64,13 +64,7 @@ def test_evaluation_command_writes_one_line_per_sample(tmp_path):
 EVALUATION = [
     "--model",
     str(TOY_MODEL),
-    "--problems",
-    "toy:4:10:1",
-    "b=toy:4:6:2",
-    "--k",
-    "2",
-    "--temperature",
-    "1",
+    *typed("--problems toy:4:10:1 b=toy:4:6:2 --k 2 --temperature 1"),
 ]
 BOTH = ("toy-4-10-1.jsonl", "b.jsonl")
 
@@ -138,14 +132,7 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(tmp_path, capsys):
     command = [
         "--model",
         str(TOY_MODEL),
-        "--problems",
-        "toy:6:64:2",
-        "toy:4:8:2",
-        "--k",
-        "8",
-        "--temperature",
-        "1",
-        "--out",
+        *typed("--problems toy:6:64:2 toy:4:8:2 --k 8 --temperature 1 --out"),
     ]
     process = subprocess.Popen(
         [sys.executable, "eval.py", *command, tmp_path / "killed"],
@@ -184,7 +171,7 @@ def test_a_finished_evaluation_is_not_sampled_again(undisturbed, monkeypatch):
         (["--k", "4", "--seed", "1"], "k 2 -> 4; |seed 0 -> 1"),
         (["--temperature", "0.5"], "temperature 1.0 -> 0.5"),
         (["--max_response", "20"], "max_response |-> 20"),
-        (["--reward", "eval:last_box"], "reward 'eval:grade' -> 'eval:last_box'"),
+        (["--reward", "runtime.grading:last_box"], "reward 'boxed' -> 'runtime.grading:last_box'"),
         (["--dtype", "bf16"], "dtype 'fp32' -> 'bf16'"),
         (["--problems", "toy-4-10-1=toy:4:10:3"], "problems 'toy:4:10:1' -> |prompts "),
         (["--problems", "toy-4-10-1=toy:4:9:1"], "questions 10 -> 9"),
@@ -216,10 +203,7 @@ def test_going_on_with_other_weights_in_the_same_folder_is_refused(tmp_path):
         str(link),
         "--problems",
         str(problems),
-        "--k",
-        "1",
-        "--max_response",
-        "2",
+        *typed("--k 1 --max_response 2"),
         "--out",
         str(tmp_path / "out"),
     ]
@@ -278,20 +262,10 @@ def test_the_suite_has_the_settings_of_the_paper_and_of_training():
 def test_options_given_by_hand_override_the_suite(capsys):
     args = evaluation.parse(
         [
-            "--model",
-            "m",
-            "--suite",
-            "paper",
-            "--subset",
-            "--problems",
-            "minerva.jsonl",
-            "aime24=toy",
-            "--k",
-            "2",
-            "--temperature",
-            "1",
-            "--max_response",
-            "50",
+            *typed(
+                "--model m --suite paper --subset --problems minerva.jsonl aime24=toy --k 2"
+                " --temperature 1 --max_response 50"
+            ),
             "--prompt_suffix",
             "",
         ]
@@ -421,10 +395,7 @@ needs_data = pytest.mark.skipif(
     not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}"
 )
 REAL_SUITE = [
-    "--suite",
-    "paper",
-    "--subset",
-    "--problems",
+    *typed("--suite paper --subset --problems"),
     *(str(REAL_DATA / f"{name}.parquet") for name in REAL),
     "--max_prompt",
     "8000",
@@ -453,10 +424,7 @@ def test_real_files_with_prepared_responses_give_exactly_this_table(tmp_path, mo
             "--model",
             str(model),
             *REAL_SUITE,
-            "--k",
-            "4",
-            "--max_response",
-            "8000",
+            *typed("--k 4 --max_response 8000"),
             "--out",
             str(tmp_path / "out"),
         ]
@@ -542,10 +510,7 @@ def test_the_four_real_files_run_through_it_with_a_tiny_model_that_gets_everythi
             "--model",
             str(model),
             *REAL_SUITE,
-            "--k",
-            "2",
-            "--max_response",
-            "4",
+            *typed("--k 2 --max_response 4"),
             "--out",
             str(tmp_path / "r"),
         ]

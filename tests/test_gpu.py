@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL
+from fixtures import ROOT, TOY_MODEL, typed
 from helpers import KINDS, random_bounds, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,14 +109,7 @@ def test_the_transformers_engine_samples_what_it_scores(kind):
 SMALL = [
     "--device",
     DEVICE,
-    "--steps",
-    "2",
-    "--batch_size",
-    "4",
-    "--test_problems",
-    "toy:8:10:2",
-    "--eval_samples",
-    "2",
+    *typed("--steps 2 --batch_size 4 --test_problems toy:8:10:2 --eval_samples 2"),
 ]
 
 

@@ -203,14 +203,15 @@ def test_k3_kl_is_an_unbiased_estimate_of_the_kl():
 # --------------------------------------------------------------------------------------------------
 
 
-def test_set_learning_rate_is_the_size_of_the_next_step():
+def test_the_learning_rate_is_the_size_of_the_next_step():
     policy = tiny_model("qwen2")
     learner = Learner(policy, lr=1.0)
     learner.optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    learner.set_learning_rate(0.0)
     before = weights(policy)
-    learner.train(on_policy(policy, sequences_of([3, 4])), mini_batch=2, seed=0)
+    learner.train(on_policy(policy, sequences_of([3, 4])), mini_batch=2, seed=0, lr=0.0)
     assert torch.equal(weights(policy), before)
+    learner.train(on_policy(policy, sequences_of([3, 4])), mini_batch=2, seed=0, lr=1.0)
+    assert not torch.equal(weights(policy), before)
 
 
 @settings(max_examples=200, deadline=None)

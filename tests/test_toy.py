@@ -50,12 +50,8 @@ def test_what_was_padded_stays_zero_in_training():
 
 
 def test_the_command_names_what_it_wrote_and_shows_no_bar(tmp_path, capfd):
-    main(
-        [
-            *["--steps", "0", "--hub_steps", "0", "--slip_steps", "0", "--out"],
-            str(tmp_path / "model"),
-        ]
-    )
+    no_training = ["--steps", "0", "--hub_steps", "0", "--slip_steps", "0"]
+    main([*no_training, "--out", str(tmp_path / "model")])
     out, error = capfd.readouterr()
     assert out.splitlines()[-1] == f"model: {tmp_path}/model" and not error
     assert Qwen2ForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 128

@@ -46,10 +46,8 @@ def test_spearman_within_responses_by_hand():
     """Ranks of 1 2 2 3 are 1 2.5 2.5 4, less their mean -1.5 0 0 1.5; those of 10 30 20 40 are -1.5
     0.5 -0.5 1.5: rho = 4.5 / sqrt(4.5 * 5) = 0.948683. The second response is reversed: -1. The
     third has equal scores: no rho, left out."""
-    scores, truth = (
-        np.array([[1, 2, 2, 3], [4, 3, 2, 1], [7, 7, 7, 7]]),
-        np.array([[10, 30, 20, 40], [0, 1, 2, 3], [0, 1, 2, 3]]),
-    )
+    scores = np.array([[1, 2, 2, 3], [4, 3, 2, 1], [7, 7, 7, 7]])
+    truth = np.array([[10, 30, 20, 40], [0, 1, 2, 3], [0, 1, 2, 3]])
     weights = study.bootstrap_weights([0, 1, 2], resamples=50)
     found = study.correlations(scores, truth, np.tile(np.arange(4), (3, 1)), weights)
     assert found["within"][0] == pytest.approx((4.5 / np.sqrt(22.5) - 1) / 2)
@@ -74,11 +72,8 @@ def test_partial_takes_out_what_the_step_index_explains():
 
 def test_bootstrap_draws_whole_problems():
     weights = study.bootstrap_weights([7, 7, 3, 5], resamples=200)
-    assert (
-        (weights[0] == 1).all()
-        and (weights[:, 0] == weights[:, 1]).all()
-        and (weights[:, 1:].sum(1) == 3).all()
-    )
+    assert (weights[0] == 1).all() and (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 1:].sum(1) == 3).all()
     assert weights[1:].std(0).min() > 0.5
     values = np.array([1.0, 3.0, 8.0, np.nan])
     assert study.weighted_mean(weights, values)[0] == 4
@@ -87,30 +82,24 @@ def test_bootstrap_draws_whole_problems():
 
 def test_step_attention_by_hand_uniform_attention():
     """alpha[q, s] = 1 / (q + 1). As in test_fci.py: prompt {0}, steps {1}, {2, 3}, {4}, {5}: y[1] =
-    1/5 + 1/6, y[2] = 1/6. Result only: steps {1, 2}, {3, 4}; the key of the first is token 1, y[0]
-    = (1/4 + 1/5) / 2."""
+    1/5 + 1/6, y[2] = 1/6. Result only: steps {1, 2}, {3, 4}; the key of the first step is token 1,
+    so y[0] = (1/4 + 1/5) / 2."""
     alpha = np.tril(np.ones((6, 6))) / np.arange(1, 7)[:, None]
     y = study.influence(study.step_attention(alpha[None, None], 1, [0, 1, 3, 4, 5]), 1)
     assert y.shape == (1, 1, 4) and y[0, 0, 1:] == pytest.approx([11 / 30, 1 / 6, 0])
-    assert study.influence(study.step_attention(alpha, 1, [0, 1, 3, 4, 5]), 2)[1] == pytest.approx(
-        1 / 6
-    )
+    y = study.influence(study.step_attention(alpha, 1, [0, 1, 3, 4, 5]), 2)
+    assert y[1] == pytest.approx(1 / 6)
     alpha[:, 2] = 9  # the separator of the first step: does not count
-    assert study.influence(study.step_attention(alpha[:5, :5], 1, [0, 2, 4], result_only=True), 1)[
-        0
-    ] == pytest.approx(0.225)
+    y = study.influence(study.step_attention(alpha[:5, :5], 1, [0, 2, 4], result_only=True), 1)
+    assert y[0] == pytest.approx(0.225)
 
 
 def test_decoys_look_like_the_toy_and_nobody_needs_their_constant():
     for problem in study.decoys(20, 8, toy_tokenizer()):
         lines = problem.text.split(";")[:-1]
         (hub,) = [k for k, line in enumerate(lines) if k and len(line) == 3]
-        assert (
-            len(lines) == 8
-            and hub in (3, 4)
-            and study.true_influence(problem.text)[:, hub].tolist() == [0, 0]
-        )
-        assert len(problem.text) == len(PROGRAM)
+        assert len(lines) == 8 and hub in (3, 4) and len(problem.text) == len(PROGRAM)
+        assert study.true_influence(problem.text)[:, hub].tolist() == [0, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -178,9 +167,8 @@ def test_disruption_is_zero_softmax_weights_not_renormalised(kind):
         # the prefix is not disrupted, and it predicts the first token
         assert c.logprobs[0] == pytest.approx(plain[0], abs=1e-4)
         if r.cut != (0, 0):  # the comparison above could have failed
-            assert (
-                abs(wanted - plain)[1:].max() > 0.05 and abs(wanted - renormalised)[1:].max() > 0.05
-            )
+            assert abs(wanted - plain)[1:].max() > 0.05
+            assert abs(wanted - renormalised)[1:].max() > 0.05
 
 
 def test_an_empty_step_changes_nothing_and_the_model_stays():

@@ -21,7 +21,7 @@ import pytest
 import torch
 from fixtures import ROOT, TOY_MODEL, lines
 from launch import Launched, one_node, steps_done
-from runs import (
+from toy_runs import (
     RUN,
     SEED,
     assert_same,
@@ -34,11 +34,12 @@ from runs import (
     same_run,
     state_of,
     together,
+    train,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
-from attnrl import parse_config, train
+from attnrl import parse_config
 from runtime import checkpoint
 from runtime.cli import UserError, stop_on_user_error
 from runtime.monitor import Display

@@ -24,14 +24,14 @@ from pathlib import Path
 import dist_worker
 import pytest
 import torch
-from fixtures import lines
+from fixtures import lines, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import Launched, one_node, steps_done, torchrun
-from runs import assert_same, metrics, same_run
+from toy_runs import assert_same, metrics, same_run, train
 from transformers import AutoModelForCausalLM
 
-from attnrl import parse_config, train
+from attnrl import parse_config
 from runtime import dist
 from sampler import EasyFilter, problem_fci, solve_rate
 from toy.programs import toy_set
@@ -369,32 +369,11 @@ def test_cast_rounds_weights_and_not_rotary_frequencies():
 # An odd number of problems; all samples logged; several updates a step; a batch size that follows
 # Eq. 10 at once; a seed for which it matters to the filter that all ranks' problems are in its mean
 # (asserted below)
-RUN = [
-    "--steps",
-    3,
-    "--batch_size",
-    5,
-    "--group_size",
-    3,
-    "--eval_every",
-    0,
-    "--eval_samples",
-    1,
-    "--test_problems",
-    "toy:8:3:2",
-    "--problems",
-    "toy:8:200:1",
-    "--kl_coef",
-    0.001,
-    "--seed",
-    6,
-    "--log_samples",
-    100,
-    "--batch_lam",
-    0.2,
-    "--mini_batch",
-    20,
-]
+RUN = typed(
+    "--steps 3 --batch_size 5 --group_size 3 --eval_every 0 --eval_samples 1"
+    " --test_problems toy:8:3:2 --problems toy:8:200:1 --kl_coef 0.001 --seed 6"
+    " --log_samples 100 --batch_lam 0.2 --mini_batch 20"
+)
 
 
 def alone(folder: Path, *options) -> Path:
@@ -465,16 +444,7 @@ def test_other_methods_on_two_ranks_are_those_of_one_process(tmp_path, parallel,
 def test_a_rank_without_any_problem_takes_part(tmp_path):
     """2 problems to train and 2 to test on 3 ranks: the last has nothing to sample, score or
     grade."""
-    options = [
-        "--steps",
-        2,
-        "--batch_size",
-        2,
-        "--ads_batch",
-        "false",
-        "--test_problems",
-        "toy:8:2:2",
-    ]
+    options = typed("--steps 2 --batch_size 2 --ads_batch false --test_problems toy:8:2:2")
     expected = alone(tmp_path / "one", *options)
     same_run(together(tmp_path / "ddp", *options, ranks=3), expected)
     same_run(together(tmp_path / "fsdp", *options, "--parallel", "fsdp", ranks=3), expected)
@@ -502,12 +472,7 @@ def endless(tmp_path: Path, *options) -> list:
         problems,
         "--prompt_suffix",
         "",
-        "--save_every",
-        1,
-        "--batch_size",
-        2,
-        "--log_samples",
-        1,
+        *typed("--save_every 1 --batch_size 2 --log_samples 1"),
         *options,
         "--out",
         tmp_path / "run",
@@ -645,12 +610,7 @@ def free_port() -> int:
 
 def node(endpoint: str, *more) -> list:
     return [
-        "--nnodes",
-        2,
-        "--nproc_per_node",
-        1,
-        "--rdzv_backend",
-        "c10d",
+        *typed("--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d"),
         "--rdzv_endpoint",
         endpoint,
         "--rdzv_id",

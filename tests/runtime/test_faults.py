@@ -39,13 +39,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, lines, same_file
+from fixtures import ROOT, TOY_MODEL, lines, same_file, typed
 from launch import Launched, one_node, steps_done
-from runs import RUN, SEED, assert_same, cut, identical, metrics, same_checkpoint, together
 from safetensors.torch import load_file
+from toy_runs import (
+    RUN,
+    SEED,
+    assert_same,
+    cut,
+    identical,
+    metrics,
+    same_checkpoint,
+    together,
+    train,
+)
 
 import attnrl
-from attnrl import parse_config, train
+from attnrl import parse_config
 from runtime import checkpoint
 from runtime.cli import stop_on_user_error
 from toy.programs import toy_set
@@ -57,24 +67,10 @@ needs_proc = pytest.mark.skipif(
 
 # Short problems, two at a time; what a checkpoint must carry is the concern of test_checkpoint.py.
 SMALL = [
-    "--problems",
-    "toy:4:16:1",
-    "--test_problems",
-    "toy:4:2:2",
-    "--steps",
-    3,
-    "--batch_size",
-    2,
-    "--group_size",
-    2,
-    "--eval_every",
-    3,
-    "--eval_samples",
-    1,
-    "--save_every",
-    1,
-    "--keep",
-    9,
+    *typed(
+        "--problems toy:4:16:1 --test_problems toy:4:2:2 --steps 3 --batch_size 2"
+        " --group_size 2 --eval_every 3 --eval_samples 1 --save_every 1 --keep 9"
+    ),
     *SEED,
 ]
 
@@ -134,20 +130,10 @@ def newest(run: Path, step: int, whole: Path) -> None:
 HANG = r"(a+b+c+d+e+f)^{40}"  # minutes of sympy
 PROGRAMS = "toy:8:16:1"
 GRADED = [
-    "--advantage",
-    "grpo",
-    "--grpo_samples",
-    3,
-    "--one_step_off_policy",
-    "false",
-    "--steps",
-    2,
-    "--batch_size",
-    3,
-    "--log_samples",
-    99,
-    "--grading_workers",
-    1,
+    *typed(
+        "--advantage grpo --grpo_samples 3 --one_step_off_policy false --steps 2"
+        " --batch_size 3 --log_samples 99 --grading_workers 1"
+    ),
     "--prompt_suffix",
     "",
 ]
@@ -404,18 +390,9 @@ def test_a_reward_that_is_no_finite_number_is_named(body, words, tmp_path, capsy
 def test_twenty_steps_without_any_reward_train_nothing_and_go_on(tmp_path, capsys, monkeypatch):
     (tmp_path / "no_rewards.py").write_text("def none(response, answers):\n    return 0.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    options = [
-        "--reward",
-        "no_rewards:none",
-        "--steps",
-        20,
-        "--kl_coef",
-        0,
-        "--save_every",
-        0,
-        "--eval_every",
-        10,
-    ]
+    options = typed(
+        "--reward no_rewards:none --steps 20 --kl_coef 0 --save_every 0 --eval_every 10"
+    )
     steps = []
     run = resume(tmp_path / "run", *options, stop=lambda: steps.append(1) or len(steps) == 10)
     assert checkpoint.checkpoints(run)[-1].name == "step-000010"
@@ -509,9 +486,8 @@ def test_a_log_that_is_replaced_by_a_folder_ends_the_run(
 
 def test_curves_that_cannot_be_drawn_do_not_end_the_run(whole, tmp_path, capsys):
     run = cut(whole, 1, tmp_path / "run")
-    (run / "curves.png").unlink()
     (run / "curves.png").mkdir()
-    resume(run)
+    attnrl.train(config_of(run, "--resume", "auto"))
     assert f"{run / 'curves.png'}: cannot be written (Is a directory)" in capsys.readouterr().out
     identical(run, whole)
 

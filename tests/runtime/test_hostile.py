@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from fixtures import TOY_MODEL, bpe_tokenizer, save_real_model
+from fixtures import TOY_MODEL, bpe_tokenizer, save_real_model, typed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -652,33 +652,17 @@ def test_a_run_writes_nothing_outside_its_folder_whatever_texts_say(tmp_path, mo
     both = [
         "--model",
         str(model),
-        "--test_problems",
-        "test.jsonl",
-        "--drop_bad_rows",
-        "--max_prompt",
-        "900",
+        *typed("--test_problems test.jsonl --drop_bad_rows --max_prompt 900"),
     ]
     try:
         folder = attnrl.train(
             attnrl.parse_config(
                 [
                     *both,
-                    "--problems",
-                    "train.jsonl",
-                    "--out",
-                    "run",
-                    "--steps",
-                    "2",
-                    "--batch_size",
-                    "4",
-                    "--eval_samples",
-                    "1",
-                    "--eval_every",
-                    "2",
-                    "--max_response",
-                    "24",
-                    "--mini_batch",
-                    "8",
+                    *typed(
+                        "--problems train.jsonl --out run --steps 2 --batch_size 4 --eval_samples 1"
+                        " --eval_every 2 --max_response 24 --mini_batch 8"
+                    ),
                     "--prompt_suffix",
                     "",
                     "--grading_workers",
@@ -687,17 +671,7 @@ def test_a_run_writes_nothing_outside_its_folder_whatever_texts_say(tmp_path, mo
             )
         )
         evaluation.main(
-            [
-                *both[:2],
-                "--problems",
-                *both[3:],
-                "--k",
-                "1",
-                "--max_response",
-                "8",
-                "--out",
-                "run/eval",
-            ]
+            [*both[:2], "--problems", *both[3:], *typed("--k 1 --max_response 8 --out run/eval")]
         )
     finally:
         watching.clear()

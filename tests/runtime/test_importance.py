@@ -16,12 +16,12 @@ import re
 
 import pytest
 import torch
-from fixtures import metrics_of
+from fixtures import metrics_of, typed
 from helpers import random_tokens, tiny_model
-from runs import set_up, step_without_sync
+from toy_runs import set_up, step_without_sync, train
 
 import attnrl
-from attnrl import Config, parse_config, train
+from attnrl import Config, parse_config
 from baselines import grpo_sequences
 from learner import Learner, TrainStats
 from runtime import dist
@@ -30,22 +30,10 @@ from runtime.rollout import Completion, Request, TransformersEngine, probe_reque
 from runtime.scoring import engine_gap, tis_weights
 from tree import TrainingSequence, tree_sequences
 
-SMALL = [
-    "--steps",
-    "1",
-    "--batch_size",
-    "2",
-    "--problems",
-    "toy:6:20:1",
-    "--test_problems",
-    "toy:6:4:2",
-    "--eval_samples",
-    "1",
-    "--ads_filter",
-    "none",
-    "--ads_expansion",
-    "false",
-]  # every response is branched
+SMALL = typed(
+    "--steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:4:2"
+    " --eval_samples 1 --ads_filter none --ads_expansion false"
+)  # every response is branched
 CLOSE = dict(rel=0, abs=1e-4)
 EOS = [5, 11]
 
@@ -100,7 +88,7 @@ def test_tis_weights_of_tokens_that_one_side_holds_impossible():
     [
         (["--tis_cap", "0.5"], "--tis_cap 0.5: must be 0 or at least 1"),
         (["--tis_cap", "2", "--behaviour", "engine"], "needs --behaviour learner"),
-        (["--tis_cap", "-1"], "--tis_cap -1.0: must be a number, at least 0"),
+        (["--tis_cap", "-1"], "--tis_cap -1.0: must be at least 0"),
         (["--tis_cap", "nan"], "--tis_cap nan"),
         (["--tis_cap", "inf"], "--tis_cap inf"),
         (["--behaviour", "other"], "--behaviour"),
@@ -276,9 +264,10 @@ def test_a_scoring_pass_that_gives_nothing_but_log_probs_is_left_out_with_the_en
     the initial responses."""
 
     def run(*options):
-        return metrics_of(
-            train(parse_config([*SMALL, "--out", str(tmp_path / "-".join(options)), *options]))
-        )[-1]
+        # without a tree there is nothing to filter or expand
+        usual = SMALL[:-4] if "grpo" in options else SMALL
+        out = str(tmp_path / "-".join(options))
+        return metrics_of(train(parse_config([*usual, "--out", out, *options])))[-1]
 
     scored, unscored = (
         run("--method", "grpo", "--behaviour", side) for side in ("learner", "engine")

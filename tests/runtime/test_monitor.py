@@ -3,7 +3,8 @@
 python -m pytest tests/runtime/test_monitor.py
 """
 
-from runs import train_tiny
+from fixtures import typed
+from toy_runs import train_tiny
 
 
 def test_levels_of_the_display(tmp_path, capsys):
@@ -15,7 +16,7 @@ def test_levels_of_the_display(tmp_path, capsys):
         "info": [],
         "debug": ["--log_level", "debug"],
     }
-    short = "--steps 1 --batch_size 1 --eval_every 0".split()
+    short = typed("--steps 1 --batch_size 1 --eval_every 0")
     for name, options in levels.items():
         train_tiny(tmp_path, *short, *options, name=name)
         shown[name] = capsys.readouterr().out.splitlines()

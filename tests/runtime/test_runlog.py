@@ -7,10 +7,10 @@ logs that cannot be written: test_faults.py.
 import sys
 
 import pytest
-from fixtures import bpe_tokenizer, metrics_of, toy_tokenizer
+from fixtures import bpe_tokenizer, metrics_of, toy_tokenizer, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import train_tiny
+from toy_runs import train_tiny
 
 from runtime.cli import UserError
 from runtime.runlog import token_texts
@@ -38,7 +38,7 @@ def test_a_character_of_several_tokens_stands_at_the_last_and_broken_ones_are_sh
 def test_tensorboard_gets_every_metric(tmp_path):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = train_tiny(tmp_path, "--track", "tensorboard")
-    longer = "--track tensorboard --steps 3 --resume auto --resume_changed true".split()
+    longer = typed("--track tensorboard --steps 3 --resume auto --resume_changed true")
     train_tiny(tmp_path, *longer)
     events = reader.EventAccumulator(str(run / "tensorboard"))
     events.Reload()

@@ -25,9 +25,9 @@ from statistics import fmean
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, metrics_of, same_file
+from fixtures import ROOT, TOY_MODEL, metrics_of, same_file, typed
 from helpers import random_tokens, tiny_model
-from runs import assert_same, set_up, step_without_sync
+from toy_runs import assert_same, set_up, step_without_sync
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
@@ -54,20 +54,10 @@ logging.getLogger("torch.__trace").addFilter(lambda record: False)
 TOY = parse_config([])
 EOS = [1]  # the toy's
 LONGEST = 160  # prompt and completion
-SMALL = [
-    "--engine",
-    "vllm",
-    "--steps",
-    "2",
-    "--batch_size",
-    "4",
-    "--eval_samples",
-    "2",
-    "--test_problems",
-    "toy:8:10:2",
-    "--log_samples",
-    "99",
-]
+SMALL = typed(
+    "--engine vllm --steps 2 --batch_size 4 --eval_samples 2 --test_problems toy:8:10:2"
+    " --log_samples 99"
+)
 # a learning rate at which one update changes every kind of stale weight by more than the tolerance
 VISIBLE = 0.003
 LEAVING = 20  # seconds from the last line of a run to the end of its process (measured: 1 to 3)
@@ -427,12 +417,7 @@ def test_the_evaluation_command_equals_the_transformers_engine_at_temperature_0(
             [
                 "--model",
                 str(TOY_MODEL),
-                "--problems",
-                "toy:8:10:2",
-                "--k",
-                "1",
-                "--temperature",
-                "0",
+                *typed("--problems toy:8:10:2 --k 1 --temperature 0"),
                 "--engine",
                 engine,
                 "--out",

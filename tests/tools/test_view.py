@@ -15,9 +15,10 @@ import shutil
 import time
 
 import pytest
-from fixtures import lines
+from fixtures import lines, typed
+from toy_runs import train
 
-from attnrl import Config, parse_config, train
+from attnrl import Config, parse_config
 from runtime.cli import UserError
 from tools import view
 from tree import fci_threshold, step_advantages
@@ -47,20 +48,10 @@ def run(tmp_path_factory):
     return train(
         parse_config(
             [
-                "--steps",
-                "4",
-                "--batch_size",
-                "6",
-                "--problems",
-                "toy:6:50:1",
-                "--test_problems",
-                "toy:6:5:2",
-                "--eval_samples",
-                "2",
-                "--eval_every",
-                "2",
-                "--log_samples",
-                "3",
+                *typed(
+                    "--steps 4 --batch_size 6 --problems toy:6:50:1 --test_problems toy:6:5:2"
+                    " --eval_samples 2 --eval_every 2 --log_samples 3"
+                ),
                 "--out",
                 str(folder),
             ]
@@ -534,16 +525,10 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
     run = train(
         parse_config(
             [
-                "--steps",
-                "1",
-                "--batch_size",
-                "2",
-                "--problems",
-                "toy:6:50:1",
-                "--test_problems",
-                "toy:6:2:2",
-                "--eval_samples",
-                "1",
+                *typed(
+                    "--steps 1 --batch_size 2 --problems toy:6:50:1 --test_problems toy:6:2:2"
+                    " --eval_samples 1"
+                ),
                 "--out",
                 str(tmp_path / "run"),
                 *options,

@@ -1,4 +1,4 @@
-"""runs.py: small runs of the toy that several tests look at, what they wrote, and comparisons that
+"""toy_runs.py: small runs of the toy that several tests look at, what they wrote, and comparisons that
 say both numbers."""
 
 import shutil
@@ -6,35 +6,44 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import lines, metrics_of, same_file
+from fixtures import lines, metrics_of, same_file, typed
 from launch import torchrun
 from transformers import AutoModelForCausalLM
 
 import attnrl
 import tree
-from attnrl import parse_config, train
+from attnrl import Config, parse_config
 from runtime import checkpoint
 from runtime.cli import UserError
 from runtime.monitor import Display
+from runtime.runlog import RunFolder
 
-TINY = (
+TINY = typed(
     "--steps 2 --batch_size 4 --problems toy:6:50:1 --test_problems toy:6:5:2 --eval_samples 2"
     " --eval_every 1 --mini_batch 64"
-).split()
+)
 # Small, and all that a checkpoint must carry is at work (test_checkpoint.py asserts it): the KL to a
 # reference, a batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a stream
 # of 16 problems that begins a second epoch.
-RUN = (
+RUN = typed(
     "--steps 4 --batch_size 4 --group_size 3 --eval_every 2 --eval_samples 1"
     " --test_problems toy:8:4:2 --problems toy:8:16:1 --mini_batch 15 --kl_coef 0.001"
     " --batch_lam 0.2 --save_every 1 --keep 9"
-).split()
+)
 SEED = ["--seed", "3"]  # one of those with which the filter acts
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs
 # --------------------------------------------------------------------------------------------------
+def train(config: Config, stop=lambda: False) -> Path:
+    """attnrl.train without its pictures: at this size drawing takes as long as training. Who looks
+    at pictures calls attnrl.train (test_attnrl.py, test_faults.py, test_view.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "draw", lambda *_: None)
+        return attnrl.train(config, stop)
+
+
 def tiny(folder: Path, *options, name: str = "run") -> list[str]:
     """The command line of a run of two steps."""
     return [*TINY, "--out", str(folder / name), *map(str, options)]
