@@ -40,7 +40,8 @@ import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()
 while True: pass
 """
-CASES = {"alone": 1, "beside one busy process": 1, "two runs at once": 2}  # and how many runs
+ALONE, BUSY, TWO = "alone", "beside one busy process", "two runs at once"
+CASES = {ALONE: 1, BUSY: 1, TWO: 2}  # and how many runs
 
 
 def run_steps(steps: int, batch_size: int) -> None:
@@ -58,13 +59,18 @@ def run_steps(steps: int, batch_size: int) -> None:
     print(json.dumps([seen["step"] for seen in side.seen[1:]]))
 
 
-def start_run(policy: str, args) -> subprocess.Popen:
+def words_of(policy: str, options: list[str]) -> list[str]:
+    """The command line of this script as one that asks for sleeping threads, or one that does
+    not."""
     script = ["-c", TORCH_FIRST] if policy == WITHOUT else [__file__]
+    return [sys.executable, *script, *options]
+
+
+def start_run(policy: str, args) -> subprocess.Popen:
     size = ["--steps", args.steps, "--batch_size", args.batch_size, "--threads", args.threads]
-    words = [*script, "--child", *map(str, size)]
     free = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP"))}
     return subprocess.Popen(
-        [sys.executable, *words],
+        words_of(policy, ["--child", *map(str, size)]),
         cwd=ROOT,
         env=free,
         stdin=subprocess.PIPE,
@@ -78,7 +84,7 @@ def busy_process():
     """One more process that never waits; it also ends when this one dies."""
     process = subprocess.Popen([sys.executable, "-c", ENDLESS], stdin=subprocess.PIPE)
     try:
-        yield
+        yield process
     finally:
         process.kill()
         process.wait()
@@ -91,7 +97,7 @@ def measure(case: str, policy: str, args) -> list[float]:
         for run in runs:
             if run.stdout.readline() != "ready\n":
                 raise UserError(f"a run ended with exit code {run.wait()} before its first step")
-        with busy_process() if case == "beside one busy process" else nullcontext():
+        with busy_process() if case == BUSY else nullcontext():
             for run in runs:
                 run.stdin.write("go\n")
                 run.stdin.flush()
@@ -110,24 +116,26 @@ def compare(args) -> None:
             seen[case, policy] += seconds
             print(f"{case}, {policy}:", *(f"{s:.2f}" for s in seconds), flush=True)
     step = {what: statistics.median(seconds) for what, seconds in seen.items()}
+    record("busy", *summary(step, args.batch_size))
+
+
+def summary(step: dict[tuple[str, str], float], batch_size: int) -> tuple[list[dict], list[dict]]:
+    """Rows and ratios from the seconds of a step by (case, policy)."""
     rows = [
-        {f"a step of {args.batch_size} problems": case}
+        {f"a step of {batch_size} problems": case}
         | {f"{policy}, s": step[case, policy] for policy in (PASSIVE, WITHOUT)}
-        | {f"{p}, times alone": step[case, p] / step["alone", p] for p in (PASSIVE, WITHOUT)}
+        | {f"{p}, times alone": step[case, p] / step[ALONE, p] for p in (PASSIVE, WITHOUT)}
         for case in CASES
     ]
     alone, busy, two = (step[case, PASSIVE] for case in CASES)
     ratios = [
         cost("step beside one busy process: alone", busy, alone, "s", 3),
         cost("step of two runs at once: alone", two, alone, "s", 2.5),
-        *(
-            gain(f"step, {case}: without OMP_WAIT_POLICY", step[case, PASSIVE], other, "s")
-            for (case, policy), other in step.items()
-            if policy == WITHOUT and case != "alone"
-        ),
-        cost("step alone: without OMP_WAIT_POLICY", alone, step["alone", WITHOUT], "s"),
+        gain("step beside one busy process: without passive", busy, step[BUSY, WITHOUT], "s"),
+        gain("step of two runs at once: without passive", two, step[TWO, WITHOUT], "s"),
+        cost("step alone: without passive", alone, step[ALONE, WITHOUT], "s"),
     ]
-    record("busy", rows, ratios)
+    return rows, ratios
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ are safetensors, training.pt is read with weights_only=True, the rest is JSON.
 What is written does not depend on the number of ranks (whole tensors, all groups), so a run can go
 on with another number of them; only the rounding differs then.
 
-    python -m pytest tests/test_checkpoint.py
+    python -m pytest tests/runtime/test_checkpoint.py
 """
 
 import hashlib

@@ -17,7 +17,7 @@ file count from 1 (as editors do), parquet rows from 0.
 
 Left out: streaming. A set is held in memory, as token ids.
 
-    python -m pytest tests/test_data.py
+    python -m pytest tests/runtime/test_data.py
 """
 
 import json

@@ -23,7 +23,7 @@ or fp32. So bf16 always goes through FSDP2, also on a single GPU (a group of one
 
 Left out: tensor, pipeline and sequence parallelism.
 
-    python -m pytest tests/test_dist.py
+    python -m pytest tests/runtime/test_dist.py
 """
 
 import os

@@ -20,7 +20,7 @@ Left out, on purpose: answers outside the box, an OR of several graders (it adds
 positives), partial credit, and any sympy in this process (it hangs, eats memory, and its plain-text
 parser calls eval).
 
-    python -m pytest tests/test_grading.py
+    python -m pytest tests/runtime/test_grading.py
 """
 
 # The standard library only: a grading worker is this file run as a script, so importing torch up

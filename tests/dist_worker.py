@@ -102,8 +102,8 @@ def update(
     sequences = sequences_of(policy, lengths, sign)
     if poison is not None:
         max(sequences, key=lambda s: len(s.tokens)).advantages[1] = poison
-    # what every rank gets of every mini-batch, by the rule (dist.deal, scoring.token_batches); asserted
-    # to be unequal
+    # what every rank gets of every mini-batch, by the rule (dist.deal, scoring.token_batches);
+    # asserted to be unequal
     parts = [
         [sequences[i] for i in indices]
         for indices in mini_batches(len(sequences), mini_batch, seed=0)

@@ -30,7 +30,7 @@ class Launched:
 
     def __init__(self, *arguments, prefix=(), env=None):
         self.mark = f"ATTNRL_TEST={uuid.uuid4().hex}"
-        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self.out, self.err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         name, value = self.mark.split("=")
         # one thread a rank and sleeping OpenMP pools: CI machines have as many cores as there are
         # ranks, or fewer

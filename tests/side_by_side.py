@@ -18,6 +18,7 @@ import argparse
 import filecmp
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,11 +26,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
+SMALL = shlex.split(
     "--model toy/model --steps 2 --batch_size 4 --problems toy:8:200:1 --test_problems toy:8:8:2"
-    " --eval_samples 2"
-    " --mini_batch 32 --seed 0"
-).split()
+    " --eval_samples 2 --mini_batch 32 --seed 0"
+)
 METHODS = "attnrl atb_ads_nofilter atb_ads_noexpand atb_drop_easy atb treerl_off treerl grpo prl"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
@@ -92,10 +92,8 @@ def main() -> None:
 
 def compare_evaluations(base: Path, out: Path, found: list[str]) -> None:
     for side, tree in (("old", base), ("new", ROOT)):
-        words = (
-            "eval.py --model toy/model --problems toy:8:20:2 --k 2 --temperature 1 --out".split()
-        )
-        run(tree, *words, out / side / "eval")
+        command = "eval.py --model toy/model --problems toy:8:20:2 --k 2 --temperature 1 --out"
+        run(tree, *shlex.split(command), out / side / "eval")
     files = [next((out / side / "eval").glob("*.jsonl")) for side in ("old", "new")]
     old, new = (file.read_text().splitlines()[1:] for file in files)
     check(f"eval.py: {len(old)} lines of samples", old == new, found)

@@ -7,9 +7,18 @@ import random
 
 import pytest
 import torch
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, metrics_of, same_file, save_real_model, typed
+from fixtures import (
+    REAL_DATA,
+    ROOT,
+    TOY_MODEL,
+    lines,
+    metrics_of,
+    same_file,
+    save_real_model,
+    typed,
+)
 from launch import run as command
-from toy_runs import TINY, set_up, tiny, train_tiny, trained_sequences
+from toy_runs import TINY, metrics, set_up, tiny, train_tiny, trained_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
@@ -21,10 +30,9 @@ from runtime.rollout import Request, TransformersEngine, request_seed
 from runtime.scoring import Sequence, score
 from tree import Response, choose_branch_points, tree_sequences
 
+
 # --- configuration
 # --------------------------------------------------------------------------------------------------
-
-
 def test_presets_and_command_line_in_this_order():
     assert parse_config([]).delta == 1 and parse_config([]).lr == 5e-5  # toy
     paper = parse_config(["--preset", "paper"])
@@ -224,17 +232,14 @@ def test_every_metric_is_explained(finished):
 
 def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
     again = train_tiny(tmp_path)
-    other = train_tiny(tmp_path, "--seed", "1", name="other")
-
-    def without_times(folder):
-        return [
-            {key: value for key, value in m.items() if not key.startswith("seconds")}
-            for m in metrics_of(folder)
-        ]
-
-    assert without_times(finished) == without_times(again) != without_times(other)
+    assert metrics(finished) == metrics(again)
     same_file(finished / "samples.jsonl", again / "samples.jsonl")
     same_file(finished / "last/model.safetensors", again / "last/model.safetensors")
+    other = train_tiny(tmp_path, *typed("--seed 1 --steps 1 --eval_every 0"), name="other")
+    kept = [lines(folder / "samples.jsonl")[0]["problem"] for folder in (finished, other)]
+    assert (
+        kept[0] != kept[1] and metrics(finished)[1]["train/loss"] != metrics(other)[1]["train/loss"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -243,9 +248,12 @@ def test_two_runs_with_one_seed_are_identical(finished, tmp_path):
         ["--method", "grpo", "--grpo_samples", "8"],
         *(
             pytest.param(o, marks=pytest.mark.full)
-            for o in (["--method", "treerl"], ["--branch", "random"])
+            for o in (
+                typed("--method prl --grpo_samples 8"),
+                ["--method", "treerl"],
+                ["--branch", "random"],
+            )
         ),
-        ["--method", "prl", "--grpo_samples", "8"],
         ["--kl_coef", "0.01", "--temperature", "0.8"],
     ],
 )
@@ -262,7 +270,7 @@ def test_every_method_runs(tmp_path, options):
 
 
 def test_grpo_has_no_branch_points_and_says_nothing_of_them(tmp_path, capsys):
-    train_tiny(tmp_path, "--advantage", "grpo", "--grpo_samples", "8")
+    train_tiny(tmp_path, *typed("--advantage grpo --grpo_samples 8 --steps 1 --eval_every 0"))
     assert "filtered" not in capsys.readouterr().out
 
 
@@ -270,7 +278,8 @@ def test_prl_steps_and_process_rewards_in_a_run(tmp_path):
     """The first step starts at the initial policy, so the log-ratios are 0 (up to rounding); in the
     second they are not, and the advantage is another one in every step of a response. Groups whose
     rewards agree are trained, too."""
-    run = set_up(*tiny(tmp_path), *typed("--method prl --grpo_samples 8"), *PRL_OPTIONS)
+    options = typed("--method prl --grpo_samples 8 --prl_steps blank --prl_eta 2 --lr 1e-3")
+    run = set_up(*tiny(tmp_path), *options)
     for number in (1, 2):
         result = attnrl.step(run, number, None)
         responses = [r for group in result.groups for r in group.responses]
@@ -282,9 +291,6 @@ def test_prl_steps_and_process_rewards_in_a_run(tmp_path):
     agreeing = [g for g in result.groups if len({r.reward for r in g.responses}) == 1]
     assert agreeing and len(result.sequences) == len(responses)
     assert all(len(set(s.advantages)) > 2 for s in result.sequences)
-
-
-PRL_OPTIONS = typed("--prl_steps blank --prl_eta 2 --lr 1e-3")
 
 
 def test_the_clips_of_the_configuration_reach_the_loss(tmp_path):
@@ -316,15 +322,13 @@ def test_inert_fci_is_named(tmp_path, capsys):
 
 
 def test_without_adaptive_sampling_every_response_is_expanded(tmp_path):
-    off = ["--ads_filter", "none", "--ads_expansion", "false", "--ads_batch", "false"]
-    for m in metrics_of(train_tiny(tmp_path, *off))[1:]:
-        assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (4, 6, 0, 4 * 30)
+    off = typed("--ads_filter none --ads_expansion false --ads_batch false")
+    for m in metrics_of(train_tiny(tmp_path, *off, *typed("--batch_size 2 --eval_every 0")))[1:]:
+        assert (m["problems"], m["trees"], m["filtered_ratio"], m["leaves"]) == (2, 6, 0, 2 * 30)
 
 
 # --- the pipeline
 # --------------------------------------------------------------------------------------------------
-
-
 class CountingEngine(TransformersEngine):
     """The real engine, which also remembers what it was asked."""
 
@@ -348,17 +352,18 @@ def initial_requests(run: attnrl.Run) -> list[tuple[int, int]]:
 
 
 def test_one_step_off_policy_needs_one_call_a_step_and_one_warm_up(tmp_path):
-    calls = initial_requests(set_up(*tiny(tmp_path), *typed("--steps 3 --ads_batch false")))
+    options = typed("--steps 3 --batch_size 2 --ads_batch false")
+    calls = initial_requests(set_up(*tiny(tmp_path), *options))
     # warm-up; steps 1 and 2 sample the next batch too; nothing for a batch after the last
-    assert [initial for initial, _ in calls] == [24, 24, 24, 0]
+    assert [initial for initial, _ in calls] == [12, 12, 12, 0]
     # and each step has continuations
     assert all(asked > initial for initial, asked in calls[1:])
 
 
 def test_synchronous_mode_needs_two_calls_a_step(tmp_path):
-    options = typed("--steps 3 --ads_batch false --one_step_off_policy false")
+    options = typed("--steps 3 --batch_size 2 --ads_batch false --one_step_off_policy false")
     calls = initial_requests(set_up(*tiny(tmp_path), *options))
-    assert [initial for initial, _ in calls] == [24, 0, 24, 0, 24, 0]
+    assert [initial for initial, _ in calls] == [12, 0, 12, 0, 12, 0]
 
 
 def test_every_token_keeps_the_log_prob_of_the_policy_that_sampled_it(tmp_path):

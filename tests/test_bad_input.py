@@ -1,5 +1,5 @@
-"""test_bad_input.py: bad input to every command: one line that names the culprit, exit code 2, nothing written,
-nothing run.
+"""test_bad_input.py: bad input to every command. One line that names the culprit, exit code 2,
+nothing written, nothing run.
 
 One table, in one process (each command's main inside stop_on_user_error, as its last lines have
 it); a few of the same as real subprocesses. {w} is a folder of bad files and model directories,
@@ -702,10 +702,10 @@ def test_help_has_the_defaults_that_say_something_and_ends_with_an_example_to_co
 @pytest.mark.parametrize(
     "command, args, words",
     [
-        ("attnrl.py", "--steps 0", "--steps 0"),
+        pytest.param("attnrl.py", "--steps 0", "--steps 0", marks=pytest.mark.full),
         ("eval.py", "--model {w}/automap --ask x", "cannot be loaded"),
         ("tools.view", "{w}/halfline", "line 2"),
-        ("tools.plan", "x", "takes no arguments"),
+        pytest.param("tools.plan", "x", "takes no arguments", marks=pytest.mark.full),
         ("tools.report", "{w}/good.jsonl", "good.jsonl, line 1: no settings"),
     ],
 )

@@ -1,10 +1,12 @@
-"""bench/: the arithmetic of the ratios is right, and the ways of reading attention that are timed
-compute the same."""
+"""bench/: the arithmetic of the ratios is right, the ways of reading attention that are timed
+compute the same, and every command asks for sleeping threads before torch is there."""
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,9 +58,8 @@ def test_interleaved_medians_leave_out_the_first_round_and_count_per_unit(monkey
 
         return run
 
-    found = measure.interleave(
-        {"a": case("a", [99, 1, 3, 2], None), "b": case("b", [99, 40, 20, 60], 10)}, repeats=3
-    )
+    cases = {"a": case("a", [99, 1, 3, 2], None), "b": case("b", [99, 40, 20, 60], 10)}
+    found = measure.interleave(cases, repeats=3)
     assert found == {"a": 2, "b": 4} and "".join(order) == "baabbaab"
 
 
@@ -85,18 +86,17 @@ def test_extra_bytes_are_those_of_the_peak():
 def test_all_ways_of_reading_attention_agree():
     bench = load("fci")
     torch.manual_seed(0)
-    model = Qwen2Model(
-        Qwen2Config(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    ).eval()
+    config = Qwen2Config(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Qwen2Model(config).eval()
     scores = {case: bench.run_case(model, case, 150, 40) for case in bench.CASES}
     assert scores["plain"] is None and scores["fci"].max() > 0.01
     for case in ("rows", "layer", "naive"):
@@ -119,15 +119,132 @@ def test_what_is_not_installed_is_one_line(package, arguments, words):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, (
-        done.stderr
-    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1 and words in done.stderr, done.stderr
 
 
 def test_bad_options_are_one_line():
-    done = subprocess.run(
-        [sys.executable, ROOT / "bench" / "measure.py", "--nope"], capture_output=True, text=True
-    )
+    script = ROOT / "bench" / "measure.py"
+    done = subprocess.run([sys.executable, script, "--nope"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines() == [
         "bench/measure.py: unrecognized arguments: --nope (see --help)"
     ]
+
+
+# --------------------------------------------------------------------------------------------------
+# A step is the project's own
+# --------------------------------------------------------------------------------------------------
+def test_a_side_makes_the_steps_of_attnrl():
+    """Two steps: three calls of the engine, and all that was sampled is counted."""
+    side = load("pipeline").Side("attnrl", batch_size=1, lr=0, problems="toy:4:8:1")
+    results = [side.step() for _ in range(2)]
+    assert [r.upcoming.step for r in results] == [2, 3] and side.number == 2
+    first, second, third = side.calls
+    assert not any(r.parent for r in first) and any(not r.parent for r in second)
+    assert {r.group.index for r in first} == {0} and third
+    assert sum(seen["tokens"] for seen in side.seen) == side.run.monitor.generated_tokens > 0
+    phases = ("generate", "score", "grade", "exchange", "train", "sync", "other")
+    for seen in side.seen:
+        assert sum(seen[phase] for phase in phases) == pytest.approx(seen["step"])
+
+
+def test_medians_leave_out_the_first_step_unless_there_is_no_other():
+    side = SimpleNamespace(seen=[{"step": 9.0}, {"step": 1.0}, {"step": 3.0}])
+    medians = load("pipeline").Side.medians
+    assert medians(side) == {"step": 2.0}
+    assert medians(SimpleNamespace(seen=side.seen[:1])) == {"step": 9.0}
+
+
+# --------------------------------------------------------------------------------------------------
+# Threads that sleep
+# --------------------------------------------------------------------------------------------------
+COMMANDS = [
+    *sorted((ROOT / "bench").glob("*.py")),
+    *sorted((ROOT / "experiments").glob("*.py")),
+    ROOT / "toy" / "build.py",
+]
+WATCH = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            leave()
+
+def leave():
+    print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+    os._exit(0)
+
+command, sys.argv = sys.argv[1], [sys.argv[1], "--help"]
+sys.path[0] = os.path.dirname(command)  # as for a script
+sys.meta_path.insert(0, Watch())
+try:
+    runpy.run_path(command, run_name="__main__")
+finally:
+    leave()  # one that leaves torch to its children
+"""
+
+
+def policy_when_torch_is_imported(command, **environment) -> str:
+    free = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    words = [sys.executable, "-c", WATCH, command]
+    done = subprocess.run(words, capture_output=True, text=True, env=free | environment)
+    return done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_command_asks_for_sleeping_threads_before_torch_is_imported(command):
+    assert policy_when_torch_is_imported(command) == "passive"
+
+
+def test_whoever_has_set_the_policy_keeps_it():
+    measured = ROOT / "bench" / "measure.py"
+    assert policy_when_torch_is_imported(measured, OMP_WAIT_POLICY="active") == "active"
+
+
+def test_the_watch_sees_a_command_that_asks_too_late(tmp_path):
+    late = tmp_path / "late.py"
+    late.write_text(f"import sys, torch\nsys.path.append({str(ROOT)!r})\nimport runtime\n")
+    assert policy_when_torch_is_imported(late) == "None"
+
+
+def test_ratios_of_a_busy_machine_by_hand():
+    busy = load("busy")
+    both = ("passive", "without")
+    step = {("alone", p): s for p, s in zip(both, (2.0, 1.0))}
+    step |= {("beside one busy process", p): s for p, s in zip(both, (5.0, 40.0))}
+    step |= {("two runs at once", p): s for p, s in zip(both, (6.0, 30.0))}
+    rows, ratios = busy.summary(step, 8)
+    assert [row["passive, times alone"] for row in rows] == [1, 2.5, 3]
+    assert [row["without, times alone"] for row in rows] == [1, 40, 30]
+    assert [(r["is"], r["ratio"], r["reached"]) for r in ratios] == [
+        ("cost", 2.5, "yes"),
+        ("cost", 3, "no"),
+        ("gain", 8, None),
+        ("gain", 5, None),
+        ("cost", 2, None),
+    ]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("policy, spins", [("passive", "0"), ("without", "300000")])
+def test_what_openmp_was_told_in_a_run_with_and_without(policy, spins):
+    """OpenMP prints its own settings when it is loaded; 300,000 turns are its default."""
+    busy = load("busy")
+    words = busy.words_of(policy, ["--help"])
+    rest = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    rest |= {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run(words, cwd=ROOT, env=rest, capture_output=True, text=True)
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
+    assert done.returncode == 0 and "--batch_size" in done.stdout
+
+
+@pytest.mark.full
+def test_a_run_waits_for_the_others_and_a_busy_process_ends():
+    busy = load("busy")
+    args = SimpleNamespace(steps=2, batch_size=1, threads=1)
+    with busy.busy_process() as endless:
+        assert endless.poll() is None
+    assert endless.poll() is not None
+    seconds = busy.measure("two runs at once", "passive", args)
+    assert len(seconds) == 4 and all(s > 0 for s in seconds)

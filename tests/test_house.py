@@ -6,6 +6,7 @@ python -m pytest tests/test_house.py
 import ast
 import inspect
 import io
+import re
 import tokenize
 from pathlib import Path
 
@@ -40,9 +41,17 @@ def names_imported(node: ast.stmt) -> list[str]:
     return []
 
 
+def when_imported(node: ast.AST):
+    """All statements that run when the module is imported: not those of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from when_imported(child)
+
+
 def imports(name: str, anywhere: bool = False) -> set[str]:
     """The project's modules that a module imports: at its top level, or anywhere in it."""
-    nodes = ast.walk(TREES[name]) if anywhere else TREES[name].body
+    nodes = ast.walk(TREES[name]) if anywhere else when_imported(TREES[name])
     found = {imported for node in nodes for imported in names_imported(node)}
     return {m for m in found if m in MODULES or m.partition(".")[0] in ("runtime", "tools", "toy")}
 
@@ -124,6 +133,13 @@ def test_functions_and_classes_of_the_reading_path_are_short(name):
 @pytest.mark.parametrize("name", [m for m in MODULES if "." in m])
 def test_no_function_beside_it_is_a_page_long(name):
     assert [f for f in functions(name) if f[1] > LONGEST_FUNCTION] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_tests_that_a_module_names_are_there(name):
+    named = re.findall(r"pytest ((?:tests/\S+\.py ?)+)", MODULES[name].read_text(encoding="utf-8"))
+    lacking = [p for line in named for p in line.split() if not (ROOT / p).exists()]
+    assert not lacking
 
 
 def explained_lines(text: str) -> int:

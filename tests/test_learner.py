@@ -1,10 +1,10 @@
 """test_learner.py: the update rule by hand, and gradients against a second implementation with
 plain loops.
 
-`plain_gradient` shares no code with learner.py or runtime/scoring.py: one sequence at a time without padding,
-full logits, a Python loop over tokens, the clip rules as if-else. `learner_gradient` is what really
-moves the weights: one `update` with SGD of learning rate 1 in the optimizer's place, weights before
-minus weights after.
+`plain_gradient` shares no code with learner.py or runtime/scoring.py: one sequence at a time
+without padding, full logits, a Python loop over tokens, the clip rules as if-else.
+`learner_gradient` is what really moves the weights: one `update` with SGD of learning rate 1 in the
+optimizer's place, weights before minus weights after.
 
     python -m pytest tests/test_learner.py
 """

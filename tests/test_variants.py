@@ -2,7 +2,6 @@
 example and its commands run there, and the run's log shows that the rule acted. Without the diff,
 both fail."""
 
-import json
 import os
 import re
 import shlex
@@ -14,58 +13,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fixtures import ROOT, TOY_MODEL, same_file
-from test_attnrl import metrics_of
+from fixtures import ROOT, TOY_MODEL, lines, metrics_of, same_file
 
 import attnrl
-from eval import load_model
-from fci import Sequence, score, separator_tokens, split_steps
+from fci import separator_tokens, split_steps
 from runtime.cli import stop_on_user_error
-from sampler import ProblemStream
+from runtime.models import load_model
+from runtime.scoring import Sequence, score
+from runtime.stream import ProblemStream
 from toy.programs import toy_set
 from tree import fci_branch_steps
 
 PAGE = ROOT / "docs" / "variants.md"
 # The page's commands are those of real runs; these options, which come last and so have the last
 # word, make them short.
-SMALL = [
-    "--steps",
-    "1",
-    "--batch_size",
-    "4",
-    "--group_size",
-    "4",
-    "--grpo_samples",
-    "8",
-    "--mini_batch",
-    "64",
-    "--eval_samples",
-    "1",
-    "--eval_every",
-    "0",
-    "--log_samples",
-    "99",
-]
-TOY = ["--problems", "toy:6:50:1", "--test_problems", "toy:6:5:2"]
-FEW = [
-    *SMALL,
-    *TOY,
-    "--problems",
-    "toy:6:8:1",
-    "--steps",
-    "4",
-    "--group_size",
-    "2",
-    "--branch_points",
-    "1",
-    "--ads_batch",
-    "false",
-]  # eight problems, asked twice in four steps
-HOT = [*SMALL, *TOY, "--temperature", "1.6"]  # so that responses differ in length
+SMALL = (
+    "--steps 1 --batch_size 4 --group_size 4 --mini_batch 64 --eval_samples 1 --eval_every 0"
+    " --log_samples 99"
+)
+TOY = f"{SMALL} --problems toy:6:50:1 --test_problems toy:6:5:2"
 OPTIONS = {
-    "A branching rule": [*SMALL, *TOY],
-    "An advantage estimator": HOT,
-    "A sampler rule": FEW,
+    "A branching rule": TOY,
+    "An advantage estimator": f"{TOY} --grpo_samples 8 --temperature 1.6",  # lengths differ
+    # eight problems, asked twice in four steps
+    "A sampler rule": f"{TOY} --problems toy:6:8:1 --steps 4 --group_size 2 --branch_points 1"
+    " --ads_batch false",
     "An own task": SMALL,
 }
 NAMES = list(OPTIONS)
@@ -84,9 +56,8 @@ class Variant:
 def variants() -> dict[str, Variant]:
     """The page's walk-throughs by the first words of their titles."""
     found = {}
-    for section in re.split(r"^## \d+\. ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[
-        1:
-    ]:
+    page = PAGE.read_text(encoding="utf-8")
+    for section in re.split(r"^## \d+\. ", page, flags=re.MULTILINE)[1:]:
         name = next((name for name in NAMES if section.startswith(name)), section[:60])
         (diff,), (commands,), (example,) = (
             re.findall(rf"^```{kind}\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
@@ -125,7 +96,9 @@ def fork(folder: Path, *diffs: str) -> Path:
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    shutil.copytree(ROOT / "toy", folder / "toy", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("runtime", "tools", "toy"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     done = execute(folder, "git", "init", "--quiet")
     assert done.returncode == 0, done.stderr
     for number, diff in enumerate(diffs):
@@ -155,17 +128,14 @@ def run_page(
     of the run."""
     for program, *arguments in VARIANTS[name].commands:
         assert program == "python"
-        python(
-            folder,
-            *arguments,
-            *([*OPTIONS[name], "--out", out, *more] if arguments[0] == "attnrl.py" else []),
-        )
-    return metrics_of(folder / out), [
-        json.loads(line) for line in (folder / out / "samples.jsonl").read_text().splitlines()
-    ]
+        if arguments[0] == "attnrl.py":
+            arguments += [*OPTIONS[name].split(), "--out", out, *more]
+        python(folder, *arguments)
+    return metrics_of(folder / out), lines(folder / out / "samples.jsonl")
 
 
-# --- of all four
+# --------------------------------------------------------------------------------------------------
+# Of all four
 # --------------------------------------------------------------------------------------------------
 def test_the_page_has_the_four_walk_throughs():
     assert list(VARIANTS) == NAMES
@@ -179,12 +149,12 @@ def test_what_counts_as_a_changed_line():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_diff_has_under_30_changed_lines_and_small_context(name):
-    lines = VARIANTS[name].diff.splitlines()
-    assert 1 <= len(VARIANTS[name].changed_lines()) < 30
-    assert all(len(line) <= 131 for line in VARIANTS[name].changed_lines())  # 130 and the sign
-    assert sum(not re.match(r"[+-]|@@|diff ", line) for line in lines) <= 2 * sum(
-        line.startswith("@@") for line in lines
-    )
+    rows, changed = VARIANTS[name].diff.splitlines(), VARIANTS[name].changed_lines()
+    assert 1 <= len(changed) < 30
+    assert all(len(row) <= 101 for row in changed)  # 100 and the sign
+    hunks = [row for row in rows if row.startswith("@@")]
+    context = [row for row in rows if not re.match(r"[+-]|@@|diff |new file ", row)]
+    assert len(context) <= 2 * len(hunks)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,10 +164,8 @@ def test_the_example_holds_with_the_diff_and_fails_without(name, forked, tmp_pat
     (tmp_path / "example.txt").write_text(VARIANTS[name].example, encoding="utf-8")
     assert VARIANTS[name].example.count(">>>") >= 3
     python(forked(name), "-m", "doctest", tmp_path / "example.txt")
-    assert (
-        "***Test Failed***"
-        in execute(ROOT, sys.executable, "-m", "doctest", tmp_path / "example.txt").stdout
-    )
+    without = execute(ROOT, sys.executable, "-m", "doctest", tmp_path / "example.txt")
+    assert "***Test Failed***" in without.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -206,7 +174,7 @@ def test_the_command_is_refused_without_the_diff(name, tmp_path, capsys, monkeyp
     command = VARIANTS[name].commands[-1]
     assert command[:2] == ["python", "attnrl.py"]
     with pytest.raises(SystemExit) as stop, stop_on_user_error("attnrl.py"):
-        attnrl.main([*command[2:], *OPTIONS[name], "--out", str(tmp_path / "run")])
+        attnrl.main([*command[2:], *OPTIONS[name].split(), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert re.search(
         "invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file",
@@ -218,8 +186,9 @@ def test_all_four_also_apply_one_after_the_other(tmp_path):
     fork(tmp_path / "attnrl", *(variant.diff for variant in VARIANTS.values()))
 
 
-# --- each acts in a real run
-# --------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Each acts in a real run
+# --------------------------------------------------------------------------------------------------
 def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
     """From the texts in samples.jsonl, scored anew by the initial model (which sampled the first
     step's responses)."""
@@ -247,7 +216,7 @@ def test_a_run_branches_where_fci_times_entropy_is_highest(forked):
 
 @pytest.mark.full
 def test_a_run_is_credited_by_leaving_one_out(forked):
-    """The first step's loss: its policy is the one that sampled, so the ratio is 1 and the loss
+    """The first step's loss: its policy is the one that sampled, so the ratio is 1 and the loss is
     -mean(A) over trained tokens."""
     metrics, samples = run_page(forked("An advantage estimator"), "An advantage estimator")
     _, tokenizer, _ = load_model(str(TOY_MODEL), "cpu")
@@ -265,10 +234,13 @@ def test_a_run_is_credited_by_leaving_one_out(forked):
         assert tokens == metrics[1]["train/tokens"]
         return total / tokens
 
-    rloo = loss(lambda rewards, i: rewards[i] - (sum(rewards) - rewards[i]) / 7)
-    grpo = loss(
-        lambda rewards, i: (rewards[i] - sum(rewards) / 8) / (statistics.stdev(rewards) + 1e-6)
-    )
+    def by_rloo(rewards: list[float], i: int) -> float:
+        return rewards[i] - (sum(rewards) - rewards[i]) / 7
+
+    def by_grpo(rewards: list[float], i: int) -> float:
+        return (rewards[i] - sum(rewards) / 8) / (statistics.stdev(rewards) + 1e-6)
+
+    rloo, grpo = loss(by_rloo), loss(by_grpo)
     assert metrics[1]["train/policy_loss"] == pytest.approx(rloo, abs=1e-5)
     assert abs(rloo - grpo) > 1e-3
 
@@ -304,14 +276,10 @@ def test_what_the_sampler_rule_remembers_survives_a_resume(forked):
     for step in folder.glob("again/step-*"):
         if int(step.name.split("-")[1]) > 2:
             shutil.rmtree(step)
-    run_page(
-        folder, "A sampler rule", "again", "--save_every", "1", "--keep", "9", "--resume", "auto"
-    )
-    same_file(folder / "again" / "samples.jsonl", folder / "whole" / "samples.jsonl")
-    same_file(
-        folder / "again" / "last" / "model.safetensors",
-        folder / "whole" / "last" / "model.safetensors",
-    )
+    every = ["--save_every", "1", "--keep", "9"]
+    run_page(folder, "A sampler rule", "again", *every, "--resume", "auto")
+    for file in ("samples.jsonl", "last/model.safetensors"):
+        same_file(folder / "again" / file, folder / "whole" / file)
 
 
 @pytest.mark.full
@@ -320,9 +288,7 @@ def test_a_run_on_an_own_task_with_its_own_reward(forked):
     metrics, samples = run_page(forked("An own task"), "An own task")
     folder, seen = forked("An own task"), []
     for name, count in (("train", 2000), ("test", 50)):
-        rows = [
-            json.loads(line) for line in (folder / f"middle_{name}.jsonl").read_text().splitlines()
-        ]
+        rows = lines(folder / f"middle_{name}.jsonl")
         assert len(rows) == count and all(re.search(r";\?[defg]$", row["problem"]) for row in rows)
     for s in samples:
         steps = s["answers"][0].split("\n\n")
@@ -330,22 +296,21 @@ def test_a_run_on_an_own_task_with_its_own_reward(forked):
         value = next(step[-1] for step in steps if step[0] == s["problem"][-1])
         assert steps[-1] == f"\\boxed{{{value}}}"
         for r in s["responses"]:
-            texts = [
-                "".join([*r["tokens"][: c.get("at", 0)], *c["tokens"]]).removesuffix("<eos>")
-                for c in [r, *r["continuations"]]
-            ]
-            for text, reward in zip(
-                texts, [r["reward"]] + [c["reward"] for c in r["continuations"]]
-            ):
-                good = 0
-                while (
-                    good < 8 and text.split("\n\n")[:-1][good : good + 1] == steps[good : good + 1]
-                ):
-                    good += 1
-                assert reward == pytest.approx(
-                    1.0 if text.split("\n\n")[-1] == steps[-1] else 0.4 * good / 8
-                )
-                seen.append(reward)
+            for end in [r, *r["continuations"]]:
+                text = "".join([*r["tokens"][: end.get("at", 0)], *end["tokens"]])
+                assert end["reward"] == pytest.approx(credit(text.removesuffix("<eos>"), steps))
+                seen.append(end["reward"])
     assert len({r for r in seen if 0 < r < 0.5}) >= 2 and metrics[1]["sequences"] > 0
     initial = [r["reward"] for s in samples for r in s["responses"]]
     assert metrics[1]["initial/reward"] == pytest.approx(statistics.fmean(initial))
+
+
+def credit(text: str, steps: list[str]) -> float:
+    """A second reading of the page's rule; `steps` are the 8 right ones and the box."""
+    *given, box = text.split("\n\n")
+    if box == steps[-1]:
+        return 1.0
+    good = 0
+    while good < 8 and given[good : good + 1] == steps[good : good + 1]:
+        good += 1
+    return 0.4 * good / 8

@@ -1,5 +1,5 @@
-"""toy_runs.py: small runs of the toy that several tests look at, what they wrote, and comparisons that
-say both numbers."""
+"""toy_runs.py: small runs of the toy that several tests look at, what they wrote, and comparisons
+that say both numbers."""
 
 import shutil
 from pathlib import Path
@@ -22,9 +22,9 @@ TINY = typed(
     "--steps 2 --batch_size 4 --problems toy:6:50:1 --test_problems toy:6:5:2 --eval_samples 2"
     " --eval_every 1 --mini_batch 64"
 )
-# Small, and all that a checkpoint must carry is at work (test_checkpoint.py asserts it): the KL to a
-# reference, a batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a stream
-# of 16 problems that begins a second epoch.
+# Small, and all that a checkpoint must carry is at work (test_checkpoint.py asserts it): the KL to
+# a reference, a batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a
+# stream of 16 problems that begins a second epoch.
 RUN = typed(
     "--steps 4 --batch_size 4 --group_size 3 --eval_every 2 --eval_samples 1"
     " --test_problems toy:8:4:2 --problems toy:8:16:1 --mini_batch 15 --kl_coef 0.001"

@@ -20,7 +20,7 @@ Left out: mixtures of experts (their parameters are right, their activations are
 compared with a GPU.
 
     python plan.py              # the README's table
-    python -m pytest tests/test_plan.py
+    python -m pytest tests/tools/test_plan.py
 """
 
 import runtime  # isort: split

@@ -1,4 +1,4 @@
-"""test_config.py: the learning rate of a step. Presets, methods and the command line: test_attnrl.py.
+"""test_config.py: the learning rate of a step. Presets, methods, the command line: test_attnrl.py.
 
 python -m pytest tests/runtime/test_config.py
 """

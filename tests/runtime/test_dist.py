@@ -4,8 +4,9 @@ torchrun, gloo, no mocks.
 What ranks compute is in dist_worker.py; here one torchrun computes all cases of that kind, and each
 test reads its own.
 
-    python -m pytest tests/runtime/test_dist.py -m "not full"     # without it: also nodes, 3 ranks, other
-                                                          methods, more faults
+    python -m pytest tests/runtime/test_dist.py -m "not full"
+
+Without the last option also nodes, 3 ranks, other methods, more faults.
 """
 
 import json
@@ -180,6 +181,7 @@ def test_two_ranks_share_out_and_get_back_lists_of_any_length_and_stay_in_step(t
     check_group(two["group"], 2)
 
 
+@pytest.mark.full
 def test_three_ranks_share_out_and_get_back_lists_of_any_length_and_stay_in_step(tmp_path):
     check_group(on_ranks(3, {"group": CASES["group"]}, tmp_path)["group"], 3)
 
@@ -411,6 +413,7 @@ def filters_alone_would_differ(folder: Path) -> bool:
     return False
 
 
+@pytest.mark.full
 def test_a_run_on_two_ranks_is_the_run_of_one_process(one_process, tmp_path):
     same_run(together(tmp_path / "run"), one_process)
 

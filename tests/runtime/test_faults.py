@@ -22,8 +22,9 @@ is a real one.
 for bit. Signals, kill -9 and full disks: test_checkpoint.py. Lost ranks and nodes: test_dist.py.
 The graders alone: test_grading.py.
 
-    python -m pytest tests/runtime/test_faults.py -m "not full"     # without it: also a deaf grader, a lost
-                                                            rank
+    python -m pytest tests/runtime/test_faults.py -m "not full"
+
+Without the last option also a deaf grader, a lost rank.
 """
 
 import json

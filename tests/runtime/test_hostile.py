@@ -278,7 +278,7 @@ def good_parquet() -> list[bytes]:
         ),
     ]
     files, rng = [], random.Random(0)
-    for i in range(120):
+    for _ in range(120):
         names = rng.choice(
             (
                 ["problem", "answer"],
@@ -631,22 +631,16 @@ def test_a_run_writes_nothing_outside_its_folder_whatever_texts_say(tmp_path, mo
     monkeypatch.setenv("HOME", str(sandbox))
     before, opened, watching = listing(sandbox), [], [True]
 
+    others = typed("os.mkdir os.rename os.symlink os.link os.system subprocess.Popen")
+
     def watch(event, args):  # stays for the life of the process, so it can be told to look away
-        if watching and event in (
-            "open",
-            "os.mkdir",
-            "os.rename",
-            "os.symlink",
-            "os.link",
-            "os.system",
-            "subprocess.Popen",
-        ):
-            if (
-                event != "open"
-                or isinstance(args[0], (str, bytes))
-                and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            ):
-                opened.append((event, os.fsdecode(args[0] or "")))
+        writes = event in others or (
+            event == "open"
+            and isinstance(args[0], (str, bytes))
+            and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+        if watching and writes:
+            opened.append((event, os.fsdecode(args[0] or "")))
 
     sys.addaudithook(watch)
     both = [

@@ -213,8 +213,8 @@ def test_comparison_of_other_questions_names_the_common_ones():
     a, b = results([[1]] * 3, "a"), results([[1]] * 4, "b")
     with pytest.raises(
         UserError,
-        match=r"a.jsonl and b.jsonl: not the same questions \(3 and 4, 3 in common: p.jsonl, line 1; "
-        r"p.jsonl, line 2; p.jsonl, line 3\)",
+        match=r"a.jsonl and b.jsonl: not the same questions \(3 and 4, 3 in common: p.jsonl,"
+        r" line 1; p.jsonl, line 2; p.jsonl, line 3\)",
     ):
         compare(a, b)
     for s in b.samples:
@@ -291,6 +291,7 @@ def test_resume_refuses_other_settings_other_files_and_lines_that_are_lacking(tm
 def test_a_full_disk_is_one_line():
     with pytest.raises(
         UserError,
-        match=r"/dev/full: cannot be written \(No space left on device\); the same command .* goes on",
+        match=r"/dev/full: cannot be written \(No space left on device\); the same command .*"
+        r" goes on",
     ):
         append_samples(Results(Path("/dev/full"), SETTINGS), [])

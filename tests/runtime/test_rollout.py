@@ -48,11 +48,10 @@ def reference(model, request: Request, eos_ids=EOS) -> Completion:
         scaled = logits / (request.temperature or 1.0)
         p = np.exp(scaled - scaled.max())
         p /= p.sum()
-        cumulative = 0.0
-        for token, share in enumerate(p):
-            cumulative += share
-            if uniform[t] < cumulative:
-                break
+        token, cumulative = 0, p[0]
+        while uniform[t] >= cumulative and token < len(p) - 1:
+            token += 1
+            cumulative += p[token]
         if request.temperature == 0:
             token = int(np.argmax(logits))
         tokens.append(token)

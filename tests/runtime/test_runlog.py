@@ -1,5 +1,5 @@
-"""test_runlog.py: the texts of tokens in a run's log, and trackers. What a run writes: test_attnrl.py;
-logs that cannot be written: test_faults.py.
+"""test_runlog.py: the texts of tokens in a run's log, and trackers. What a run writes:
+test_attnrl.py; logs that cannot be written: test_faults.py.
 
     python -m pytest tests/runtime/test_runlog.py
 """

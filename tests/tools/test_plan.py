@@ -1,5 +1,5 @@
-"""test_plan.py: the plan of a run: parameters and bytes are those of real models, arithmetic is monotone, the
-text says what it should."""
+"""test_plan.py: the plan of a run. Parameters and bytes are those of real models, arithmetic is
+monotone, the text says what it should."""
 
 import json
 import resource

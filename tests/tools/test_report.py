@@ -1,4 +1,4 @@
-"""test_report.py: the command of tools/report.py. Numbers and tables: tests/runtime/test_results.py.
+"""test_report.py: the command of tools/report.py. Numbers and tables: runtime/test_results.py.
 
 python -m pytest tests/tools/test_report.py
 """

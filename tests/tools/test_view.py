@@ -1,5 +1,5 @@
-"""test_view.py: the explorer, what tools/view.py writes, and the page in a real headless Chromium (Debian: apt install
-chromium chromium-driver).
+"""test_view.py: the explorer, what tools/view.py writes, and the page in a real headless Chromium
+(Debian: apt install chromium chromium-driver).
 
 Numbers on the page are compared with the run's own files and with tree.py, not with what the page
 computed.
@@ -554,9 +554,8 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
     if options[-1] == "treerl":
         assert "entropy" in page.script("document.querySelector('.mark').title")
         sample = lines(run / "samples.jsonl")[0]
-        for n, (r, c) in enumerate(
-            (r, c) for r in sample["responses"] for c in (None, *r["continuations"])
-        ):
+        ends = [(r, c) for r in sample["responses"] for c in (None, *r["continuations"])]
+        for n, (r, c) in enumerate(ends):
             page.script(f"go({{leaf: {n}}})")
             points = [at for at in r["branch_points"] if c is None or at < c["at"]]
             assert len(page.text("#leaf i.at")) == len(points), "a branch point inside a step"
@@ -697,20 +696,32 @@ def test_it_fits_a_phone(run, open_page, width):
 # WCAG's contrast of every text on the page with what lies behind it: the lowest one, and of which
 # text
 CONTRAST = """(() => {
-  const parse = c => { const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
-  const light = c => { const [r, g, b] = c.slice(0, 3).map(x => (x /= 255) <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);
-                       return .2126 * r + .7152 * g + .0722 * b; };
-  const behind = e => {  // its background colour, and a tint (a gradient of one colour) above that, over what its parent shows
+  const parse = c => {
+    const [r, g, b, a = 1] = c.match(/[\\d.]+/g).map(Number);
+    return [r, g, b, a];
+  };
+  const over = (top, below) =>
+    [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3])).concat(1);
+  const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+  const light = c => {
+    const [r, g, b] = c.slice(0, 3).map(x => linear(x / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  // its background colour, and a tint (a gradient of one colour) above that, over what its parent
+  // shows
+  const behind = e => {
     if (!e) return [255, 255, 255, 1];
-    const style = getComputedStyle(e), ground = over(parse(style.backgroundColor), behind(e.parentElement));
+    const style = getComputedStyle(e);
+    const ground = over(parse(style.backgroundColor), behind(e.parentElement));
     const tint = style.backgroundImage.match(/rgba?\\([^)]*\\)/);
     return tint ? over(parse(tint[0]), ground) : ground;
   };
   const opacity = e => e ? getComputedStyle(e).opacity * opacity(e.parentElement) : 1;
-  const found = [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !["SCRIPT", "OPTION"].includes(e.tagName)
-      && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
-    const ground = behind(e), [r, g, b, a] = parse(getComputedStyle(e).color), ink = over([r, g, b, a * opacity(e)], ground);
+  const hasText = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  const seen = e => e.checkVisibility() && !["SCRIPT", "OPTION"].includes(e.tagName) && hasText(e);
+  const found = [...document.querySelectorAll("body *")].filter(seen).map(e => {
+    const ground = behind(e), [r, g, b, a] = parse(getComputedStyle(e).color);
+    const ink = over([r, g, b, a * opacity(e)], ground);
     const [dark, bright] = [light(ink), light(ground)].sort((x, y) => x - y);
     return [(bright + .05) / (dark + .05), e.textContent.slice(0, 40), e.className];
   });
