@@ -31,9 +31,11 @@ import runtime  # isort: split
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import baselines
 import sampler
@@ -118,7 +120,7 @@ class Rollout(Request):
     """A request that knows whose it is."""
 
     group: Group
-    parent: tree.Response | None = None  # None: an initial response; else it continues this one
+    parent: Any = None  # the tree.Response that it continues; None: an initial response
     at: int = 0  # the number of the parent's tokens that it keeps
 
 
@@ -145,8 +147,8 @@ class StepResult:
 def setup(config: Config, display: Display) -> Run:
     """Build a run from its settings. Raises UserError."""
     parts = build(config, display)
-    clips = dict(clip_low=config.clip_low, clip_high=config.clip_high, dual_clip=config.dual_clip)
-    loss = partial(ppo_loss, **clips)
+    low, high, dual = config.clip_low, config.clip_high, config.dual_clip
+    loss = partial(ppo_loss, clip_low=low, clip_high=high, dual_clip=dual)
     reference = parts.frozen_reference if config.kl_coef else None
     sizes = config.target_sequences, *config.batch_bounds(), config.batch_lam
     run = Run(
@@ -248,8 +250,8 @@ def add_responses(run: Run, sampled: list[tuple[Rollout, Completion]]) -> None:
         sequences.append(Sequence(rollout.prompt_ids, c.tokens, bounds if branching else None))
     scores = run.score(run.scorer, sequences, only_logprobs=not branching)
     grades = run.grade([(c.tokens, rollout.group.problem) for rollout, c in sampled])
-    for r, own, (r.reward, r.boxed) in zip(responses, scores, grades):
-        r.entropies = own.entropies
+    for r, own, grade in zip(responses, scores, grades):
+        (r.reward, r.boxed), r.entropies = grade, own.entropies
         r.fci, r.branchable = without_answer(own.fci, r.tokens, r.bounds, run.separators)
         r.logprobs, r.weights = run.old_logprobs(engine=r.logprobs, learner=own.logprobs)
     if run.config.advantage == "prl":
@@ -303,7 +305,7 @@ def choose_expansions(config: Config, group: Group, rate: float, rng: random.Ran
 
 def leaves(config: Config, group: Group) -> list[tree.TrainingSequence]:
     """One training sequence per leaf of the problem's tree, with its advantages."""
-    flatten = {
+    flatten: dict[str, Callable] = {
         "tree": tree.tree_sequences,
         "grpo": baselines.grpo_sequences,
         "prl": partial(baselines.prl_sequences, eta=config.prl_eta),

@@ -209,6 +209,8 @@ def add_other_options(group) -> None:
     choose("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
     engines = ("transformers", "vllm")
     choose("engine", "transformers", engines, "what samples (not for --ask)")
+    units = "loose: units are ignored; strict: if a side has one, both need the same"
+    choose("grade_units", "loose", ("loose", "strict"), units)
     choose("dtype", "fp32", sorted(DTYPES), "of forward passes")
 
 
@@ -276,7 +278,15 @@ def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
         "k": k,
         "max_response": check_context(model, problems, args.max_response),
     }
-    for same in ("temperature", "prompt_suffix", "seed", "reward", "engine", "dtype"):
+    for same in (
+        "temperature",
+        "prompt_suffix",
+        "seed",
+        "reward",
+        "grade_units",
+        "engine",
+        "dtype",
+    ):
         settings[same] = getattr(args, same)
     return Work(out / f"{name}.jsonl", settings, [(p, i) for p in problems for i in range(k)])
 
@@ -286,7 +296,7 @@ def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
     name = args.suite or next(iter(args.sets))
     out = Path(args.out or f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     work = [read_set(name, args, out, model, tokenizer) for name in args.sets]
-    weights, reward = model_hash(args.model)[:16], Reward(args.reward)
+    weights, reward = model_hash(args.model)[:16], Reward(args.reward, units=args.grade_units)
     make_folder(out, [w.path for w in work])
     found = []
     for w in work:

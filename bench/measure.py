@@ -1,13 +1,12 @@
 """bench/measure.py: what all timings here share, and the table of all ratios.
 
-    make bench                      # fci, rollout, update, pipeline, scale, then the table; about
-                                    40 minutes
+    make bench                      # every script of the Makefile's list, then the table
     python bench/measure.py         # only the table, from results.json
 
-Both sides of a ratio come from one run and are interleaved, so that other load on the machine hits
-both alike; the median counts. Peak memory is measured in a fresh process for every number.
-results.json holds the machine, the versions, both sides of every ratio and the tables they come
-from, one entry per script and part.
+Both sides of a ratio come from one run and take turns, so that other load on the machine hits both
+alike; the median counts. A fresh process measures every peak of memory. results.json holds the
+machine, the versions, both sides of every ratio and the tables they come from, one entry per script
+and part.
 """
 
 import argparse

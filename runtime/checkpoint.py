@@ -237,6 +237,7 @@ def check_unchanged(path: Path, run) -> set[str]:
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         old, new = saved["config"], asdict(run.config)
+        old.setdefault("grade_units", "loose")  # of version 1, as the next
         old["reward"] = {"eval:grade": "boxed"}.get(old["reward"], old["reward"])
         changed = {
             name: f"--{name} {old.get(name)} is now {new[name]}"

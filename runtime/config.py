@@ -53,6 +53,9 @@ class RunSettings:
     reward: str = option(
         "boxed", "boxed, number, boxed_or_number, or module:function(response, answers) -> number"
     )
+    grade_units: Literal["loose", "strict"] = option(
+        "loose", "loose: the grader ignores units; strict: if a side has one, both need the same"
+    )
     seed: int = option(0, "fixes the order of problems, rollouts and mini-batches")
     steps: int = option(500, "training steps")
     max_prompt: int = option(1024, "tokens of the longest prompt")
@@ -326,7 +329,7 @@ def is_given(argv: list[str], name: str) -> bool:
 
 def check_used(config: Config, typed: list[str]) -> None:
     """Raises UserError for a typed option that the chosen method does not use."""
-    unused = {}
+    unused: dict[str, str] = {}
     if config.advantage == "tree":
         unused |= dict.fromkeys(("grpo_samples",), "--advantage tree")
     else:

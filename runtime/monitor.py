@@ -156,7 +156,8 @@ class Monitor:
         the slowest (`exchange` includes the time spent waiting for it). The counts start anew."""
         share = (self.generated_tokens, self.gap, reward_counts, self.seconds)
         tokens, gaps, counts, seconds = zip(*dist.everyone([share]))
-        gap, count = Gap.sum(gaps), sum(counts, Counter())
+        gap = Gap.sum(gaps)
+        count: Counter = sum(counts, Counter())
         self.gap = Gap()
         self.check_gap(gap.total / max(1, gap.tokens), tolerance)
         phases = ("generate", "score", "grade", "exchange", "train", "sync")

@@ -142,6 +142,7 @@ def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) ->
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     results = read_results(path)
+    results.settings.setdefault("grade_units", "loose")
     if results.settings.get("reward") == "eval:grade":  # of version 1
         results.settings["reward"] = "boxed"
     if changed := differing(results.settings, settings):

@@ -49,9 +49,9 @@ def number_in_a_box(response: str) -> str:
 
 class Reward:
     """Grades (response, answers) pairs; counts in `counts` what a training log should show:
-    timeouts, deaths, no box."""
+    timeouts, deaths, no box. units: "loose" ignores them, "strict" wants the same on both sides."""
 
-    def __init__(self, spec: str = "boxed", workers: int = 2):
+    def __init__(self, spec: str = "boxed", workers: int = 2, units: str = "loose"):
         self.spec = spec
         self.counts: Counter[str] = Counter()
         # of the latest call, per item: why it could not be graded ("": it could); was there an
@@ -60,7 +60,7 @@ class Reward:
         self.boxed: list[bool] = []
         self.grader: Grader | None = None
         if spec in GRADED:  # these go to the pool as a whole: many answers at a time
-            self.grader = Grader(workers)
+            self.grader = Grader(workers, units=units)
             atexit.register(self.grader.close)
         else:
             self.function = named_function(spec)

@@ -27,7 +27,7 @@ running batch.
     python -m pytest tests/runtime/test_rollout.py
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ def request_seed(*path: int) -> int:
     return (int(high) << 31 | int(low) >> 1) & (2**63 - 1)
 
 
-def probe_requests(requests: list[Request], completions: list[Completion]) -> list[Request]:
+def probe_requests(requests: Sequence[Request], completions: list[Completion]) -> list[Request]:
     """A few tokens more, from the middle of the first completions: prefixes that the engine has in
     its cache."""
     probes = []

@@ -133,7 +133,7 @@ def build(config: Config, display: Display) -> Parts:
         trained_policy=trained_policy,
         reference=reference,
         frozen_reference=frozen_reference,
-        reward=Reward(config.reward, config.grading_workers),
+        reward=Reward(config.reward, config.grading_workers, config.grade_units),
         probes=probes,
         monitor=Monitor(display),
     )

@@ -28,6 +28,7 @@ PAGES = [
     "docs/runs.md",
     "docs/data-and-models.md",
     "docs/evaluation.md",
+    "docs/grading.md",
     "docs/multi-gpu.md",
     "docs/memory.md",
     "docs/benchmarks.md",

@@ -414,10 +414,12 @@ def filters_alone_would_differ(folder: Path) -> bool:
 
 
 @pytest.mark.full
+@pytest.mark.xdist_group("one_process")
 def test_a_run_on_two_ranks_is_the_run_of_one_process(one_process, tmp_path):
     same_run(together(tmp_path / "run"), one_process)
 
 
+@pytest.mark.xdist_group("one_process")
 def test_a_run_on_two_ranks_with_fsdp_is_the_run_of_one_process(one_process, tmp_path):
     same_run(
         together(tmp_path / "run", "--parallel", "fsdp", "--activation_checkpointing", "true"),

@@ -1,9 +1,9 @@
-"""test_grading.py: verdicts on hostile and on real answers, and a pool that survives what sympy
-does to it.
+"""grading.py: verdicts on real and hostile answers, and a pool that survives what sympy does.
 
 Nothing here is a mock: the hangs are sympy's own, and the deaths are signals sent to live workers.
 """
 
+import itertools
 import json
 import os
 import re
@@ -14,20 +14,35 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from fixtures import REAL_DATA, ROOT
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime import grading
-from runtime.grading import Grader, Verdict, _clean, _decide, _key, _number, grade, last_box
+from runtime.grading import (
+    DRESS,
+    VETOES,
+    Grader,
+    Verdict,
+    _clean,
+    _decide,
+    _key,
+    _number,
+    grade,
+    last_box,
+)
 
-needs_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"no evaluation data in {REAL_DATA}")
+ROOT = Path(__file__).resolve().parent.parent.parent
+DATA = ROOT.parent / "shared" / "data"  # not part of the repository
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no evaluation data in {DATA}")
 
-# minutes inside one multiplication: only a kill ends it
-HANG = (r"\boxed{99999999!}", [r"\sqrt{2}"])
+HANG = (
+    r"\boxed{99999999!}",
+    [r"\sqrt{2}"],
+)  # minutes inside one multiplication: only a kill ends it
 EASY = (r"\boxed{2(n-1)}", ["2n-2"])  # correct, but only math-verify can see it
 
 
@@ -46,8 +61,7 @@ def idle_pids(grader: Grader) -> list[int]:
 
 
 def warmed(grader: Grader) -> list[int]:
-    """The pids of both workers, after making sure that both run: with two items at once neither can
-    serve both."""
+    """The pids of both workers, after making sure that both run: two items at once need both."""
     for _ in range(20):
         if len(idle_pids(grader)) == 2:
             return idle_pids(grader)
@@ -55,8 +69,7 @@ def warmed(grader: Grader) -> list[int]:
     raise AssertionError("the second worker never started")
 
 
-# --- the box
-# --------------------------------------------------------------------------------------------------
+# --- the box ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,9 @@ def warmed(grader: Grader) -> list[int]:
         (r"\boxed{}", ""),
         (r"\boxed{3}, no: \boxed{4}", "4"),
         (r"\boxed{\frac{1}{2}}} ", r"\frac{1}{2}"),
-        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{\boxed{5}}", r"\boxed{5}"),  # grade() takes the inner one off
+        (r"\boxed{\boxed{1}, \boxed{2}}", r"\boxed{1}, \boxed{2}"),
+        (r"\fbox{5}", "5"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
         (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace needs no partner
         (r"\boxed{5} and then \boxed{6", "5"),  # cut off by the token limit
@@ -154,60 +169,164 @@ def test_every_text_equals_itself_unless_empty(text):
 @given(numerator=st.integers(-(10**6), 10**6), denominator=st.integers(1, 999))
 def test_numbers_are_exact(numerator, denominator):
     fraction = rf"\frac{{{numerator}}}{{{denominator}}}"
-    for form in (
-        f"{numerator}/{denominator}",
-        fraction,
-        "$" + fraction.replace("frac", "dfrac") + "$.",
-    ):
-        assert _number(form) is not None and _number(form) * denominator == numerator
+    dressed = "$" + fraction.replace("frac", "dfrac") + "$."
+    for form in (f"{numerator}/{denominator}", fraction, dressed):
+        assert _number(_clean(form)) == Fraction(numerator, denominator)
         assert _decide(form, f"{numerator}/{denominator}") is True
         assert _decide(form, f"{numerator + 1}/{denominator}") is False
 
 
-# --- verdicts
-# --------------------------------------------------------------------------------------------------
+# --- verdicts --------------------------------------------------------------------------------
 
-VERDICTS = [  # answer, gold, verdict
-    # rule 3: one string
-    (r"\dfrac12", r"\frac{1}{2}", True),
-    (r"\left( 3, \frac\pi2 \right)", r"(3,\frac{\pi}{2})", True), ("p-q", "p - q", True),
-    (r"\$32,348", r"\$32,\!348", True), ("(C)", r"\text{(C)}", True), ("yes", r"\text{Yes}", True),
-    ("5_{8}", "5_8", True),
-    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
-    ("x = 5", "5", True), ("5", "x=5", True), (r"n=1 \text{ or } n=3", "1,3", True),
-    (r"[-2,7]", r"x \in [-2,7]", True), ("", "0", False), (" ", "", False), ("", "", False),
-    # rule 4: numbers
-    ("1/2", "0.5", True), ("8.7e8", r"8.7 \times 10^{8}", True), (r"10^{-3}", "0.001", True),
-    ("025", "25", True), ("+2", "2", True), ("−3", "-3", True), ("1{,}234", "1234", True),
-    ("1 234", "1234", True), ("1 2", "12", False), ("0.333", r"\frac{1}{3}", False),
-    ("4e-7", "1e-7", False), ("1e9999", "1e9998", False), (r"5\text{ dollars}", "5", True),
-    ("62.5", "62.5%", True), ("5 cm", "5", True),
-    (r"864 \text{ in}^2", r"864 \mbox{ inches}^2", True),
-    (r"15000\text{ kcal m}^{-2}\text{yr}^{-1}", "15000", True), ("90°", "90", True),
-    # rule 5: only its own kind
-    ("205=204", "204", False), ("2=204", "204", False), ("x+y=204", "204", False),
-    ("5 apples and 6 pears", "5", False), (r"5\text{ or six}", "5", False), ("5x", "5", False),
-    ("3 pi", "3", False), (r"3\mathrm{i}", "3", False), (r"\pm 5", "5", False), ("5,5", "5", False),
-    ("10:30", "1/3", False), (r"\sum_{n=1}^{10} n", "55", False), ("3 4", "12", False),
-    ("2516_7", "2516_8", False), (r"\text{not even}", r"\text{even}", False),
-    (r"1=\sqrt{2}", r"\sqrt{2}", False), ("LRAC", "SRAC=LRAC", False), ("x=5", "y=5", False),
-    # rule 6: math-verify
-    ("2(n-1)", "2n-2", True), (r"\sqrt{16}", "4", True), (r"1\frac{1}{2}", "3/2", True),
-    ("-2, 1", "1,-2", True), ("(2,1)", "(1,2)", False), (r"\sqrt{6}", r"\sqrt{2}\sqrt{3}", True),
-    (r"-2\le x\le 7", r"x\in[-2,7]", True), (r"\frac12 m", r"\frac{m}{2}", True),
-    (r"\frac12", r"\frac{1}{2}c", False), (r"2^{-99}\pi", r"2^{-98}\pi", False),
-    (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}", False), ("2^{2015}-1", "2^{2015}+1", False),
+
+def assert_verdicts(grader: Grader, rows: list[tuple[str, str, bool]]) -> None:
+    """rows: (answer, gold, is it right)."""
+    verdicts = grader.grade_many([(box(answer), [gold]) for answer, gold, _ in rows])
+    pairs = zip(rows, verdicts, strict=True)
+    wrong = [(*row, v) for row, v in pairs if v.correct != row[2] or not v.boxed]
+    assert not wrong, wrong
+
+
+def test_cases(grader):
+    lines = (Path(__file__).parent / "grading_cases.txt").read_text().splitlines()
+    rows = [(line[0], *line[2:].split(" ~ ")) for line in lines if line[0] in "+-"]
+    assert len(rows) > 1000 and sum(sign == "-" for sign, *_ in rows) > 150
+    assert_verdicts(grader, [(answer, gold, sign == "+") for sign, answer, gold in rows])
+
+
+def test_nothing_equals_nothing(grader):
+    rows = [("", "0"), (" ", ""), ("", ""), ("$ $", "$"), (r"\text{}", r"\text{}")]
+    assert_verdicts(grader, [(*row, False) for row in rows])
+
+
+def accepted(grader: Grader, examples: list[str]) -> list[bool]:
+    pairs = [example.split(" ~ ") for example in examples]
+    return [verdict.correct for verdict in grader.grade_many([(box(a), [g]) for a, g in pairs])]
+
+
+def test_every_row_of_the_table_does_what_its_examples_say(grader):
+    examples = [example for _, _, *examples in DRESS for example in examples]
+    verdicts = zip(examples, accepted(grader, examples), strict=True)
+    assert not [example for example, right in verdicts if not right]
+
+
+@pytest.mark.parametrize("number", range(len(DRESS)))
+def test_every_row_of_the_table_is_needed(grader, monkeypatch, number):
+    pattern, _, *examples = DRESS[number]
+    monkeypatch.setattr(grading, "_ROWS", grading._ROWS[:number] + grading._ROWS[number + 1 :])
+    grading._cleaned.cache_clear()
+    try:
+        assert not all(accepted(grader, examples)), pattern
+    finally:
+        grading._cleaned.cache_clear()
+
+
+@pytest.mark.parametrize("number", range(len(VETOES)))
+def test_every_veto_is_needed(grader, monkeypatch, number):
+    _, *examples = VETOES[number]
+    assert not any(accepted(grader, examples))
+    monkeypatch.setattr(grading, "VETOES", VETOES[:number] + VETOES[number + 1 :])
+    assert all(accepted(grader, examples)), "math-verify refuses these by itself"
+
+
+STRICT = [  # answer, gold, verdict: all are right when units are ignored
+    (r"5 \text{ cm}", "5", False), (r"5 \text{ cm}", r"5 \text{ m}", False), (r"\$5", "5", False),
+    ("5", r"5 \text{ cm}", False), (r"50\%", "50", False), ("90", r"90^\circ", False),
+    (r"5\ \text{m}^2", r"5\ \text{m}", False), ("5", "5", True), (r"\$5", "5 dollars", True),
+    (r"5 \text{ cm}", r"5\,\mathrm{cm}", True), (r"\text{5 cm}", r"5 cm", True),
+    (r"5 \text{ meters per second}", r"5\ \mathrm{m/s}", True), ("90^\\circ", "90 degrees", True),
+    (r"15 \text{ square inches}", r"15 \mbox{ in}^2", True), ("5 m/s", r"5\ \text{m s}^{-1}", True),
+    (r"60 km/h", r"60 \text{ kilometers per hour}", True), (r"50\%", r"50 \text{ percent}", True),
+    (r"9.8\ \mathrm{m/s^2}", r"9.8\,\text{m}/\text{s}^2", True),
+    (r"5\ \frac{\text{m}}{\text{s}}", "5 m/s", True), (r"\frac{1}{2} \text{ kg}", "0.5 kg", True),
 ]  # fmt: skip
 
 
-def test_rules(grader):
-    verdicts = grader.grade_many([(box(answer), [gold]) for answer, gold, _ in VERDICTS])
-    wrong = [
-        (*row, verdict)
-        for row, verdict in zip(VERDICTS, verdicts)
-        if verdict != Verdict(row[2], True)
-    ]
-    assert not wrong, wrong
+def test_units_are_a_switch(grader):
+    assert_verdicts(grader, [(answer, gold, True) for answer, gold, _ in STRICT])
+    with Grader(workers=1, units="strict") as strict:
+        assert_verdicts(strict, STRICT)
+    assert grade(box("5 cm"), ["5"]) and not grade(box("5 cm"), ["5"], units="strict")
+    with pytest.raises(ValueError, match='it can be "loose" or "strict"'):
+        Grader(units="si")
+
+
+# --- properties of verdicts ------------------------------------------------------------------
+
+slow = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+PAIRS = [
+    ("12", "12", True), ("12", "13", False), (r"\frac{3}{4}", "0.75", True), ("-5", "5", False),
+    (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt{3}}", True), ("x^2-1", "(x-1)(x+1)", True),
+    ("x^2-1", "(x-1)^2", False), ("(1,2)", "(2,1)", False), (r"\{1,2\}", r"\{2,1\}", True),
+    (r"(1,2)", r"\{1,2\}", False), (r"(-\infty,3)", r"(-\infty,3]", False), ("52_8", "52_7", False),
+    ("2,3", "3,2", True), ("2,3", "2,3,4", False), (r"2\pi", r"\pi+\pi", True),
+]  # fmt: skip
+DRESSES = [
+    "{}", "${}$", r"\({}\)", r"\displaystyle {}", r"\boxed{{{}}}", r"\mathbf{{{}}}", "{}.", "{},",
+    " {} ", r"{{\color{{red}} {}}}", r"\textcolor{{blue}}{{{}}}", r"\ {}\,", "**{}**",
+    r"\underline{{{}}}",
+    r"\quad {}", r"\text{{The answer is }} {}", r"\approx {}", "= {}", r"{{{}}}",
+]  # fmt: skip
+NAMES = ["x = {}", "f(2) = {}", r"\text{{Area}} = {}", "m+n = {}", "|z| = {}", "{} = x"]
+UNITS = [r"{} \text{{ cm}}", r"{}\ \mathrm{{m/s^2}}", r"{} \text{{ apples}}", r"{}^\circ", "{} cm"]
+
+
+@given(
+    pair=st.sampled_from(PAIRS), dress=st.lists(st.sampled_from(DRESSES), max_size=3, unique=True)
+)
+@slow
+def test_dress_never_changes_a_verdict(grader, pair, dress):
+    answer, gold, right = pair
+    for each in dress:
+        answer = each.format(answer)
+    assert_verdicts(grader, [(answer, gold, right)])
+
+
+@given(number=st.integers(1, 999), other=st.integers(-999, 999), data=st.data())
+@slow
+def test_names_and_units_never_change_a_verdict(grader, number, other, data):
+    # Not 0: "m+n = 0" may be an unsolved equation.
+    answer = data.draw(st.sampled_from(["{}", *UNITS])).format(number)
+    answer = data.draw(st.sampled_from(["{}", *NAMES])).format(answer)
+    answer = data.draw(st.sampled_from(DRESSES)).format(answer)
+    rows = [(answer, str(number), True), (answer, str(other), number == other)]
+    assert_verdicts(grader, rows)
+
+
+VALUES = [  # not "2,1": the point (1,2) is another, but the roots 2,1 may be boxed as (1,2)
+    "7", "-7", "0.5", r"\frac12", r"\sqrt{2}", r"\frac{2}{\sqrt2}", r"2^{-1}", "x+1", "1+x",
+    "(1,2)", r"\{1,2\}", r"\{2,1\}", "1,2", "[1,2]", r"1 \le x \le 2", "y=2x", "2x=y",
+    r"\text{yes}",
+    "Yes", r"5 \text{ cm}", "5", "x=5", "52_8", r"\infty", r"+\infty",
+    r"2 \text{ million}", "2000000",
+]  # fmt: skip
+
+
+@given(a=st.sampled_from(VALUES), b=st.sampled_from(VALUES))
+@slow
+def test_a_verdict_is_symmetric(grader, a, b):
+    there, back = grader.grade_many([(box(a), [b]), (box(b), [a])])
+    assert there == back, (a, b)
+
+
+PIECES = [
+    *"0123457", "10", "12", "+", "-", "=", ",", "/", ":", ".", "x", "(", ")", " ", r"\times ", "^2",
+    "_2", r"\pm ", " or ", r"\text{ and }", r"\approx ", r"\frac{1}{2}", r"\text{ cm}", r"\le ",
+    r"\{", r"\}", r"\text{ million}", r"\ldots", "5 = ", r"\boxed{3}", r"\sqrt{4}", r"\pmod{4}",
+    "i", r"\pi", "<",
+]  # fmt: skip
+
+
+@given(answer=st.lists(st.sampled_from(PIECES), min_size=1, max_size=6).map("".join))
+@slow
+def test_no_answer_is_right_for_two_numbers(grader, answer):
+    golds = [*map(str, range(-3, 13)), "0.5", r"\frac{1}{4}", "100", "120", "2000000"]
+    verdicts = grader.grade_many([(box(answer), [gold]) for gold in golds])
+    right = [gold for gold, verdict in zip(golds, verdicts, strict=True) if verdict.correct]
+    assert len(right) <= 1, (answer, right)
+
+
+# --- data ------------------------------------------------------------------------------------
 
 
 def test_any_of_several_golds_matches_and_a_string_is_one_gold():
@@ -224,25 +343,22 @@ def test_any_of_several_golds_matches_and_a_string_is_one_gold():
 
 @needs_data
 def test_hostile_cases():
-    cases = [
-        json.loads(line) for line in (REAL_DATA / "verifier_cases.jsonl").read_text().splitlines()
-    ]
+    cases = [json.loads(line) for line in (DATA / "verifier_cases.jsonl").read_text().splitlines()]
     assert len(cases) == 103
-    with Grader(workers=2, timeout=2) as grader:  # a second less than usual, for nine of them hang
+    with Grader(workers=2, timeout=1) as grader:  # less than usual, for nine of them hang
 
         def timed(case):  # one call a case, from two threads, so that each has a time of its own
             start = time.monotonic()
-            return (
-                grader.grade_many([(case["response"], [case["gold"]])])[0],
-                time.monotonic() - start,
-            )
+            return grader.grade_many([(case["response"], [case["gold"]])])[
+                0
+            ], time.monotonic() - start
 
         warmed(grader)
         with ThreadPoolExecutor(2) as threads:
             results = list(threads.map(timed, cases))
     wrong = [
         f"{case['note']}: {case['response'][-100:]!r} for {case['gold']!r} gave {verdict}"
-        for case, (verdict, _) in zip(cases, results)
+        for case, (verdict, _) in zip(cases, results, strict=True)
         if case["expect"] != "no_crash" and verdict.correct != (case["expect"] == "correct")
     ]
     assert len(wrong) <= 2, "\n".join(wrong)
@@ -251,7 +367,7 @@ def test_hostile_cases():
 
 
 def gold_lists(name: str) -> list[list[str]]:
-    table = pytest.importorskip("pyarrow.parquet").read_table(REAL_DATA / f"{name}.parquet")
+    table = pytest.importorskip("pyarrow.parquet").read_table(DATA / f"{name}.parquet")
     return [row["reward_model"]["ground_truth"] for row in table.to_pylist()]
 
 
@@ -278,7 +394,7 @@ def test_every_gold_verifies_in_many_spellings_and_not_against_its_neighbour(nam
                     golds,
                 )
     compared = 0
-    for golds, others in zip(rows, rows[1:] + rows[:1]):
+    for golds, others in zip(rows, rows[1:] + rows[:1], strict=True):
         values = {_number(gold) for gold in golds}
         other = _number(others[0])
         if None not in values and other is not None and other not in values:
@@ -288,26 +404,37 @@ def test_every_gold_verifies_in_many_spellings_and_not_against_its_neighbour(nam
 
 
 @needs_data
+def test_every_gold_of_the_training_file_equals_itself_if_it_means_anything():
+    golds = gold_lists("dapo_math_train")
+    meaningless = [gold for gold in golds if _decide(gold, gold) is not True]
+    assert len(golds) > 20_000 and meaningless == ["", ""]
+
+
+@needs_data
 def test_rewritten_golds_verify_with_math_verify(grader):
-    """0 + gold is a string that equals no gold, so only sympy can accept it; the next row's gold it
-    must reject."""
+    """0 + gold is a string that equals no gold: only sympy can accept it. It must not take the next
+    row's gold."""
     golds = [gold for gold, *_ in gold_lists("math500") if re.search(r"sqrt|\\pi|\^[0-9]", gold)]
-    # values, so 0 can be added
-    golds = [gold for gold in golds if not re.search(r"[,=]|pm|begin|text|mbox", gold)]
+    golds = [
+        gold for gold in golds if not re.search(r"[,=]|pm|begin|text|mbox", gold)
+    ]  # values, so 0 can be added
     rows = [(box("0+" + gold), [gold], True) for gold in golds]
     rows += [
-        (box(b), [a], False) for a, b in zip(golds, golds[1:]) if _key(_clean(a)) != _key(_clean(b))
+        (box(b), [a], False)
+        for a, b in itertools.pairwise(golds)
+        if _key(_clean(a)) != _key(_clean(b))
     ]
     assert len(golds) > 30
     verdicts = grader.grade_many([row[:2] for row in rows])
     wrong = [
-        (row, verdict) for row, verdict in zip(rows, verdicts) if verdict != Verdict(row[2], True)
+        (row, verdict)
+        for row, verdict in zip(rows, verdicts, strict=True)
+        if verdict != Verdict(row[2], True)
     ]
     assert not wrong, wrong
 
 
-# --- the pool
-# --------------------------------------------------------------------------------------------------
+# --- the pool --------------------------------------------------------------------------------
 
 
 def test_a_kill_and_a_deaf_hang_cost_one_item_each():
@@ -321,8 +448,9 @@ def test_a_kill_and_a_deaf_hang_cost_one_item_each():
         verdicts = grader.grade_many([HANG, HANG] + [EASY] * 20)
         assert sorted(verdict.error for verdict in verdicts[:2]) == ["died", "timeout"]
         assert verdicts[2:] == [Verdict(True, True)] * 20
-        # the rest: starting new workers, busy machine
-        assert time.monotonic() - start < 2 + grading.KILL_GRACE + 10
+        assert (
+            time.monotonic() - start < 2 + grading.KILL_GRACE + 10
+        )  # the rest: starting new workers, busy machine
         assert not {first, second} & set(idle_pids(grader))
         assert grader.grade_many([EASY] * 3) == [Verdict(True, True)] * 3
 
@@ -381,8 +509,9 @@ def test_kills_at_any_moment_lose_no_item():
     with Grader(workers=2) as grader:
         start = time.monotonic()
         warmed(grader)
-        # longer than a start: three failed starts in a row are an error
-        pause = 1.2 * (time.monotonic() - start)
+        pause = 1.2 * (
+            time.monotonic() - start
+        )  # longer than a start: three failed starts in a row are an error
 
         def kill_three():
             for _ in range(3):
@@ -407,26 +536,25 @@ def test_kills_at_any_moment_lose_no_item():
         assert grader.grade_many([EASY] * 4) == [Verdict(True, True)] * 4
 
 
-# --- how it is called
-# ------------------------------------------------------------------------------------------------
+# --- how it is called ------------------------------------------------------------------------
 
 SCRIPT = """
 import os, sys, threading
 from runtime.grading import Grader, grade, _GRADER
-print("started")  # a second time, if a worker ran this script again
+print("started")                              # a second time, if a worker ran this script again
 question = (r"\\boxed{2(n-1)}", ["2n-2"])
 assert grade(*question)
 results = []
 thread = threading.Thread(target=lambda: results.append(grade(*question)))
 thread.start(); thread.join()
 assert results == [True]
-forked = Grader()  # its workers are never closed
+forked = Grader()                                           # its workers are never closed
 assert forked.grade_many([question] * 4)[3].correct
-child = os.fork()  # parent and child must not share a worker
+child = os.fork()                             # parent and child must not share a worker
 answers = [grade(r"\\boxed{%d(n-1)}" % i, ["2n-2"]) for i in range(1, 6)]
 assert answers == [False, True, False, False, False], answers
 if child == 0:
-    sys.exit(0)  # runs atexit, which must leave the parent's workers alone
+    sys.exit(0)                               # runs atexit: the parent's workers must stay
 assert os.waitpid(child, 0)[1] == 0
 assert grade(*question)
 print("pids", *(w.pid for g in (_GRADER, forked) for w in g._idle.queue if w), flush=True)
@@ -483,7 +611,7 @@ def test_workers_end_when_the_parent_is_killed(tmp_path):
 def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "math_verify.py").write_text("raise ImportError('this is broken')")
-    text = "from eval import grade\nprint(grade(r'\\boxed{2(n-1)}', ['2n-2']))"
+    text = "from runtime.grading import grade\nprint(grade(r'\\boxed{2(n-1)}', ['2n-2']))"
     script = run_script(tmp_path, text, tmp_path / "broken")
     out, err = script.communicate(timeout=60)
     assert (
@@ -495,12 +623,9 @@ def test_a_broken_installation_is_an_error_and_not_a_wrong_answer(tmp_path):
 
 
 def test_importing_stays_light():
-    """A worker is this file as a script: an import of torch at its top would cost every worker
-    seconds and memory."""
-    code = (
-        "import sys, runtime.grading; heavy = ('torch', 'transformers', 'sympy', 'numpy');"
-        " print([m for m in heavy if m in sys.modules])"
-    )
+    """A worker is this file as a script: an import of torch would cost every worker seconds."""
+    heavy = ("torch", "transformers", "sympy", "numpy")
+    code = f"import sys, runtime.grading; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
