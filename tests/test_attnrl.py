@@ -17,8 +17,7 @@ from fixtures import (
     save_real_model,
     typed,
 )
-from launch import run as command
-from toy_runs import TINY, metrics, set_up, tiny, train_tiny, trained_sequences
+from toy_runs import TINY, metrics, set_up, tiny, train, train_tiny, trained_sequences
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
@@ -498,28 +497,16 @@ def test_the_toy_is_learnt_in_minutes(tmp_path):
 # --- real input
 # --------------------------------------------------------------------------------------------------
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real problem files are not at {REAL_DATA}")
-def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_learnt(tmp_path):
+def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_learnt(
+    tmp_path, capsys
+):
     model = save_real_model(tmp_path / "model")
-    text, _ = command(
-        "attnrl.py",
-        "--model",
-        model,
-        "--problems",
-        REAL_DATA / "math500.parquet",
-        "--test_problems",
-        REAL_DATA / "aime24.parquet",
-        "--steps",
-        2,
-        "--batch_size",
-        4,
-        "--max_response",
-        48,
-        "--eval_samples",
-        1,
-        "--drop_bad_rows",
-        "--out",
-        tmp_path / "run",
-    )
+    options = ["--model", model, "--out", tmp_path / "run", "--drop_bad_rows"]
+    options += ["--problems", REAL_DATA / "math500.parquet"]
+    options += ["--test_problems", REAL_DATA / "aime24.parquet"]
+    options += typed("--steps 2 --batch_size 4 --max_response 48 --eval_samples 1")
+    train(parse_config(list(map(str, options))))
+    text = capsys.readouterr().out
     records = metrics_of(tmp_path / "run")
     assert [m["step"] for m in records] == [0, 1, 2]
     assert all(

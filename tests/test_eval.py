@@ -24,20 +24,10 @@ from runtime.rollout import Completion
 from toy.programs import toy_solution
 
 
-def test_evaluation_command_writes_one_line_per_sample(tmp_path):
-    text, _ = run(
-        "eval.py",
-        "--model",
-        TOY_MODEL,
-        "--problems",
-        "toy:6:20:5",
-        "--k",
-        4,
-        "--temperature",
-        1,
-        "--out",
-        tmp_path / "r",
-    )
+def test_evaluation_command_writes_one_line_per_sample(tmp_path, capsys):
+    options = typed("--problems toy:6:20:5 --k 4 --temperature 1")
+    evaluation.main(["--model", str(TOY_MODEL), *options, "--out", str(tmp_path / "r")])
+    text = capsys.readouterr().out
     settings, *rows = [
         json.loads(line) for line in (tmp_path / "r" / "toy-6-20-5.jsonl").read_text().splitlines()
     ]

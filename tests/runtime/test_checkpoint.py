@@ -189,6 +189,24 @@ def test_sampling_the_in_flight_half_anew_is_another_run(whole, tmp_path, monkey
     assert got != expected
 
 
+def test_a_checkpoint_of_version_1_goes_on(whole, tmp_path):
+    """There branch points stood on the group, only their number of responses that were cut off, and
+    the default reward was called eval:grade."""
+    run = cut(whole, 2, tmp_path / "run")
+    folder = run / "step-000002"
+    state, settings = state_of(folder), json.loads((folder / "run.json").read_text())
+    for group in state["groups"]:
+        points = [response.pop("branch_points") for response in group["responses"]]
+        group["branch_points"] = {i: at for i, at in enumerate(points) if at}
+        group["cut"] = sum(not response.pop("finished") for response in group["responses"])
+    assert any(group["branch_points"] for group in state["groups"])
+    settings["config"]["reward"] = "eval:grade"
+    torch.save(state, folder / "training.pt")
+    (folder / "run.json").write_text(json.dumps(settings))
+    resume(run, stop=lambda: True)
+    same_checkpoint(run / "step-000003", whole / "step-000003")
+
+
 # --------------------------------------------------------------------------------------------------
 # Several ranks
 # --------------------------------------------------------------------------------------------------
@@ -460,9 +478,16 @@ def check_newest(folder: Path) -> int:
 LONG = [*RUN, *SEED, "--steps", 10000, "--eval_every", 0, "--keep", 2]
 
 
-def test_the_first_signal_stops_after_the_step_and_the_second_at_once(tmp_path):
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGTERM],
+        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.full),
+    ],
+)
+def test_the_first_signal_stops_after_the_step_and_the_second_at_once(numbers, tmp_path):
     folder = tmp_path / "run"
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         before = steps_done(folder)
         with alone(*LONG, "--save_every", 0, "--out", folder, "--resume", "auto") as run:
             run.wait_until(lambda: steps_done(folder) > before, "a step")
