@@ -18,7 +18,8 @@ LONGEST = 1000  # characters; a longer gold is only ever compared letter by lett
 _NONE = {"nan", "inf", "-inf"}  # how tables write numbers that are none
 # What needs no computer algebra to be told: a number with or without dress, and one word or choice.
 _NUMBER = re.compile(
-    r"\\?\$?\s*[-+]?\s*(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)(?:\s*/\s*[0-9]+)?\s*(?:\\?%)?\s*\\?\$?\.?"
+    r"\\?\$?\s*[-+]?\s*(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
+    r"(?:\s*/\s*[0-9]+)?\s*(?:\\?%)?\s*\\?\$?\.?"
     r"|[-+]?\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
 )
 _WORD = re.compile(r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?[^\W\d_]{1,20}\)?\}?\.?")
