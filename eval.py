@@ -30,7 +30,7 @@ from tqdm import tqdm
 from runtime import dist
 from runtime.checkpoint import model_hash
 from runtime.cli import Parser, UserError, plain, stop_on_user_error
-from runtime.data import Problem, load_problems
+from runtime.data import Problem, checked_day, load_problems
 from runtime.dist import DTYPES, cast
 from runtime.grading import grade  # noqa: F401
 from runtime.metrics import Outcomes
@@ -172,7 +172,7 @@ def parse(argv: list[str]):
 
 def add_problem_options(group) -> None:
     suite = ", ".join(SUITES["paper"]["samples"])
-    files = "FILE.jsonl, .json, .parquet or toy:8:100:2"
+    files = "FILE.jsonl, .json, .csv, .parquet ..., hf:OWNER/NAME:SPLIT or toy:8:100:2"
     group.add_argument("--model", required=True, help="model directory")
     one = group.add_mutually_exclusive_group(required=True)
     one.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help=files)
@@ -195,6 +195,9 @@ def add_sampling_options(group) -> None:
     add("max_prompt", int, 1024, "tokens; longer problems are bad rows")
     add("max_response", int, None, "tokens; default 1024, or what the model has room for")
     add("prompt_suffix", str, "", "added to every problem that does not end in it")
+    add("problem_column", str, "", "column of the problem (a.b: inside a); default: usual names")
+    add("answer_column", str, "", "column of the answer; default: usual names")
+    add("date", str, "", "of chat templates that write one, as 2026-01-31; default: today")
     add("seed", int, 0, "the same seed and command: the same samples")
 
 
@@ -259,6 +262,16 @@ class Work:
     asked: list[tuple[Problem, int]]  # (problem, number of the sample)
 
 
+def date_of(path: Path) -> str:
+    """The date with which a result file was begun: a chat template may write it into the prompts,
+    and an evaluation that goes on tomorrow asks as it did today. "": a new or damaged file."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return str(json.loads(file.readline())["settings"].get("date", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
 def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
     """Raises UserError."""
     source, k = args.sets[name]
@@ -268,12 +281,16 @@ def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
         max_prompt=args.max_prompt,
         suffix=args.prompt_suffix,
         drop=args.drop_bad_rows,
+        today=date_of(out / f"{name}.jsonl") or args.date,
+        problem_column=args.problem_column,
+        answer_column=args.answer_column,
     )
     prompts = json.dumps([(p.text, p.answers, p.prompt_ids) for p in problems])
     settings = {
         "model": args.model,
         "problems": source,
         "prompts": zlib.crc32(prompts.encode()),
+        "date": date_of(out / f"{name}.jsonl") or checked_day(args.date),
         "questions": len(problems),
         "k": k,
         "max_response": check_context(model, problems, args.max_response),

@@ -64,6 +64,8 @@ FREE = {
     "log_level",
     "quiet",
 }
+# Of settings that runs of version 1 do not have
+DEFAULTS = {"grade_units": "loose", "test_fraction": 0.0, "problem_column": "", "answer_column": ""}
 # What training.pt must hold
 STATE = {
     "moments",
@@ -231,13 +233,23 @@ def find(config) -> Path | None:
     return everyone([found[-1] if found else None])[0]
 
 
+def date_of(path: Path) -> str:
+    """The date of the run that wrote a checkpoint, "" if it is of version 1 or damaged (of which
+    `check_unchanged` tells)."""
+    try:
+        saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        return str(saved["config"].get("date", ""))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+
+
 def check_unchanged(path: Path, run) -> set[str]:
     """Names of the settings that are not those of the checkpoint, "the problems file" among them if
     that is another one. Raises UserError that says what they are, unless --resume_changed."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         old, new = saved["config"], asdict(run.config)
-        old.setdefault("grade_units", "loose")  # of version 1, as the next
+        old = DEFAULTS | {"date": new["date"]} | old
         old["reward"] = {"eval:grade": "boxed"}.get(old["reward"], old["reward"])
         changed = {
             name: f"--{name} {old.get(name)} is now {new[name]}"

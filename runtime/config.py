@@ -40,9 +40,16 @@ class RunSettings:
         "what is trained, on what",
     )
     problems: str = option(
-        "deepscaler.json", "training problems: FILE.json, .jsonl, .parquet or toy:8:2000:1"
+        "deepscaler.json",
+        "training problems: FILE.jsonl, .json, .csv, .parquet, hf:OWNER/NAME:SPLIT, toy:8:2000:1",
     )
     test_problems: str = option("aime24.parquet", "held-out problems")
+    test_fraction: float = option(
+        0.0, "hold this share of --problems back as test problems; 0: --test_problems"
+    )
+    problem_column: str = option("", "column of the problem (a.b: inside a); default: usual names")
+    answer_column: str = option("", "column of the answer; default: usual names")
+    date: str = option("", "of chat templates that write one, as 2026-01-31; default: the start's")
     drop_bad_rows: bool = option(
         False, "leave out malformed, duplicate, conflicting ... rows instead of stopping"
     )
@@ -281,15 +288,16 @@ def learning_rate(
 
 
 AT_LEAST = {
-    0: "eval_every branch_points grpo_samples min_branch_gap target_sequences batch_lam lr"
-    " warmup_steps kl_coef clip_low clip_high seed eval_temperature weight_decay rho log_samples"
-    " eval_max_response save_every tis_cap engine_memory sync_tolerance gpus gpu_gib",
+    0: "eval_every test_fraction branch_points grpo_samples min_branch_gap target_sequences"
+    " batch_lam lr warmup_steps kl_coef clip_low clip_high seed eval_temperature weight_decay rho"
+    " log_samples eval_max_response save_every tis_cap engine_memory sync_tolerance gpus gpu_gib",
     1: "steps eval_samples batch_size group_size continuations max_prompt max_response delta"
     " batch_range mini_batch token_budget dual_clip rollout_tokens grading_workers keep prl_length",
 }
 ABOVE_ZERO = ("temperature", "max_grad_norm", "prl_eta")
 AT_MOST = {
     "rho": 1,
+    "test_fraction": 0.9,
     "batch_lam": 1,
     "engine_memory": 1,
     "batch_range": 1000,

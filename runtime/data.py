@@ -1,37 +1,40 @@
 r"""data.py: problem sets and prompts.
 
-A problem set is one of
-    FILE.jsonl     one object a line: {"problem": "...", "answer": "..."}; answer may be a number or
-                   a list of answers,
-                   any of which is right
-    FILE.parquet   such columns, or verl-style: `prompt` = [{"role", "content"}, ...],
-                   `reward_model.ground_truth` =
-                   string or list
-    FILE.json      the same in one array, as DeepScaleR is published
+A problem set is a file, a folder or a hub set (files.py: JSON, JSONL, CSV, parquet, arrow), or
     toy:8:2000:1   generated (toy/programs.py): 2000 programs of 8 (or 8-10) variables, seed 1
+
+Its columns go by their usual names (columns.py: problem, question, prompt, messages ...; answer,
+solution, target, reward_model.ground_truth ...) or by names that the user gives. An answer is a
+string, a number or a list of them, any of which is right; of a worked solution what follows its
+last "####" counts, else its last box (golds.py).
 
 Training on a bad row is worse than stopping. Malformed rows, empty answers, duplicates, conflicting
 answers, over-long prompts and training problems that occur in the evaluation set are all reported
-with file and row, and loading stops; with `drop` they are left out and counted. Lines of a JSONL
-file count from 1 (as editors do), parquet rows from 0.
+with file and row, and loading stops; with `drop` they are left out and counted. Answers that only
+their own letters will ever match are counted and shown, and loading goes on.
 
 Left out: streaming. A set is held in memory, as token ids.
 
     python -m pytest tests/runtime/test_data.py
 """
 
-import json
-import math
-import os
+import random
+import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from datetime import date, datetime
+from functools import cache
+from typing import Any
 
+from runtime import golds
 from runtime.cli import UserError, first_line
+from runtime.columns import Columns, choose_columns, may_be_asked, names_of, parse_row
+from runtime.files import read_rows
+from runtime.leaks import Known, leak_key, problem_key
 from toy.programs import toy_set
 
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500
+CHECK_SECONDS = 20.0  # that reading a set may spend on asking which answers can be read
 
 
 @dataclass
@@ -42,127 +45,72 @@ class Problem:
     prompt_ids: list[int] = field(default_factory=list)
 
 
+Groups = defaultdict[str, list]
+
 # --------------------------------------------------------------------------------------------------
-# Reading files
+# Prompts
 # --------------------------------------------------------------------------------------------------
-def parse_answers(value) -> list[str]:
-    """One answer (string or number) or a list of them -> strings. Raises ValueError for anything
-    else."""
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, (str, int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError("the answer must be a string, a number or a list of them")
-    # what other libraries write where there is none
-    if not all(math.isfinite(v) for v in values if isinstance(v, float)):
-        raise ValueError("the answer is NaN or infinite")
-    return [str(v).strip() for v in values if str(v).strip()]
+# A template that asks for the date gets this function in place of the one that looks at the clock:
+# `strftime_codes` has what each code stands for on the run's day. It is written in the language of
+# templates because transformers hands them plain values only, no functions.
+_FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(value=format) -%}"
+    "{%- for code, value in strftime_codes.items() -%}"
+    "{%- set text.value = text.value | replace(code, value) -%}{%- endfor -%}"
+    "{{ text.value }}{%- endmacro -%}{{ '' }}"
+)
 
 
-def parse_row(row) -> tuple[list[dict], list[str]]:
-    """(messages, answers) of a row of either format. Raises ValueError that names the field."""
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    if "problem" in row:
-        messages, answer = [{"role": "user", "content": row["problem"]}], row.get("answer")
-    else:
-        messages, reward_model = row.get("prompt", []), row.get("reward_model")
-        answer = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
-    if (
-        not isinstance(messages, list)
-        or not messages
-        or not all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    ):
-        raise ValueError(
-            'no text in the field "problem" (or, as verl has it, [{"role", "content"}] in "prompt")'
-        )
-    if answer is None:
-        raise ValueError(
-            'the field "answer" (or, as verl has it, "reward_model.ground_truth") is missing'
-        )
-    if not messages[-1]["content"].strip():
-        raise ValueError("the problem is empty")
-    return messages, parse_answers(answer)
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """("line 7", row) for every row; a row that cannot be read is a ValueError object in its
-    place."""
+def checked_day(today: str) -> str:
+    """A day as 2026-01-31; of "": this day. Raises UserError."""
     try:
-        path.open("rb").close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet  # only for those who have such files
-
-        try:
-            rows = parquet.read_table(path).to_pylist()
-        except Exception as error:  # pyarrow raises a dozen types for a broken file
-            raise UserError(f"{path}: not a readable parquet file ({first_line(error)})") from error
-        yield from ((f"row {i}", row) for i, row in enumerate(rows))
-        return
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (ValueError, RecursionError, OSError) as error:
-            raise UserError(f"{path}: not JSON in UTF-8 ({first_line(error)})") from error
-        if not isinstance(rows, list):
-            raise UserError(
-                f"{path}: not an array of problems; a file with one object a line must end in"
-                " .jsonl"
-            )
-        yield from ((f"entry {i}", row) for i, row in enumerate(rows))
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"line {number}", json.loads(line.decode("utf-8-sig"))
-                except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-                    yield f"line {number}", ValueError(f"not JSON in UTF-8 ({error})")
+        return date.fromisoformat(today).isoformat() if today else date.today().isoformat()
+    except ValueError as error:
+        raise UserError(f"the date {today!r}: write it like 2026-01-31") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts and problem sets
-# --------------------------------------------------------------------------------------------------
-def encode_prompt(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids through the tokenizer's chat template if it has one (ready for the assistant's
-    turn), else plain text."""
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        # the template has written the special tokens
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+@cache
+def date_codes(today: str) -> dict[str, str]:
+    """What the codes of strftime stand for at midnight of a day."""
+    midnight = datetime.fromisoformat(today)
+    codes = [f"%{letter}" for letter in "aAbBcdDeFgGhHIjklmMnpPrRSsTtuUVwWxXyYzZC"]
+    codes += [f"%-{letter}" for letter in "dmHIMSjyeklUWV"]
+    values = {code: midnight.strftime(code) for code in codes}
+    return {"%%": "\0"} | values | {"\0": "%"}  # "%%d" is the text "%d", no day
 
 
-def encode_question(tokenizer, text: str, option: str) -> list[int]:
+def encode_prompt(tokenizer, messages: list[dict], today: str = "") -> list[int]:
+    """Token ids of a prompt that is ready for the assistant's turn.
+
+    By the tokenizer's chat template if it has one, else as plain text. today: the date, as in
+    "2026-01-31", for templates that write one; by default the day on which this is called, so that
+    a run which goes on the next day must give the day of its start.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+    how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        codes = date_codes(checked_day(today))
+        how |= {"chat_template": _FIXED_DATE + template, "strftime_codes": codes}
+    text = tokenizer.apply_chat_template(messages, **how)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+
+
+def encode_question(tokenizer, text: str, option: str, today: str = "") -> list[int]:
     """The prompt of a problem that came with a command-line option. Raises UserError."""
     try:
-        return encode_prompt(tokenizer, [{"role": "user", "content": text}])
-    # a chat template that is broken or refuses, a text that is not UTF-8
-    except Exception as error:
+        return encode_prompt(tokenizer, [{"role": "user", "content": text}], today)
+    except Exception as error:  # a broken template, one that refuses, a text that is not UTF-8
         raise UserError(
-            f"{option}: cannot be written with the model's chat template and tokenizer, or is not"
-            f" UTF-8 ({first_line(error)})"
+            f"{option}: cannot be written with the model's chat template and tokenizer, or is not "
+            f"UTF-8 ({first_line(error)})"
         ) from error
 
 
-def problem_key(text: str, suffix: str) -> str:
-    """What makes two rows the same problem: their text without the instruction at the end and
-    without layout."""
-    return " ".join(text.removesuffix(suffix).split())
-
-
-def leak_key(text: str, suffix: str) -> str:
-    """The same for "does it occur in the evaluation set?", where a false alarm costs one training
-    problem and a miss the honesty of the result: letters and digits only, so that another way of
-    typesetting is no disguise."""
-    return "".join(c for c in problem_key(text, suffix).lower() if c.isalnum())
-
-
+# --------------------------------------------------------------------------------------------------
+# Problem sets
+# --------------------------------------------------------------------------------------------------
 def load_problems(
     source: str,
     tokenizer,
@@ -172,85 +120,127 @@ def load_problems(
     evaluation: list[Problem] | tuple = (),
     drop: bool = False,
     say=print,
+    problem_column: str = "",
+    answer_column: str = "",
+    today: str = "",
+    check_answers: bool = True,
 ) -> list[Problem]:
-    """The problem set with its prompts as token ids, in the order of the file.
+    """The problem set with its prompts as token ids, in the order of the file. Raises UserError.
 
-    suffix: an instruction added to every problem that does not already end in it. evaluation:
-    problems that must not occur in this set. Bad rows are said one per line (SHOWN_PER_KIND of a
-    kind); then raises UserError, or with `drop` leaves them out and says how many. Raises UserError
-    also for an unreadable file or a set with nothing left.
+    suffix: added to problems that do not end in it. evaluation: problems that must not be in here.
+    today: see encode_prompt. check_answers: may start workers, for up to CHECK_SECONDS. Bad rows
+    are said and end it, or are left out with `drop`; a set with nothing left ends it, too.
     """
+    today = checked_day(today)  # one day for the whole set, also around midnight
     if source.split(":")[0] == "toy":
-        # a generated set is never wrong: programs of the test set are passed over
-        held_texts = {p.text for p in evaluation}
-        try:
-            programs = list(toy_set(source))
-        except ValueError:
-            raise UserError(
-                f"{source}: write toy:VARIABLES:COUNT:SEED, for example toy:8:2000:1 (4 to 26"
-                " variables)"
-            ) from None
-        rows: Iterator[tuple[str, object]] = (
-            (f"program {i}", {"problem": text, "answer": answer})
-            for i, (text, answer) in enumerate(programs)
-            if text not in held_texts
-        )
-        suffix, evaluation = "", ()
-    # Path's raises where a folder may not be read or a name is too long
-    elif not os.path.isfile(source):
-        raise UserError(
-            f"{source}: no such problem file; give a .jsonl, .json or .parquet file, or"
-            " toy:8:2000:1"
-        )
+        rows, columns = toy_rows(source, {p.text for p in evaluation}), Columns("problem", "answer")
+        suffix, evaluation, check_answers = "", (), False  # such a set is never wrong
     else:
-        rows = read_rows(Path(source))
-    bad: dict[str, list[str]] = defaultdict(list)  # kind -> one line each
-    # by key: rows with the same problem come together
-    problems: dict[str, list[Problem]] = defaultdict(list)
-    held_out = {leak_key(p.text, suffix): p.source for p in evaluation}
+        rows, columns = file_rows(source, problem_column, answer_column, say)
+    held_out = Known([(p.text, p.source) for p in evaluation], suffix)
+    bad, problems = Groups(list), Groups(list)  # kind -> lines, problem -> its rows
     for place, row in rows:
         where = f"{source}, {place}"
         try:
-            if isinstance(row, ValueError):
-                raise row
-            messages, answers = parse_row(row)
-            text = messages[-1]["content"]
-            if not text.endswith(suffix):
-                messages[-1] = {**messages[-1], "content": text + suffix}
-            problem = Problem(text, answers, where, encode_prompt(tokenizer, messages))
-        # also what a chat template or a tokenizer says of odd roles and characters
-        except Exception as error:
-            bad["malformed"].append(f"{where}: {first_line(error)}")
-            continue
-        if not answers:
-            bad["empty answer"].append(f"{where}: the answer is empty")
-        elif leak := held_out.get(leak_key(text, suffix)):
-            bad["in the evaluation set"].append(f"{where}: the same problem is {leak}")
-        elif not problem.prompt_ids:
-            bad["malformed"].append(f"{where}: the tokenizer knows no character of this problem")
-        elif len(problem.prompt_ids) > max_prompt:
-            bad["over-long prompt"].append(
-                f"{where}: {len(problem.prompt_ids)} tokens, more than --max_prompt {max_prompt}"
-            )
+            problem = read_problem(row, columns, where, tokenizer, suffix, today)
+            kind, fault = fault_of(problem, max_prompt, held_out)
+        except Exception as error:  # also what a template or a tokenizer says of odd characters
+            kind, fault = "malformed", first_line(error)
+        if kind:
+            bad[kind].append(f"{where}: {fault}")
         else:
-            problems[problem_key(text, suffix)].append(problem)
-    kept = []
-    for first, *others in problems.values():
-        # nobody knows which is right
-        if any(sorted(other.answers) != sorted(first.answers) for other in others):
-            bad["conflicting answers"] += (
-                f"{p.source}: answer {str(p.answers)[:200]}, but {q.source} has the same problem"
-                f" with {str(q.answers)[:200]}"
-                for p, q in zip((first, *others), (others[-1], *[first] * len(others)))
-            )
-            continue
-        kept.append(first)
-        for p in others:
-            bad["duplicate"].append(f"{p.source}: the same problem as {first.source}")
-    if bad:
-        report_bad_rows(source, bad, drop, say)
+            problems[problem_key(problem.text, suffix)].append(problem)
+    return report(source, problems, bad, drop, check_answers, say)
+
+
+def report(source: str, problems: dict, bad: dict, drop: bool, check_answers: bool, say) -> list:
+    """The problems that are left, after all has been said about the others. Raises UserError."""
+    try:
+        kept = without_repeats(problems, bad)
+        if bad:
+            report_bad_rows(source, bad, drop, say)
+        if check_answers:
+            report_letters(source, kept, say)
+    finally:
+        golds.GRADER.close()
     if not kept:
         raise UserError(f"{source}: no usable problem in it")
+    return kept
+
+
+def toy_rows(source: str, passed_over: set[str]) -> list[tuple[str, object]]:
+    """Generated programs as rows, but none of the evaluation's. Raises UserError."""
+    try:
+        programs = list(toy_set(source))
+    except ValueError:
+        raise UserError(
+            f"{source}: write toy:VARIABLES:COUNT:SEED, for example toy:8:2000:1 "
+            "(4 to 26 variables)"
+        ) from None
+    return [
+        (f"program {i}", {"problem": text, "answer": answer})
+        for i, (text, answer) in enumerate(programs)
+        if text not in passed_over
+    ]
+
+
+def file_rows(source: str, problem: str, answer: str, say) -> tuple[list, Columns]:
+    """Rows with their places, without columns that nobody looks at, and where to look."""
+    rows: list[tuple[str, object]] = []
+    found: dict[str, None] = {}  # the names of all columns, in order
+    wanted: dict[str, bool] = {}
+    for place, row in read_rows(source):
+        if isinstance(row, dict):  # a dozen sampled solutions in other columns would fill memory
+            found |= dict.fromkeys(names_of(row))
+            wanted |= {k: may_be_asked(k, (problem, answer)) for k in row if k not in wanted}
+            row = {k: value for k, value in row.items() if wanted[k]}
+        rows.append((place, row))
+    objects = [row for _, row in rows if isinstance(row, dict)]
+    if not objects:  # nothing to choose from: each row will say what is wrong with it
+        return rows, Columns("problem", "answer")
+    return rows, choose_columns(source, objects, [*found], problem, answer, say)
+
+
+def read_problem(row, columns: Columns, where: str, tokenizer, suffix: str, today: str) -> Problem:
+    """A problem with its prompt. Raises ValueError, and whatever a template or tokenizer raises."""
+    if isinstance(row, ValueError):
+        raise row
+    messages, answers = parse_row(row, columns)
+    text = messages[-1]["content"]
+    if not text.endswith(suffix):
+        messages[-1] = {**messages[-1], "content": text + suffix}
+    return Problem(text, answers, where, encode_prompt(tokenizer, messages, today))
+
+
+def fault_of(problem: Problem, max_prompt: int, held_out: Known) -> tuple[str, str]:
+    """(kind, what to say) of a problem that can be read but not used; else ("", "")."""
+    if not problem.answers:
+        return "empty answer", "the answer is empty"
+    if leak := held_out.find(problem.text):
+        return "in the evaluation set", f"the same problem is {leak}"
+    if not problem.prompt_ids:
+        return "malformed", "the tokenizer knows no character of this problem"
+    if (length := len(problem.prompt_ids)) > max_prompt:
+        return "over-long prompt", f"{length} tokens, more than --max_prompt {max_prompt}"
+    return "", ""
+
+
+def without_repeats(problems: dict[str, list[Problem]], bad: dict[str, list[str]]) -> list[Problem]:
+    """The first row of every problem, but none where its rows have different answers."""
+    kept = []
+    deadline = time.monotonic() + CHECK_SECONDS  # for asking whether two answers are the same
+    for first, *others in problems.values():
+        if all(golds.agree(first.answers, p.answers, deadline) for p in others):
+            kept.append(first)
+            for p in others:
+                bad["duplicate"].append(f"{p.source}: the same problem as {first.source}")
+            continue
+        rivals = (others[-1], *[first] * len(others))  # nobody knows which is right
+        bad["conflicting answers"] += [
+            f"{p.source}: answer {str(p.answers)[:200]}, but {q.source} has the same problem with "
+            f"{str(q.answers)[:200]}"
+            for p, q in zip((first, *others), rivals, strict=True)
+        ]
     return kept
 
 
@@ -260,10 +250,60 @@ def report_bad_rows(source: str, bad: dict[str, list[str]], drop: bool, say) -> 
     if drop:
         return say(f"{source}: left out {counts}")
     for kind, lines in bad.items():
-        for line in lines[:SHOWN_PER_KIND]:
-            say(f"{kind}: {line}")
-        if len(lines) > SHOWN_PER_KIND:
-            say(f"{kind}: ... and {len(lines) - SHOWN_PER_KIND} more in {source}")
+        say_some(source, kind, lines, say)
     raise UserError(
         f"{source}: bad rows ({counts}); mend them, or leave them out with --drop_bad_rows"
     )
+
+
+def say_some(source: str, kind: str, lines: list[str], say) -> None:
+    for line in lines[:SHOWN_PER_KIND]:
+        say(f"{kind}: {line}")
+    if len(lines) > SHOWN_PER_KIND:
+        say(f"{kind}: ... and {len(lines) - SHOWN_PER_KIND} more in {source}")
+
+
+def report_letters(source: str, problems: list[Problem], say) -> None:
+    """Say which answers only their own letters will match: nearly, a reward of 0 for ever."""
+    everything = [gold for p in problems for gold in p.answers]
+    lost, unknown = golds.only_by_letters(everything, CHECK_SECONDS)
+    if unknown:
+        say(f"{source}: {unknown} unusual answers were too slow to check; other spellings may fail")
+    if not lost:
+        return
+    named = set(lost)
+    lines = [
+        f"{p.source}: the answer {gold[:100]!r}"
+        for p in problems
+        for gold in dict.fromkeys(p.answers)
+        if gold in named
+    ]
+    say(
+        f"{source}: {len(lines)} of {len(everything)} answers right only letter by letter "
+        "(math-verify cannot read them, so no other way of writing them is accepted)"
+    )
+    say_some(source, "right only letter by letter", lines, say)
+
+
+def hold_out(
+    problems: list[Problem], fraction: float, seed: int, suffix: str = ""
+) -> tuple[list[Problem], list[Problem]]:
+    """(training problems, test problems): `fraction` of the problems, at least one, is held out.
+
+    The order of the set stays. The same problems, fraction and seed give the same parts, in
+    whatever order they come. Problems that only typesetting tells apart go to the same side.
+    Raises UserError.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"--test_fraction {fraction}: must be between 0 and 1, without both")
+    keys = [leak_key(p.text, suffix) for p in problems]
+    order = sorted(set(keys))
+    random.Random(seed).shuffle(order)
+    count = max(1, round(fraction * len(order)))
+    if count >= len(order):
+        raise UserError(
+            f"--test_fraction {fraction}: leaves nothing to train on of {len(order)} problems"
+        )
+    held = set(order[:count])
+    train = [p for p, key in zip(problems, keys, strict=True) if key not in held]
+    return train, [p for p, key in zip(problems, keys, strict=True) if key in held]

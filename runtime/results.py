@@ -142,7 +142,9 @@ def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) ->
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     results = read_results(path)
-    results.settings.setdefault("grade_units", "loose")
+    # settings that files of version 1 do not have
+    later = {"grade_units": "loose", "date": settings.get("date")}
+    results.settings = {k: later[k] for k in later if k in settings} | results.settings
     if results.settings.get("reward") == "eval:grade":  # of version 1
         results.settings["reward"] = "boxed"
     if changed := differing(results.settings, settings):

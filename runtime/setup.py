@@ -17,7 +17,7 @@ import torch
 from fci import Separators, separator_tokens
 from runtime import checkpoint, dist
 from runtime.config import Config
-from runtime.data import Problem, load_problems
+from runtime.data import Problem, checked_day, hold_out, load_problems
 from runtime.models import check_context, check_model, load_model
 from runtime.monitor import Display, Monitor
 from runtime.rewards import Reward, response_texts
@@ -103,6 +103,8 @@ def build(config: Config, display: Display) -> Parts:
     device = dist.start(config.device, alone=config.parallel == "fsdp")
     newest = checkpoint.find(config)
     path = str(newest or config.model)
+    # one date for the whole run: a chat template may write it into every prompt
+    config.date = checked_day(config.date or (checkpoint.date_of(newest) if newest else ""))
     policy, tokenizer, eos_ids = load_model(path, "cpu")
     problems, test_problems = read_problems(config, policy, tokenizer, display.say)
     check_model(policy, path)
@@ -145,10 +147,19 @@ def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem]
         max_prompt=config.max_prompt,
         suffix=config.prompt_suffix,
         drop=config.drop_bad_rows,
+        today=config.date,
         say=say,
+        problem_column=config.problem_column,
+        answer_column=config.answer_column,
     )
-    test_problems = load_problems(config.test_problems, tokenizer, **load)
-    problems = load_problems(config.problems, tokenizer, evaluation=test_problems, **load)
+    if config.test_fraction:
+        every = load_problems(config.problems, tokenizer, **load)
+        problems, test_problems = hold_out(
+            every, config.test_fraction, config.seed, config.prompt_suffix
+        )
+    else:
+        test_problems = load_problems(config.test_problems, tokenizer, **load)
+        problems = load_problems(config.problems, tokenizer, evaluation=test_problems, **load)
     check_context(policy, problems, config.max_response)
     check_context(policy, test_problems, config.eval_max_response, option="eval_max_response")
     return problems, test_problems

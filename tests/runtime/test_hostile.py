@@ -335,14 +335,15 @@ def check_load(path: Path, tokenizer, drop: bool) -> int:
     many problems."""
     said, problems = [], []
     try:
-        problems = load_problems(
-            str(path), tokenizer, max_prompt=200, suffix=" Box it.", drop=drop, say=said.append
-        )
+        # hostile answers to the check of golds are tests/runtime/test_golds.py's
+        how = dict(max_prompt=200, suffix=" Box it.", drop=drop, check_answers=False)
+        problems = load_problems(str(path), tokenizer, say=said.append, **how)
+        said = [line for line in said if not line.startswith(f"{path}: the problem is read from ")]
         assert isinstance(problems, list) and problems and (drop or not said), (
             "neither problems nor an error"
         )
     except UserError as error:
-        assert str(error).startswith(f"{path}: "), ascii(error)
+        assert str(error).startswith((f"{path}: ", f"{path}, line ")), ascii(error)
         said.append(str(error))
     # the row or line where it applies; nothing that moves the cursor, nothing that print refuses
     for line in said:
@@ -351,8 +352,8 @@ def check_load(path: Path, tokenizer, drop: bool) -> int:
         )
         where = re.escape(str(path))
         assert re.match(
-            rf"{where}: \S|[a-z -]+: (\.\.\. and \d+ more in {where}$|{where}, (line|row|entry)"
-            r" \d+: \S)",
+            rf"{where}(, line \d+)?: \S|[a-z -]+: (\.\.\. and \d+ more in {where}$"
+            rf"|{where}, (line|row|entry) \d+: \S)",
             line,
         ), ascii(line)
     for p in problems:

@@ -1,0 +1,143 @@
+r"""golds.py: the right answers of a problem set: how they are read, and what can match them.
+
+python -m pytest tests/runtime/test_golds.py
+"""
+
+import json
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+
+from runtime.grading import Grader, last_box
+
+GRADER = Grader(workers=2, timeout=3)  # nothing runs before a gold needs it; `close` ends it again
+LONGEST = 1000  # characters; a longer gold is only ever compared letter by letter
+
+_NONE = {"nan", "inf", "-inf"}  # how tables write numbers that are none
+# What needs no computer algebra to be told: a number with or without dress, and one word or choice.
+_NUMBER = re.compile(
+    r"\\?\$?\s*[-+]?\s*(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
+    r"(?:\s*/\s*[0-9]+)?\s*(?:\\?%)?\s*\\?\$?\.?"
+    r"|[-+]?\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
+)
+_WORD = re.compile(r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?[^\W\d_]{1,20}\)?\}?\.?")
+# What math-verify reads for certain: sums of products of numbers, letters, roots, simple fractions,
+# alone, in a tuple or as x = ... Most golds, and 8 ms saved for each. (++ and ?+: no going back.)
+_TERM = r"[-+]?+[0-9]*+(?:\\sqrt\{[0-9]++\}|\\pi|[a-z])?+"
+_FACTOR = (
+    r"(?:[0-9]++(?:\.[0-9]++)?+|[a-zA-Z]|\\pi(?![a-zA-Z])|\([-+ 0-9a-z]{1,20}\)"
+    rf"|\\sqrt\{{{_TERM}\}}|\\[dt]?frac\{{{_TERM}\}}\{{{_TERM}\}})"
+    r"(?:\^(?:[0-9a-z]|\{[0-9a-z]++\}))?+\s*+"
+)
+_SUM = rf"\s*+[-+]?+\s*+(?:{_FACTOR})++(?:[-+]\s*+(?:{_FACTOR})++)*+"
+_FORMULA = re.compile(rf"\$?(?:\\left)?[(\[]?{_SUM}(?:[,=]{_SUM})*+(?:\\right)?[)\]]?\s*\$?\.?")
+# Words that are mathematics, however they are typed.
+_FUNCTIONS = {
+    "and",
+    "mod",
+    "sin",
+    "cos",
+    "tan",
+    "cot",
+    "sec",
+    "csc",
+    "log",
+    "exp",
+    "sqrt",
+    "gcd",
+    "lcm",
+}
+
+
+def parse_answers(value) -> list[str]:
+    """One answer (string or number) or a list of them -> strings. Raises ValueError otherwise."""
+    values = value if isinstance(value, list) else [value]
+    kinds = (str, int, float, Decimal)
+    if not all(isinstance(v, kinds) and not isinstance(v, bool) for v in values):
+        raise ValueError("the answer must be a string, a number or a list of them")
+    if any(
+        v.strip().lower() in _NONE if isinstance(v, str) else not math.isfinite(v) for v in values
+    ):
+        raise ValueError("the answer is NaN or infinite")  # what is written where there is none
+    texts = [final_answer(v) if isinstance(v, str) else str(v) for v in values]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def final_answer(text: str) -> str:
+    r"""What a worked solution ends in: what follows its last "####" (GSM8K), else its last box.
+
+    >>> final_answer("3 + 4 = 7\n#### 7"), final_answer(r"So \boxed{7}."), final_answer("7")
+    ('7', '7', '7')
+    """
+    _, mark, after = text.rpartition("####")
+    if mark:
+        return after.strip()
+    box = last_box(text)
+    return text if box is None else box
+
+
+def agree(some: list[str], others: list[str], deadline: float) -> bool:
+    """Have two rows the same answers? 7, "7.0" and "$7$" are: the grader takes each for each.
+
+    After the deadline (of time.monotonic) only the same strings are the same.
+    """
+    if sorted(some) == sorted(others):
+        return True
+    if time.monotonic() > deadline:
+        return False
+    items = [(f"\\boxed{{{one}}}", others) for one in some]
+    items += [(f"\\boxed{{{one}}}", some) for one in others]
+    return all(verdict.correct for verdict in GRADER.grade_many(items))
+
+
+def only_by_letters(golds: list[str], seconds: float) -> tuple[list[str], int]:
+    """(the golds that nothing but their own letters will match, how many there was no time to try).
+
+    Not reported: one word or a choice, for which letters are the right comparison. Takes at most
+    about `seconds`.
+    """
+    lost = {gold for gold in golds if is_prose(gold) or len(gold) > LONGEST}
+    unclear = [gold for gold in dict.fromkeys(golds) if not (gold in lost or is_simple(gold))]
+    verdicts = dict(zip(unclear, readable(unclear, seconds), strict=True))
+    lost |= {gold for gold, verdict in verdicts.items() if verdict is False}
+    return [gold for gold in dict.fromkeys(golds) if gold in lost], [*verdicts.values()].count(None)
+
+
+def is_simple(gold: str) -> bool:
+    """A plain number, one word, the letter of a choice, or a formula of the simplest kind."""
+    if any(kind.fullmatch(gold) for kind in (_NUMBER, _FORMULA)):
+        return True
+    return bool(_WORD.fullmatch(gold)) and not any(map(str.isnumeric, gold))  # as ½ is
+
+
+def is_prose(gold: str) -> bool:
+    """Two words or more, and no number first: computer algebra would multiply their letters."""
+    text = re.sub(r"\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", gold[:LONGEST])
+    words = re.findall(r"(?<![\\A-Za-z])[^\W\d_]{3,}", text)
+    words = [word for word in words if word.lower() not in _FUNCTIONS]
+    has_number = re.search(r"[0-9]", text)
+    return len(words) >= (4 if has_number else 2) and not re.match(r"[\s$\\({-]*[0-9]", text)
+
+
+def readable(golds: list[str], seconds: float) -> list[bool | None]:
+    """Does math-verify read each gold, without falling back to strings? None: it took too long.
+
+    The question goes to the grader's workers, for a hostile gold hangs or eats memory: is it equal
+    to itself? A gold that does not parse equals nothing.
+    """
+    deadline = time.monotonic() + seconds
+
+    def ask(gold: str) -> bool | None:
+        if time.monotonic() > deadline:
+            return None
+        text = re.sub(r"\\!|\\?\$|[\s.,;]+$", "", gold)  # dress that the grader removes, too
+        reply = GRADER._ask(json.dumps([[text, text]]).encode() + b"\n")
+        return None if reply["error"] in ("timeout", "died") else reply["correct"]
+
+    pool = ThreadPoolExecutor(GRADER.size)
+    try:
+        return list(pool.map(ask, golds))
+    finally:  # after Ctrl-C do not work through the rest
+        pool.shutdown(cancel_futures=True)
