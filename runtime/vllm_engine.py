@@ -13,7 +13,7 @@ What is done with care, each found out the hard way:
 - seeds are per request: two ranks with engine seeds would sample the same rollouts;
 - log-probs are "processed", of the distribution that is sampled; the raw ones ignore the
   temperature.
-`engine_gap`, at the end, is for every engine with weights of its own: a few tokens prove that new
+`engine_gap` (scoring.py) is for every engine with weights of its own: a few tokens prove that new
 weights arrived.
 
     make test-vllm

@@ -1,5 +1,5 @@
 """plan.py: what a run will do and how much memory it needs, before it starts: `attnrl.py
---dry_run`, and the README's table.
+--dry_run`, and the table of docs/memory.md.
 
 Runs on any CPU in seconds: the model is built from its config on the "meta" device (shapes without
 numbers), so parameters are counted, not guessed. The rest is arithmetic on shapes; the tests
