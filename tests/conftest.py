@@ -16,7 +16,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group(name): tests that stay with one worker")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in a hook of the same name
 def pytest_collection_modifyitems(items):
     """With --dist loadgroup: the tests of a file that share a trained run or a loaded model stay
     with one worker, which makes it once; all others go to whichever worker is free."""
