@@ -16,8 +16,8 @@ LINTERS = $(shell $(PYTHON) -c "import tomllib; f = open('pyproject.toml', 'rb')
 	print(*tomllib.load(f)['dependency-groups']['lint'])")
 PIP = bin/pip install --quiet --disable-pip-version-check
 # Both cores, and one thread each: two pools of OpenMP threads on two cores are ruinous.
-# Tests of one group share a trained run, so they stay with one worker.
-BOTH_CORES = -n 2 --dist loadgroup
+# tests/conftest.py keeps the tests that share a trained run with one worker.
+BOTH_CORES = -n 2
 # A quick test that takes five minutes hangs: show where, and stop.
 NO_HANG = -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 

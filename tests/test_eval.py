@@ -485,6 +485,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(args, message, capsys):
 
 
 @needs_data
+@pytest.mark.full
 def test_the_four_real_files_run_through_it_with_a_tiny_model_that_gets_everything_wrong(
     tmp_path, capsys
 ):

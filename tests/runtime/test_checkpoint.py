@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import ROOT, TOY_MODEL, lines
+from fixtures import ROOT, TOY_MODEL, lines, typed
 from launch import Launched, one_node, steps_done
 from toy_runs import (
     RUN,
@@ -88,8 +88,8 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(mode, step, whole, tmp
 @pytest.mark.parametrize(
     "options",
     [
-        ["--method", "grpo", "--grpo_samples", 6],
-        ["--method", "prl", "--grpo_samples", 6],
+        typed("--method grpo --grpo_samples 6 --ads_batch true"),  # RUN's --batch_lam needs it
+        typed("--method prl --grpo_samples 6 --ads_batch true"),
         ["--behaviour", "engine"],
         ["--tis_cap", 2],
         ["--branch", "entropy", "--lr_schedule", "cosine", "--warmup_steps", 2],

@@ -414,12 +414,10 @@ def filters_alone_would_differ(folder: Path) -> bool:
 
 
 @pytest.mark.full
-@pytest.mark.xdist_group("one_process")
 def test_a_run_on_two_ranks_is_the_run_of_one_process(one_process, tmp_path):
     same_run(together(tmp_path / "run"), one_process)
 
 
-@pytest.mark.xdist_group("one_process")
 def test_a_run_on_two_ranks_with_fsdp_is_the_run_of_one_process(one_process, tmp_path):
     same_run(
         together(tmp_path / "run", "--parallel", "fsdp", "--activation_checkpointing", "true"),
@@ -449,7 +447,7 @@ def test_other_methods_on_two_ranks_are_those_of_one_process(tmp_path, parallel,
 def test_a_rank_without_any_problem_takes_part(tmp_path):
     """2 problems to train and 2 to test on 3 ranks: the last has nothing to sample, score or
     grade."""
-    options = typed("--steps 2 --batch_size 2 --ads_batch false --test_problems toy:8:2:2")
+    options = typed("--steps 2 --batch_size 2 --batch_range 1 --test_problems toy:8:2:2")
     expected = alone(tmp_path / "one", *options)
     same_run(together(tmp_path / "ddp", *options, ranks=3), expected)
     same_run(together(tmp_path / "fsdp", *options, "--parallel", "fsdp", ranks=3), expected)
