@@ -76,11 +76,17 @@ TOY_RUN = dict(steps=20, batch_size=24, batch_range=1.5, eval_every=4, eval_temp
 # A tiny policy that knows but slips: 50 times the paper's learning rate. Responses have 9 steps:
 # Delta = 1 leaves FCI 7 of them to choose from, the paper's 4 would leave 4.
 TOY_METHOD = dict(max_response=110, delta=1, lr=5e-5, kl_coef=0.0, mini_batch=256)
-TOY_REST = dict(token_budget=8192, prl_steps="blank")
+# Up to about 1B, on one GPU or a CPU: responses of 100 to 500 tokens and 5 to 15 steps, of which
+# Delta = 1 leaves most to choose from. Of 480 leaves about 200 teach: two updates a step. For 100
+# steps, not 500, 5 times the paper's learning rate.
+SMALL_DATA = dict(model="", problems="", test_problems="", max_prompt=512)  # yours
+SMALL_RUN = dict(steps=100, batch_size=16, eval_samples=4, token_budget=8192, rollout_tokens=32768)
+SMALL_METHOD = dict(max_response=1024, delta=1, lr=5e-6, mini_batch=96)
 PAPER_RUN = dict(eval_samples=32, eval_max_response=32768, eval_every=20, save_every=10)
 PAPER_MACHINE = dict(engine="vllm", dtype="bf16", activation_checkpointing=True, gpus=8)
 PRESETS: dict[str, dict] = {  # the same for all methods
-    "toy": TOY_DATA | TOY_RUN | TOY_METHOD | TOY_REST,
+    "toy": TOY_DATA | TOY_RUN | TOY_METHOD | dict(token_budget=8192, prl_steps="blank"),
+    "small": SMALL_DATA | SMALL_RUN | SMALL_METHOD,
     "paper": PAPER_RUN | PAPER_MACHINE | dict(min_branch_gap=512, token_budget=32768),
 }
 

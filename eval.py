@@ -2,7 +2,7 @@ r"""eval.py: the evaluation of a model on problem sets, and of a policy while it
 
     python eval.py --model DIR --problems FILE... --k 32      # avg@k, pass@k; a result file per set
     python eval.py --model DIR --suite paper --problems aime24=FILE ...    # the paper's benchmarks
-    python eval.py --model DIR --ask "What is 2 + 3?"         # one answer, streamed
+    python eval.py --model DIR --ask "What is 2 + 3?" --answer 5           # one answer, streamed
 
 The same command with the same --out goes on with an evaluation that was stopped, and ends with the
 same files. Files, statistics and tables are runtime/results.py. `eval.grade(response, answers)` is
@@ -28,9 +28,9 @@ from typing import Any
 from tqdm import tqdm
 
 from runtime import dist
-from runtime.checkpoint import model_hash
+from runtime.checkpoint import model_hash, setting_of
 from runtime.cli import Parser, UserError, plain, stop_on_user_error
-from runtime.data import Problem, checked_day, load_problems
+from runtime.data import PROMPT_SUFFIX, Problem, checked_day, is_toy, load_problems, usable_suffix
 from runtime.dist import DTYPES, cast
 from runtime.grading import grade  # noqa: F401
 from runtime.metrics import Outcomes
@@ -138,7 +138,7 @@ SUITES: dict[str, dict[str, Any]] = {
     "paper": dict(
         temperature=0.6,
         max_response=32768,
-        prompt_suffix=" Let's think step by step and output the final answer within \\boxed{}.",
+        prompt_suffix=PROMPT_SUFFIX,
         samples=dict(aime24=32, aime25=32, amc23=32, math500=4, minerva=4, olympiad=4),
     )
 }
@@ -147,8 +147,8 @@ CHUNK = 256
 
 
 def parse(argv: list[str]):
-    """The settings: options given by hand, then the suite's, then the defaults. Raises
-    UserError."""
+    """The settings: options given by hand, then the suite's, then (the prompt) the model's, then
+    the defaults. Raises UserError."""
     parser = Parser(
         "eval.py",
         "Evaluate a model, or ask a question.",
@@ -160,12 +160,21 @@ def parse(argv: list[str]):
     args = parser.parse_args(argv)
     if args.reward == "eval:grade":  # its name in version 1
         args.reward = "boxed"
+    asked_by = "as given"
     if args.suite:
+        asked_by = f"that of --suite {args.suite}" if args.prompt_suffix is None else asked_by
         parser.set_defaults(**SUITES[args.suite])
         args = parser.parse_args(argv)
+    if args.prompt_suffix is None:
+        trained_with = setting_of(Path(args.model), "prompt_suffix")
+        asked_by = "the default" if trained_with is None else "as the model was trained"
+        args.prompt_suffix = PROMPT_SUFFIX if trained_with is None else trained_with
+    args.asked_by = asked_by
     check_range("k", args.k, 1, 10**5)
     for name, low in {"max_prompt": 1, "max_response": 1, "temperature": 0, "seed": 0}.items():
         check_range(name, getattr(args, name), low)
+    if args.answer is not None and args.ask is None:
+        raise UserError("--answer: is for --ask; answers of --problems stand in their files")
     args.sets = problem_sets(args) if args.problems else {}
     return args
 
@@ -177,6 +186,7 @@ def add_problem_options(group) -> None:
     one = group.add_mutually_exclusive_group(required=True)
     one.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help=files)
     one.add_argument("--ask", metavar="PROBLEM", help="print one sampled answer")
+    group.add_argument("--answer", help="the right one, to grade what --ask prints")
     group.add_argument("--suite", choices=SUITES, help=f"the paper's settings for {suite}")
     group.add_argument(
         "--subset", action="store_true", help="go on though benchmarks of the suite are missing"
@@ -194,7 +204,8 @@ def add_sampling_options(group) -> None:
     add("temperature", float, 0.6, "0: always the most likely token")
     add("max_prompt", int, 1024, "tokens; longer problems are bad rows")
     add("max_response", int, None, "tokens; default 1024, or what the model has room for")
-    add("prompt_suffix", str, "", "added to every problem that does not end in it")
+    suffix = "added to every problem that does not end in it; default: the suite's, else the"
+    add("prompt_suffix", str, None, f"{suffix} model's (how it was trained), else the paper's")
     add("problem_column", str, "", "column of the problem (a.b: inside a); default: usual names")
     add("answer_column", str, "", "column of the answer; default: usual names")
     add("date", str, "", "of chat templates that write one, as 2026-01-31; default: today")
@@ -312,6 +323,9 @@ def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
     """Sample and grade what the result files lack."""
     name = args.suite or next(iter(args.sets))
     out = Path(args.out or f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not all(is_toy(source) for source, _ in args.sets.values()):
+        args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
+        print(plain(f"prompts end in {args.prompt_suffix!r} ({args.asked_by}; --prompt_suffix)"))
     work = [read_set(name, args, out, model, tokenizer) for name in args.sets]
     weights, reward = model_hash(args.model)[:16], Reward(args.reward, units=args.grade_units)
     make_folder(out, [w.path for w in work])

@@ -233,14 +233,15 @@ def find(config) -> Path | None:
     return everyone([found[-1] if found else None])[0]
 
 
-def date_of(path: Path) -> str:
-    """The date of the run that wrote a checkpoint, "" if it is of version 1 or damaged (of which
-    `check_unchanged` tells)."""
+def setting_of(path: Path, name: str) -> str | None:
+    """A setting of the run that wrote a checkpoint; None if the folder is no checkpoint, one of
+    version 1 that lacks it, or damaged (of which `check_unchanged` tells)."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        return str(saved["config"].get("date", ""))
+        found = saved["config"].get(name)
+        return found if isinstance(found, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ""
+        return None
 
 
 def check_unchanged(path: Path, run) -> set[str]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from runtime.cli import Parser, UserError
+from runtime.data import PROMPT_SUFFIX, is_toy
 from runtime.models import pick_device
 
 INFINITE = float("inf")
@@ -54,7 +55,7 @@ class RunSettings:
         False, "leave out malformed, duplicate, conflicting ... rows instead of stopping"
     )
     prompt_suffix: str = option(
-        " Let's think step by step and output the final answer within \\boxed{}.",
+        PROMPT_SUFFIX,
         "added to every problem of a file that does not end in it",
     )
     reward: str = option(
@@ -324,10 +325,43 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
     for name, table in (("preset", presets), ("method", methods)):
         parser.set_defaults(**table.get(given(argv, name) or next(iter(table)), {}))
     config = Config(**vars(parser.parse_args(argv)))
+    typed = {name for name in vars(config) if is_given(argv, name)}
+    check_own(config, typed, presets)
     config.check()
-    check_used(config, [name for name in vars(config) if is_given(argv, name)])
+    check_used(config, typed)
     config.resolve()
     return config
+
+
+def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None:
+    """Raises UserError where settings were chosen for another model or other problems than those
+    that were typed: the first preset's are the toy's."""
+    toy = next(iter(presets.values()))
+    own = [
+        n for n in ("model", "problems", "test_problems") if n in typed and is_own(config, n, toy)
+    ]
+    if own and "preset" not in typed:
+        raise UserError(
+            f"--{own[0]} {getattr(config, own[0])}: name the settings, for the defaults are the"
+            " toy's: --preset small (models of up to about 1B on one GPU or a CPU), --preset paper,"
+            " or --preset toy to keep them"
+        )
+    if "problems" in own and not typed & {"test_problems", "test_fraction"}:
+        raise UserError(
+            f"--problems {config.problems}: name the test problems, too: --test_problems FILE, or"
+            " --test_fraction 0.05 to hold a part of these back"
+        )
+    for name in ("model", "problems"):
+        if not getattr(config, name):
+            raise UserError(f"--{name}: --preset {config.preset} has none; name yours")
+
+
+def is_own(config: Config, name: str, toy: dict) -> bool:
+    """Is a typed model or problem set another kind of thing than the toy's?"""
+    value = str(getattr(config, name))
+    if name == "model":
+        return os.path.realpath(value) != os.path.realpath(toy["model"])
+    return not is_toy(value)
 
 
 def is_given(argv: list[str], name: str) -> bool:
@@ -335,7 +369,7 @@ def is_given(argv: list[str], name: str) -> bool:
     return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in argv)
 
 
-def check_used(config: Config, typed: list[str]) -> None:
+def check_used(config: Config, typed: set[str]) -> None:
     """Raises UserError for a typed option that the chosen method does not use."""
     unused: dict[str, str] = {}
     if config.advantage == "tree":
@@ -353,8 +387,8 @@ def check_used(config: Config, typed: list[str]) -> None:
         unused |= dict.fromkeys(prl, f"--advantage {config.advantage}")
     elif config.prl_steps != "length":
         unused["prl_length"] = f"--prl_steps {config.prl_steps}"
-    for name in typed:
-        if name in unused:
+    for name in vars(config):
+        if name in typed and name in unused:
             raise UserError(
                 f"--{name}: has no effect with --method {config.method} ({unused[name]}); leave it"
                 " out"

@@ -33,6 +33,8 @@ from runtime.files import read_rows
 from runtime.leaks import Known, leak_key, problem_key
 from toy.programs import toy_set
 
+# The paper's: one prompt for training and evaluation
+PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500
 CHECK_SECONDS = 20.0  # that reading a set may spend on asking which answers can be read
 
@@ -97,6 +99,25 @@ def encode_prompt(tokenizer, messages: list[dict], today: str = "") -> list[int]
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
 
 
+def is_toy(source: str) -> bool:
+    """Is it generated, not read? Such a set has no prompt suffix."""
+    return source.split(":")[0] == "toy"
+
+
+def usable_suffix(tokenizer, suffix: str, say=print) -> str:
+    """The suffix; but "" (and it is said) where the tokenizer lacks its characters, which would
+    leave scraps of it in every prompt."""
+
+    def letters(text: str) -> str:
+        return "".join(text.split()).casefold()
+
+    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    if letters(tokenizer.decode(ids)) == letters(suffix):
+        return suffix
+    say(f"--prompt_suffix {suffix!r}: left out, the model's tokenizer cannot write it")
+    return ""
+
+
 def encode_question(tokenizer, text: str, option: str, today: str = "") -> list[int]:
     """The prompt of a problem that came with a command-line option. Raises UserError."""
     try:
@@ -132,7 +153,7 @@ def load_problems(
     are said and end it, or are left out with `drop`; a set with nothing left ends it, too.
     """
     today = checked_day(today)  # one day for the whole set, also around midnight
-    if source.split(":")[0] == "toy":
+    if is_toy(source):
         rows, columns = toy_rows(source, {p.text for p in evaluation}), Columns("problem", "answer")
         suffix, evaluation, check_answers = "", (), False  # such a set is never wrong
     else:

@@ -7,6 +7,7 @@ without softmax attention, logits that are rescaled, weights that are missing or
 """
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ def check_path(path: str) -> None:
             " config.quantization_config aside, save_pretrained(DIR); the tokenizer alike"
         )
     # no hub name either (OWNER/NAME), so do not wait for the hub to say so
-    if os.path.isfile(path) or ("/" not in path and not os.path.isdir(path)):
+    if os.path.isfile(path) or not (
+        os.path.isdir(path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
+    ):
         what = "is a file, not a model directory" if os.path.isfile(path) else "no such directory"
         raise UserError(f"--model {path}: cannot be loaded ({what})")
 
@@ -206,8 +209,11 @@ def check_context(
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 40
     room = positions - len(longest.prompt_ids)
     if room < (max_response or 1):
+        long = f"{longest.source}: its prompt of {len(longest.prompt_ids)} tokens"
+        if room < 1:
+            raise UserError(f"{long} leaves no room in the model's {positions} positions")
         raise UserError(
-            f"--{option} {max_response or 1}: with the {len(longest.prompt_ids)} prompt tokens of "
-            f"{longest.source} that is more than the model's {positions} positions"
+            f"{long} and a response of {max_response} are more than the model's {positions}"
+            f" positions; lower --{option} to {room}"
         )
     return max_response or min(room, at_most)

@@ -262,6 +262,8 @@ def measure(results: Results) -> dict[str, tuple[float, np.ndarray]]:
                 "tokens": fmean(s.tokens for s in group),
                 "cut off": fmean(not s.finished for s in group),
                 "no box": fmean(not s.boxed for s in group),
+                "wrong": fmean(s.boxed and not s.error and not is_correct(s.reward) for s in group),
+                "not graded": fmean(bool(s.error) for s in group),
             }
         )
     values = np.array([list(row.values()) for row in rows])
@@ -274,6 +276,9 @@ def measure(results: Results) -> dict[str, tuple[float, np.ndarray]]:
 # --------------------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------------------
+SHARES = ("cut off", "no box", "wrong", "not graded")  # of the samples; see Sample
+
+
 def markdown(rows: list[list[str]]) -> str:
     """Rows of equal length, the head first; padded, so that a terminal shows it well, too."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -311,7 +316,7 @@ def results_table(files: list[Results]) -> str:
         names, sizes = [*names, f"mean of {len(files)}"], [*sizes, ["", ""]]
     ks = [f"pass@{k}" for k in sorted({k for f in files for k in powers(f.settings["k"])})]
     first, second = (
-        [["set", "questions", "k", "avg@k", "tokens", "cut off", "no box"]],
+        [["set", "questions", "k", "avg@k", "tokens", *SHARES]],
         [["set", *ks]],
     )
     for name, size, row in zip(names, sizes, rows):
@@ -321,7 +326,7 @@ def results_table(files: list[Results]) -> str:
                 *map(str, size),
                 estimate(*row["avg@k"]),
                 f"{row['tokens'][0]:.0f}",
-                *(f"{100 * row[share][0]:.1f}" for share in ("cut off", "no box")),
+                *(f"{100 * row[share][0]:.1f}" for share in SHARES),
             ]
         )
         second.append([name, *(estimate(*row[k]) if k in row else "-" for k in ks)])

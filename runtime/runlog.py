@@ -13,6 +13,7 @@ Nothing here changes what is trained.
     python -m pytest tests/runtime/test_runlog.py
 """
 
+import html
 import importlib
 import json
 import time
@@ -35,8 +36,8 @@ LOGS = ("metrics.jsonl", "batches.jsonl", "samples.jsonl")
 
 
 def open_tensorboard(folder: Path, config, first_step: int):
-    """(write, close): write a step's metrics as TensorBoard events. What was logged from
-    `first_step` on is void."""
+    """(write metrics, write text, close) of TensorBoard events. What was logged from `first_step`
+    on is void."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -46,7 +47,10 @@ def open_tensorboard(folder: Path, config, first_step: int):
             writer.add_scalar(key, value, record["step"])
         writer.flush()
 
-    return track, writer.close
+    def tell(name: str, text: str, step: int) -> None:  # as a block of code: it is no markdown
+        writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
+
+    return track, tell, writer.close
 
 
 def open_wandb(folder: Path, config, first_step: int):
@@ -55,7 +59,11 @@ def open_wandb(folder: Path, config, first_step: int):
     import wandb
 
     run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
-    return lambda record: run.log(record, step=record["step"]), run.finish
+
+    def tell(name: str, text: str, step: int) -> None:
+        run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>")}, step=step)
+
+    return lambda record: run.log(record, step=record["step"]), tell, run.finish
 
 
 # module, its use
@@ -169,15 +177,14 @@ class RunFolder:
             if not self.tracker:
                 _, start = TRACKERS[self.config.track]
                 self.tracker = start(self.path, self.config, record["step"])
-            write, _ = self.tracker
-            write(record)
+            self.tracker[0](record)
 
     def close(self, display) -> None:
         """The last drawing. A tracker may have something left to send, and with several ranks the
         way out is a short one (cli.leave)."""
         self.draw("explorer", display.say)
         if self.tracker:
-            self.tracker[1]()
+            self.tracker[2]()
         display.close()
 
     def write_start(self, tested: dict, run) -> None:
@@ -197,8 +204,8 @@ class RunFolder:
         step, groups = record["step"], result.groups
         self.log("metrics.jsonl", record)
         self.write_batch(step, groups)
-        for group in groups[: self.config.log_samples]:
-            self.write_sample(step, group, leaves(group), tokenizer)
+        for i, group in enumerate(groups[: self.config.log_samples]):
+            self.write_sample(step, i, group, leaves(group), tokenizer)
         if "test_accuracy" in record:
             self.draw("curves", display.say)
         display.step(record)
@@ -230,10 +237,13 @@ class RunFolder:
         record = {"step": step, "easy_mean": groups[0].easy_mean, "problems": problems}
         self.log("batches.jsonl", record)
 
-    def write_sample(self, step: int, group, leaves: list, tokenizer) -> None:
+    def write_sample(self, step: int, index: int, group, leaves: list, tokenizer) -> None:
         """A problem with its whole tree. leaves: its training sequences, in tree.py's order."""
         if rank():
             return
+        if self.tracker:
+            name = f"samples/{index + 1}"
+            self.tracker[1](name, sampled_text(group, tokenizer), step)
         left = iter(leaves)
         responses = []
         for r in group.responses:
@@ -289,6 +299,17 @@ class RunFolder:
                 how(self.path)
             except Exception as error:
                 say(f"no drawing: {first_line(error)}", "warning")
+
+
+def sampled_text(group, tokenizer) -> str:
+    """A problem with its initial responses, to be read in a tracker."""
+    texts = response_texts(tokenizer, [r.tokens for r in group.responses])
+    parts = [f"problem {group.number}, answer {' or '.join(group.problem.answers)}"]
+    parts.append(group.problem.text)
+    for i, (r, text) in enumerate(zip(group.responses, texts), 1):
+        why = ("" if r.boxed else ", no box") + ("" if r.finished else ", cut off")
+        parts.append(f"-- r{i}: reward {r.reward:g}{why}\n{text}")
+    return "\n\n".join(parts)
 
 
 def ending(end, leaf, tokenizer) -> dict:

@@ -17,7 +17,7 @@ import torch
 from fci import Separators, separator_tokens
 from runtime import checkpoint, dist
 from runtime.config import Config
-from runtime.data import Problem, checked_day, hold_out, load_problems
+from runtime.data import Problem, checked_day, hold_out, is_toy, load_problems, usable_suffix
 from runtime.models import check_context, check_model, load_model
 from runtime.monitor import Display, Monitor
 from runtime.rewards import Reward, response_texts
@@ -103,8 +103,12 @@ def build(config: Config, display: Display) -> Parts:
     device = dist.start(config.device, alone=config.parallel == "fsdp")
     newest = checkpoint.find(config)
     path = str(newest or config.model)
+    if config.resume == "auto" and not newest:
+        display.say(f"--resume auto: no checkpoint in {config.out} yet, so the run starts anew")
     # one date for the whole run: a chat template may write it into every prompt
-    config.date = checked_day(config.date or (checkpoint.date_of(newest) if newest else ""))
+    config.date = checked_day(
+        config.date or (newest and checkpoint.setting_of(newest, "date") or "")
+    )
     policy, tokenizer, eos_ids = load_model(path, "cpu")
     problems, test_problems = read_problems(config, policy, tokenizer, display.say)
     check_model(policy, path)
@@ -143,6 +147,9 @@ def build(config: Config, display: Display) -> Parts:
 
 def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem], list[Problem]]:
     """Training and test problems that fit the model's positions. Raises UserError."""
+    tested = [] if config.test_fraction else [config.test_problems]
+    if not all(map(is_toy, [config.problems, *tested])):
+        config.prompt_suffix = usable_suffix(tokenizer, config.prompt_suffix, say)
     load: dict[str, Any] = dict(
         max_prompt=config.max_prompt,
         suffix=config.prompt_suffix,

@@ -501,7 +501,7 @@ def test_real_problems_with_a_tiny_random_model_run_and_say_that_nothing_is_lear
     tmp_path, capsys
 ):
     model = save_real_model(tmp_path / "model")
-    options = ["--model", model, "--out", tmp_path / "run", "--drop_bad_rows"]
+    options = ["--preset", "toy", "--model", model, "--out", tmp_path / "run", "--drop_bad_rows"]
     options += ["--problems", REAL_DATA / "math500.parquet"]
     options += ["--test_problems", REAL_DATA / "aime24.parquet"]
     options += typed("--steps 2 --batch_size 4 --max_response 48 --eval_samples 1")

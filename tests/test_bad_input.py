@@ -275,7 +275,8 @@ def world(tmp_path_factory) -> Path:
 # (USUAL).
 USUAL = {
     "attnrl.py": typed(
-        "--steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:3:2 --out out"
+        "--preset toy --steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:3:2"
+        " --out out"
     ),
     "eval.py": ["--k", "1", "--out", "out"],
     "tools.show_fci": ["--model", str(TOY_MODEL), "--problem", PROGRAM],
@@ -368,7 +369,7 @@ CASES = [
     (
         "attnrl.py",
         "--model {w}/short --max_response 1",
-        "--max_response 1|toy:6:20:1, program|16 positions",
+        "toy:6:20:1, program|leaves no room in the model's 16 positions",
     ),
     ("eval.py", "--model {w}/short --problems toy:6:3", "toy:6:3, program|16 positions"),
     ("eval.py", "--model {w}/short --ask a=1;b=2;c=3;d=4;e=5;?e", "--ask|16 positions"),

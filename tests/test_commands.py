@@ -56,7 +56,10 @@ REDUCED = [  # in this order; what a command is replaced by
             rf" false {TINY_FILES}"
         ),
     ),
-    (r"(attnrl\.py --model DIR [^\n#]*--steps 2)", rf"\1 {TINY_FILES.replace('--steps 1 ', '')}"),
+    (
+        r"(attnrl\.py --preset small --model DIR [^\n#]*--steps 2)",
+        rf"\1 {TINY_FILES.replace('--steps 1 ', '')}",
+    ),
     (r"(attnrl\.py)(?![^\n]*(?:--steps|--dry_run|nan|--model))([^\n#]*)", rf"\1 {SMALL}\2"),
     (r"aime24\.parquet \.\.\.", "aime24.parquet --subset --max_response 20"),
     (r"(eval\.py --model DIR (?!--suite)[^\n#]*?)--k 32", r"\1--k 2 --max_response 20"),

@@ -1,6 +1,7 @@
 """test_eval.py: the evaluation command, the suite, stop and go on; prepared responses, real problem
 files."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -11,13 +12,22 @@ import time
 from pathlib import Path
 
 import pytest
-from fixtures import REAL_DATA, ROOT, TOY_MODEL, bpe_tokenizer, same_file, save_real_model, typed
+from fixtures import (
+    REAL_DATA,
+    ROOT,
+    TOY_MODEL,
+    bpe_tokenizer,
+    lines,
+    same_file,
+    save_real_model,
+    typed,
+)
 from launch import run
 
 import attnrl
 import eval as evaluation
 from runtime.cli import UserError, stop_on_user_error
-from runtime.data import load_problems
+from runtime.data import PROMPT_SUFFIX, load_problems
 from runtime.models import load_model
 from runtime.results import read_results
 from runtime.rollout import Completion
@@ -268,6 +278,67 @@ def test_options_given_by_hand_override_the_suite(capsys):
     )
 
 
+def asked(model, *options) -> tuple[str, str]:
+    """(the prompt's suffix, whose it is)."""
+    args = evaluation.parse(["--model", str(model), "--problems", "minerva.jsonl", *options])
+    return args.prompt_suffix, args.asked_by
+
+
+def test_one_prompt_everywhere_typed_then_the_suites_then_the_models_then_the_default(tmp_path):
+    """A trained model's folder says how it was asked."""
+    run = attnrl.parse_config([])
+    run.prompt_suffix = " Box it."
+    (tmp_path / "run.json").write_text(json.dumps({"config": dataclasses.asdict(run)}))
+    suite = ["--suite", "paper", "--subset"]
+    mine = ["--prompt_suffix", " Mine."]
+    assert asked(tmp_path, *mine) == (" Mine.", "as given")
+    assert asked(tmp_path, *mine, *suite) == (" Mine.", "as given")
+    assert asked(tmp_path, *suite) == (PROMPT_SUFFIX, "that of --suite paper")
+    assert asked(tmp_path) == (" Box it.", "as the model was trained")
+    assert asked(TOY_MODEL) == (PROMPT_SUFFIX, "the default")
+    assert attnrl.Config().prompt_suffix == PROMPT_SUFFIX
+    assert asked(tmp_path, "--prompt_suffix", "") == ("", "as given")
+    (tmp_path / "run.json").write_text("{")  # damaged, or something else's
+    assert asked(tmp_path) == (PROMPT_SUFFIX, "the default")
+
+
+@pytest.mark.full
+def test_a_model_is_evaluated_with_the_prompts_of_its_training(tmp_path):
+    """The real commands, with a real tokenizer: the same prompts, by number of tokens."""
+    model, problems = save_real_model(tmp_path / "m"), tmp_path / "p.jsonl"
+    rows = [{"problem": f"{i} + 1 = ?", "answer": str(i + 1)} for i in range(6)]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = typed(
+        "--steps 1 --batch_size 2 --max_response 8 --eval_max_response 8 --group_size 2"
+    )
+    where = [
+        "--model",
+        model,
+        "--problems",
+        problems,
+        "--test_fraction",
+        "0.3",
+        "--out",
+        tmp_path / "r",
+    ]
+    run("attnrl.py", "--preset", "toy", *where, *options, "--prompt_suffix", " Box it.")
+    text, _ = run(
+        "eval.py",
+        "--model",
+        tmp_path / "r/last",
+        "--problems",
+        problems,
+        "--k",
+        1,
+        "--max_response",
+        8,
+        "--out",
+        tmp_path / "e",
+    )
+    assert "prompts end in ' Box it.' (as the model was trained; --prompt_suffix)" in text
+    assert lines(tmp_path / "e/p.jsonl")[0]["settings"]["prompt_suffix"] == " Box it."
+
+
 # --------------------------------------------------------------------------------------------------
 # Prepared responses through the real command and the real grader
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +394,7 @@ PREPARED = [  # 4 questions x 4 samples; True: ended by itself
 def test_prepared_responses_give_exactly_this_table(tmp_path, monkeypatch, capsys):
     """avg@4 = mean of 1, 1/2, 1/4, 0; pass@2 = mean of 1, 1 - C(2,2)/6 = 5/6, 1 - C(3,2)/6 = 1/2,
     0; pass@4 = 3/4. The intervals are those of all 256 ways to draw 4 of 4 questions. 5 of 16 have
-    no closed box after the thinking, and 3 were cut off."""
+    no closed box after the thinking, 4 a wrong one, and 3 were cut off."""
     model = save_real_model(tmp_path / "model")
     problems = tmp_path / "four.jsonl"
     problems.write_text(
@@ -357,11 +428,16 @@ def test_prepared_responses_give_exactly_this_table(tmp_path, monkeypatch, capsy
         (1, 5 / 6, 1 / 2, 0), draws
     ) == [20.83, 91.67]
     assert ends((1, 1, 1, 0), draws) == [25, 100]
-    assert capsys.readouterr().out.partition("\n")[2] == "\n".join(
+    asked, _, table = capsys.readouterr().out.split("\n", 2)
+    assert asked.startswith(f"prompts end in {PROMPT_SUFFIX!r} (the default")
+    assert table == "\n".join(
         [
-            "| set  | questions | k | avg@k             | tokens | cut off | no box |",
-            "|------|-----------|---|-------------------|--------|---------|--------|",
-            f"| four | 4         | 4 | 43.8 [12.5, 81.2] | {tokens:<6.0f} | 18.8    | 31.2   |",
+            "| set  | questions | k | avg@k             | tokens | cut off | no box | wrong |"
+            " not graded |",
+            "|------|-----------|---|-------------------|--------|---------|--------|-------|"
+            "------------|",
+            f"| four | 4         | 4 | 43.8 [12.5, 81.2] | {tokens:<6.0f} | 18.8    | 31.2   |"
+            " 25.0  | 0.0        |",
             "",
             "| set  | pass@1            | pass@2            | pass@4             |",
             "|------|-------------------|-------------------|--------------------|",
@@ -424,7 +500,7 @@ def test_real_files_with_prepared_responses_give_exactly_this_table(tmp_path, mo
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("| ")
     ]
-    shares = ["25.0 [25.0, 25.0]", "25.0", "50.0"]
+    shares = ["25.0 [25.0, 25.0]", "25.0", "50.0", "25.0", "0.0"]
     assert [row[:4] + row[5:] for row in rows[1:6]] == [
         *([name, str(n), "4", *shares] for name, n in zip(REAL, (30, 500, 272, 674))),
         ["mean of 4", "", "", *shares],
@@ -439,8 +515,32 @@ def test_real_files_with_prepared_responses_give_exactly_this_table(tmp_path, mo
 # --------------------------------------------------------------------------------------------------
 def test_ask_streams_one_answer():
     program = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
-    text, _ = run("eval.py", "--model", TOY_MODEL, "--ask", program, "--temperature", 0)
+    text, notes = run("eval.py", "--model", TOY_MODEL, "--ask", program, "--temperature", 0)
     assert text == toy_solution(program) + "\n"
+    assert "left out, the model's tokenizer cannot write it" in notes
+
+
+@pytest.mark.parametrize(
+    "options, end",
+    [
+        ("--answer 6", "\\boxed{6}\n(right)\n"),
+        ("--answer 5", "\\boxed{6}\n(wrong)\n"),
+        (
+            "--answer 6 --max_response 9",
+            "(cut off after 9 tokens; --max_response)\n(wrong: no answer to grade)\n",
+        ),
+        (
+            "--answer 4 --max_response 5 --reward number",
+            "(cut off after 5 tokens; --max_response)\n(right)\n",
+        ),
+    ],
+)
+def test_ask_says_cut_off_and_the_grade(options, end, capsys):
+    program = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
+    evaluation.main(
+        ["--model", str(TOY_MODEL), "--ask", program, "--temperature", "0", *typed(options)]
+    )
+    assert capsys.readouterr().out.endswith(end)
 
 
 @pytest.mark.parametrize(

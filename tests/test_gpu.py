@@ -109,7 +109,7 @@ def test_the_transformers_engine_samples_what_it_scores(kind):
 SMALL = [
     "--device",
     DEVICE,
-    *typed("--steps 2 --batch_size 4 --test_problems toy:8:10:2 --eval_samples 2"),
+    *typed("--preset toy --steps 2 --batch_size 4 --test_problems toy:8:10:2 --eval_samples 2"),
 ]
 
 

@@ -19,14 +19,14 @@ from runtime.monitor import Display
 from runtime.runlog import RunFolder
 
 TINY = typed(
-    "--steps 2 --batch_size 4 --problems toy:6:50:1 --test_problems toy:6:5:2 --eval_samples 2"
-    " --eval_every 1 --mini_batch 64"
+    "--preset toy --steps 2 --batch_size 4 --problems toy:6:50:1 --test_problems toy:6:5:2"
+    " --eval_samples 2 --eval_every 1 --mini_batch 64"
 )
 # Small, and all that a checkpoint must carry is at work (test_checkpoint.py asserts it): the KL to
 # a reference, a batch size that follows Eq. 10, the filter of Eq. 8, several updates a step, a
 # stream of 16 problems that begins a second epoch.
 RUN = typed(
-    "--steps 4 --batch_size 4 --group_size 3 --eval_every 2 --eval_samples 1"
+    "--preset toy --steps 4 --batch_size 4 --group_size 3 --eval_every 2 --eval_samples 1"
     " --test_problems toy:8:4:2 --problems toy:8:16:1 --mini_batch 15 --kl_coef 0.001"
     " --batch_lam 0.2 --save_every 1 --keep 9"
 )

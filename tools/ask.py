@@ -1,6 +1,6 @@
 """ask.py: one answer of a model, printed while it is sampled. `python eval.py --ask` calls it.
 
-python eval.py --model DIR --ask "What is 2 + 3?"
+python eval.py --model DIR --ask "What is 2 + 3?" --answer 5
 python -m tools.ask --model DIR "What is 2 + 3?"
 """
 
@@ -12,8 +12,9 @@ import torch
 from transformers import TextStreamer
 
 from runtime.cli import UserError, plain, stop_on_user_error
-from runtime.data import Problem, encode_question
+from runtime.data import Problem, encode_question, usable_suffix
 from runtime.models import check_context
+from runtime.rewards import Reward, response_texts
 from runtime.rollout import Request, TransformersEngine
 
 
@@ -25,24 +26,50 @@ class Printer(TextStreamer):
 
 
 def ask(model, tokenizer, eos_ids: list[int], args) -> None:
-    """Print one answer while it is sampled. Raises UserError for options that are not for one."""
+    """Print one answer while it is sampled, and what became of it. Raises UserError for options
+    that are not for one."""
     given = [name for name in ("k", "out", "suite") if getattr(args, name)]
     given += ["engine"] * (args.engine == "vllm")
     if given:
         raise UserError(f"--{given[0]}: is for --problems, not for --ask")
     printer = Printer(tokenizer, skip_special_tokens=True)
-    prompt = encode_question(tokenizer, args.ask + args.prompt_suffix, "--ask")
+    notes: list[str] = []
+    suffix = usable_suffix(tokenizer, args.prompt_suffix, notes.append)
+    question = args.ask if args.ask.endswith(suffix) else args.ask + suffix
+    prompt = encode_question(tokenizer, question, "--ask", args.date)
     limit = check_context(model, [Problem(args.ask, [], "--ask", prompt)], args.max_response)
-    TransformersEngine(model, eos_ids).generate(
+    for note in notes:
+        print(note, file=sys.stderr)
+    [completion] = TransformersEngine(model, eos_ids).generate(
         [Request(prompt, limit, args.temperature, args.seed)],
         on_token=lambda _, token: printer.put(torch.tensor([token])),
     )
     printer.end()
+    if not completion.finished:
+        print(f"(cut off after {limit} tokens; --max_response)")
+    if args.answer is not None:
+        reward = Reward(args.reward, units=args.grade_units)
+        [found] = reward([(response_texts(tokenizer, [completion.tokens])[0], [args.answer])])
+        print(f"({grade_text(found, reward.boxed[0], reward.errors[0])})")
+
+
+def grade_text(reward: float, boxed: bool, error: str) -> str:
+    """Reward 1 or 0 in words; another one as a number."""
+    if error:
+        return f"could not be graded: {error}"
+    if reward not in (0, 1):
+        return f"reward {reward:g}"
+    return "right" if reward else "wrong" if boxed else "wrong: no answer to grade"
+
+
+def main(argv: list[str]) -> None:
+    """The question is the last word: python -m tools.ask --model DIR "What is 2 + 3?"."""
+    from eval import main as evaluate
+
+    *options, question = argv or ["--help"]
+    evaluate([*options, *(["--ask", question] if question not in ("--help", "-h") else ["--help"])])
 
 
 if __name__ == "__main__":
     with stop_on_user_error("tools.ask"):
-        from eval import main
-
-        *options, question = sys.argv[1:] or ["--help"]
-        main([*options, *(["--ask", question] if question != "--help" else ["--help"])])
+        main(sys.argv[1:])

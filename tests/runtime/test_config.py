@@ -1,4 +1,5 @@
-"""test_config.py: the learning rate of a step. Presets, methods, the command line: test_attnrl.py.
+"""test_config.py: the learning rate of a step; whose settings are taken. Methods and the command
+line: test_attnrl.py.
 
 python -m pytest tests/runtime/test_config.py
 """
@@ -6,7 +7,10 @@ python -m pytest tests/runtime/test_config.py
 import math
 
 import pytest
+from fixtures import TOY_MODEL, typed
 
+from attnrl import PRESETS, parse_config
+from runtime.cli import UserError
 from runtime.config import Config, learning_rate
 
 
@@ -38,3 +42,63 @@ def test_learning_rate_decays_to_zero_after_the_last_step():
 def test_the_settings_of_a_run_reach_its_learning_rate():
     config = Config(lr=2.0, steps=4, lr_schedule="linear", warmup_steps=2)
     assert [config.learning_rate(step) for step in (1, 2, 3, 4)] == pytest.approx([1, 2, 2, 1])
+
+
+OWN = "--model my/model --problems train.jsonl"
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("--model my/model", "--model my/model: name the settings.*--preset small.*--preset toy"),
+        ("--problems a.jsonl", "--problems a.jsonl: name the settings"),
+        ("--problems=a.jsonl --steps 2", "--problems a.jsonl: name the settings"),
+        ("--test_problems b.csv", "--test_problems b.csv: name the settings"),
+        ("--test-problems b.csv", "--test_problems b.csv: name the settings"),
+        (f"{OWN} --method grpo", "--model my/model: name the settings"),
+        (
+            f"{OWN} --preset small",
+            "--problems train.jsonl: name the test problems.*--test_fraction",
+        ),
+        (f"{OWN} --preset toy", "--problems train.jsonl: name the test problems"),
+        (f"{OWN} --preset paper --dry_run", "--problems train.jsonl: name the test problems"),
+        ("--preset small --problems a --test_fraction 0.1", "--model: --preset small has none"),
+        ("--preset small --model my/model", "--problems: --preset small has none"),
+    ],
+)
+def test_the_toys_settings_are_not_taken_for_a_model_or_problems_of_ones_own(command, said):
+    with pytest.raises(UserError, match=said) as stop:
+        parse_config(typed(command))
+    assert "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "--problems toy:8-10:400:1",
+        f"--model {TOY_MODEL}",
+        "--model toy/model/../model --test_problems toy:6:5:2",
+        f"{OWN} --preset small --test_problems test.jsonl",
+        f"{OWN} --preset small --test_fraction 0.1",
+        f"{OWN} --preset toy --test_fraction=0.1",
+        "--preset paper --dry_run",
+    ],
+)
+def test_settings_that_were_named_or_are_the_toys_are_taken(command):
+    config = parse_config(typed(command))
+    for name, value in PRESETS[config.preset].items():
+        # gpus are those that --dry_run plans for
+        assert f"--{name}" in command or name == "gpus" or getattr(config, name) == value
+
+
+def test_the_small_preset_by_hand():
+    config = parse_config(typed(f"{OWN} --preset small --test_fraction 0.1"))
+    assert (config.max_response, config.eval_max_response, config.delta) == (1024, 1024, 1)
+    assert (config.batch_size, config.leaves_per_problem(), config.target_sequences) == (
+        16,
+        30,
+        480,
+    )
+    assert (config.lr, config.kl_coef, config.mini_batch, config.steps) == (5e-6, 0.001, 96, 100)
+    assert (config.eval_samples, config.eval_temperature, config.dtype) == (4, 0.6, "fp32")

@@ -12,6 +12,7 @@ import pytest
 from fixtures import REAL_DATA, bpe_tokenizer, toy_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from runtime import data
 from runtime.cli import UserError
@@ -22,6 +23,7 @@ from runtime.data import (
     hold_out,
     load_problems,
     report_bad_rows,
+    usable_suffix,
 )
 from runtime.golds import parse_answers
 from toy.programs import LETTERS, toy_program, toy_set, toy_solution
@@ -46,6 +48,22 @@ def write_lines(path: Path, *rows) -> Path:
         b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
     )
     return path
+
+
+@pytest.mark.parametrize(
+    "tokenizer, written", [(toy_tokenizer(), False), (bpe_tokenizer(), True)], ids=["toy", "bpe"]
+)
+def test_a_suffix_that_the_tokenizer_cannot_write_is_left_out_and_that_is_said(tokenizer, written):
+    said: list[str] = []
+    assert usable_suffix(tokenizer, SUFFIX, said.append) == (SUFFIX if written else "")
+    assert len(said) == (not written) and all(repr(SUFFIX) in line for line in said)
+    assert usable_suffix(tokenizer, "", said.append) == "" and len(said) == (not written)
+
+
+def test_a_lower_case_tokenizer_still_writes_the_suffix():
+    tokenizer = bpe_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert usable_suffix(tokenizer, SUFFIX, pytest.fail) == SUFFIX
 
 
 def test_jsonl_takes_strings_numbers_and_lists_of_answers(tmp_path, tokenizer):

@@ -69,7 +69,7 @@ needs_proc = pytest.mark.skipif(
 # Short problems, two at a time; what a checkpoint must carry is the concern of test_checkpoint.py.
 SMALL = [
     *typed(
-        "--problems toy:4:16:1 --test_problems toy:4:2:2 --steps 3 --batch_size 2"
+        "--preset toy --problems toy:4:16:1 --test_problems toy:4:2:2 --steps 3 --batch_size 2"
         " --group_size 2 --eval_every 3 --eval_samples 1 --save_every 1 --keep 9"
     ),
     *SEED,

@@ -657,7 +657,8 @@ def test_a_run_writes_nothing_outside_its_folder_whatever_texts_say(tmp_path, mo
                 [
                     *both,
                     *typed(
-                        "--problems train.jsonl --out run --steps 2 --batch_size 4 --eval_samples 1"
+                        "--preset toy --problems train.jsonl --out run --steps 2 --batch_size 4"
+                        " --eval_samples 1"
                         " --eval_every 2 --max_response 24 --mini_batch 8"
                     ),
                     "--prompt_suffix",
@@ -784,7 +785,7 @@ def closed(tmp_path_factory):
 
 
 ASK, EVAL = "--ask x --max_response 1", f"--model {TOY_MODEL} --k 1 --max_response 1"
-TRAIN = "--steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:3:2"
+TRAIN = "--preset toy --steps 1 --batch_size 2 --problems toy:6:20:1 --test_problems toy:6:3:2"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ test_attnrl.py; logs that cannot be written: test_faults.py.
 import sys
 
 import pytest
-from fixtures import bpe_tokenizer, metrics_of, toy_tokenizer, typed
+from fixtures import bpe_tokenizer, lines, metrics_of, toy_tokenizer, typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_runs import train_tiny
@@ -49,6 +49,25 @@ def test_tensorboard_gets_every_metric(tmp_path):
     for key in ("initial/reward", "train/grad_norm", "test_accuracy"):
         wanted = [(m["step"], pytest.approx(m[key], rel=1e-6)) for m in records if key in m]
         assert [(e.step, e.value) for e in events.Scalars(key)] == wanted
+
+
+def test_tensorboard_gets_the_logged_problems_and_responses_as_text(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train_tiny(tmp_path, "--track", "tensorboard", "--max_response", "30")
+    events = reader.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    logged = lines(run / "samples.jsonl")
+    assert len(logged) == 4
+    for number in (0, 1):
+        name = f"samples/{number + 1}/text_summary"
+        for event in events.Tensors(name):
+            text = event.tensor_proto.string_val[0].decode()
+            sample = [s for s in logged if s["step"] == event.step][number]
+            assert f"problem {sample['number']}, answer {sample['answers'][0]}" in text
+            assert sample["problem"] in text and text.count("-- r") == len(sample["responses"])
+            cut = [r for r in sample["responses"] if not r["finished"]]
+            assert text.count(", no box, cut off") == len(cut) > 0
+            assert all(line.startswith("    ") for line in text.splitlines() if line.strip())
 
 
 def test_a_tracker_that_is_not_installed_is_one_line_and_nothing_is_written(tmp_path, monkeypatch):

@@ -55,8 +55,8 @@ TOY = parse_config([])
 EOS = [1]  # the toy's
 LONGEST = 160  # prompt and completion
 SMALL = typed(
-    "--engine vllm --steps 2 --batch_size 4 --eval_samples 2 --test_problems toy:8:10:2"
-    " --log_samples 99"
+    "--preset toy --engine vllm --steps 2 --batch_size 4 --eval_samples 2"
+    " --test_problems toy:8:10:2 --log_samples 99"
 )
 # a learning rate at which one update changes every kind of stale weight by more than the tolerance
 VISIBLE = 0.003
