@@ -58,6 +58,7 @@ from runtime.stream import ProblemStream
 # -------- Methods and presets: the first of each is the default ----------------------------------
 SYNCHRONOUS = dict(one_step_off_policy=False)
 NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False)
+PRL = NO_ADS | SYNCHRONOUS | dict(advantage="prl", kl_coef=0.0)
 METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
     "attnrl": {},
     "atb_ads_nofilter": dict(ads_filter="none"),
@@ -67,7 +68,9 @@ METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
     "treerl_off": NO_ADS | dict(branch="entropy"),
     "treerl": NO_ADS | SYNCHRONOUS | dict(branch="entropy"),
     "grpo": NO_ADS | SYNCHRONOUS | dict(advantage="grpo"),
-    "prl": NO_ADS | SYNCHRONOUS | dict(advantage="prl", kl_coef=0.0),
+    "prl": PRL,
+    "frpo": PRL | dict(prl_steps="length", prl_length=1, prl_eta=100.0),
+    "datpo": NO_ADS | SYNCHRONOUS | dict(branch="step_entropy", advantage="datpo"),
 }
 
 TOY_MODEL = str(Path(__file__).parent / "toy" / "model")
@@ -82,7 +85,7 @@ TOY_METHOD = dict(max_response=110, delta=1, lr=5e-5, kl_coef=0.0, mini_batch=25
 SMALL_DATA = dict(model="", problems="", test_problems="", max_prompt=512)  # yours
 SMALL_RUN = dict(steps=100, batch_size=16, eval_samples=4, token_budget=8192, rollout_tokens=32768)
 SMALL_METHOD = dict(max_response=1024, delta=1, lr=5e-6, mini_batch=96)
-PAPER_RUN = dict(eval_samples=32, eval_max_response=32768, eval_every=20, save_every=10)
+PAPER_RUN = dict(eval_samples=32, eval_every=20, save_every=10)
 PAPER_MACHINE = dict(engine="vllm", dtype="bf16", activation_checkpointing=True, gpus=8)
 PRESETS: dict[str, dict] = {  # the same for all methods
     "toy": TOY_DATA | TOY_RUN | TOY_METHOD | dict(token_budget=8192, prl_steps="blank"),
@@ -105,6 +108,7 @@ class Group:
     number: int  # of the problem in its set
     problem: Problem
     responses: list[tree.Response] = field(default_factory=list)
+    branches: int = 0  # continuations per branch point, if not the usual number
     filtered: bool = False  # an easy problem that the filter kept from expansion
     easy_mean: float = 0.0  # what the filter compared it with
 
@@ -197,7 +201,7 @@ def step(run: Run, number: int, batch: Batch | None) -> StepResult:
 
 def new_batch(run: Run, number: int) -> Batch:
     """The next problems of the stream; of these, every world-th is this rank's."""
-    taken = run.stream.take(run.adaptive_batch.size)
+    taken = run.stream.take(run.adaptive_batch.problems())
     return Batch(number, dist.mine([Group(j, i, run.problems[i]) for j, i in enumerate(taken)]))
 
 
@@ -240,13 +244,13 @@ def continuation_rollouts(config: Config, batch: Batch) -> list[Rollout]:
         for group in batch.groups
         for i, response in enumerate(group.responses)
         for at in response.branch_points
-        for t in range(config.continuations)
+        for t in range(group.branches or config.continuations)
     ]
 
 
 def add_responses(run: Run, sampled: list[tuple[Rollout, Completion]]) -> None:
     """Scoring pass 1: initial responses get old log-probs, entropies, FCI and rewards."""
-    branching = run.config.advantage == "tree"
+    branching = run.config.branches()
     responses, sequences = [], []
     for rollout, c in sampled:
         bounds = split_steps(c.tokens, run.separators)
@@ -281,7 +285,7 @@ def add_continuations(run: Run, sampled: list[tuple[Rollout, Completion]]) -> No
 def plan(run: Run, batch: Batch) -> None:
     """Adaptive sampling and attention-based tree branching: who is expanded, how often, where."""
     config = run.config
-    if config.advantage != "tree":
+    if not config.branches():
         return
     rates = [sampler.solve_rate([r.reward for r in group.responses]) for group in batch.groups]
     fcis = [sampler.problem_fci([r.fci for r in group.responses]) for group in batch.groups]
@@ -300,12 +304,14 @@ def plan(run: Run, batch: Batch) -> None:
 
 def choose_expansions(config: Config, group: Group, rate: float, rng: random.Random) -> None:
     """Which responses of a problem are expanded (Eq. 9), and from which tokens (Eq. 7)."""
-    G = config.group_size
+    G, N = config.group_size, config.branch_points
     count = sampler.tree_count(rate, G) if config.ads_expansion else G
+    if config.advantage == "datpo":
+        N, group.branches = baselines.datpo_sizes(rate, N, config.continuations)
     for i in sampler.choose_trees([r.reward for r in group.responses], count, rng):
         response = group.responses[i]
         response.branch_points = tree.choose_branch_points(
-            response, config.branch, config.branch_points, rng, config.rho, config.min_branch_gap
+            response, config.branch, N, rng, config.rho, config.min_branch_gap, config.delta
         )
 
 
@@ -314,6 +320,7 @@ def leaves(config: Config, group: Group) -> list[tree.TrainingSequence]:
     flatten: dict[str, Callable] = {
         "tree": tree.tree_sequences,
         "grpo": baselines.grpo_sequences,
+        "datpo": baselines.datpo_sequences,
         "prl": partial(baselines.prl_sequences, eta=config.prl_eta),
     }
     return flatten[config.advantage](group.problem.prompt_ids, group.responses)

@@ -4,9 +4,13 @@
            paper writes it, without the 1e-6, in the text before its Eq. 1)
     PRL    A(t in step k) = A_GRPO - (1 / eta) * sum over u >= last token of step k of
            log [pi_old(u) / pi_ref(u)]    (arXiv 2601.10201)
+    FRPO   PRL with steps of one token and eta = 100 (the second version of that paper)
+    DATPO  A(block) = r + V(its end) - V(its start); r: of a leaf's last block only; every block is
+           trained once; forking points and branches a point by 1 - V(root)    (arXiv 2609.08650)
 
 TreeRL needs nothing here: it is the tree of tree.py with another branching rule. A method of your
-own is a function from (prompt, responses) to training sequences, as these two are.
+own is a function from (prompt, responses) to training sequences, as these are. Left out of DATPO:
+its bonus for diverse siblings.
 
     python attnrl.py --method grpo
     python -m pytest tests/test_baselines.py
@@ -16,7 +20,7 @@ import math
 import statistics
 
 from fci import Separators, cut_at_newlines
-from tree import Response, TrainingSequence
+from tree import Node, Response, TrainingSequence, build_tree
 
 
 def grpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
@@ -53,6 +57,47 @@ def prl_sequences(
             for a, b in zip(response.bounds, response.bounds[1:])
             for _ in range(a, b)
         ]
+    return sequences
+
+
+def datpo_sizes(rate: float, points: int, branches: int) -> tuple[int, int]:
+    """DATPO: (forking points a response, continuations a point) of a problem whose initial
+    responses are right at this rate; none where all are right.
+
+    >>> datpo_sizes(0.0, 2, 2), datpo_sizes(0.5, 2, 2), datpo_sizes(1.0, 2, 2)
+    ((2, 2), (1, 1), (0, 0))
+    """
+    return math.ceil(points * (1 - rate)), math.ceil(branches * (1 - rate))  # DATPO
+
+
+def datpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
+    """DATPO: a block is a node of the tree, and V the mean of the leaves below it. A block's
+    advantage is V(its node) - V(the parent), of a leaf's last block r - V(the parent). Every block
+    is trained once: in later leaves its tokens have weight 0, which takes them out of the loss."""
+    sequences: list[TrainingSequence] = []
+    trained: set[int] = set()
+
+    def walk(node: Node, parent: Node, path: list[tuple[Node, float]]) -> None:
+        path = [*path, (node, float(node.value - parent.value))]  # DATPO
+        for child in node.children:
+            walk(child, node, path)
+        if not node.children:
+            once = [id(n) not in trained for n, _ in path for _ in n.tokens]
+            weights = [w for n, _ in path for w in n.weights or [1.0] * len(n.tokens)]
+            sequences.append(
+                TrainingSequence(
+                    prompt_ids,
+                    [t for n, _ in path for t in n.tokens],
+                    [gain for n, gain in path for _ in n.tokens],
+                    [lp for n, _ in path for lp in n.logprobs],
+                    [w * new for w, new in zip(weights, once)],
+                )
+            )
+            trained.update(id(n) for n, _ in path)
+
+    root = build_tree(responses)
+    for child in root.children:
+        walk(child, root, [])
     return sequences
 
 

@@ -106,13 +106,18 @@ class AdaptiveBatch:
     """The number of problems B sampled a step, moved so that `target` (B') training sequences are
     left of them."""
 
-    size: int
+    size: float
     target: int
     low: int
     high: int
     lam: float = 0.9
 
-    def update(self, sampled: int, kept: int) -> int:
+    def problems(self) -> int:
+        """The size as a number of problems. `size` itself stays a fraction: rounded, with lambda
+        0.9, deviations under about 5 problems would never move it."""
+        return round_half_up(self.size)
+
+    def update(self, sampled: int, kept: int) -> float:
         """Take in that `sampled` problems left `kept` (B'') training sequences; returns the new
         size, within bounds.
 
@@ -124,5 +129,5 @@ class AdaptiveBatch:
         if kept > 0:
             # AttnRL Eq. 10
             wanted = self.lam * self.size + (1 - self.lam) * self.target / kept * sampled
-            self.size = min(self.high, max(self.low, round_half_up(wanted)))
+            self.size = min(self.high, max(self.low, wanted))
         return self.size

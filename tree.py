@@ -28,7 +28,7 @@ Left out: trees deeper than initial responses plus one round of continuations (t
 
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -123,13 +123,32 @@ def fci_branch_steps(
     return chosen
 
 
-def by_fci(response: Response, n: int, rng: random.Random, rho: float, min_gap: int) -> list[int]:
+def usable(response: Response) -> range:
+    """Steps that may be branch points: not the first, which has nothing before it to keep."""
+    return range(1, response.branchable)
+
+
+def by_fci(response: Response, n: int, rng, rho: float, min_gap: int, delta: int) -> list[int]:
     """AttnRL: Eq. 7, filled up with the earliest other steps (the authors' code)."""
-    usable, starts = range(1, response.branchable), response.bounds[:-1]  # never the first step
-    y = [score if k in usable else 0.0 for k, score in enumerate(response.fci)]
+    starts, allowed = response.bounds[:-1], usable(response)
+    y = [score if k in allowed else 0.0 for k, score in enumerate(response.fci)]
     steps = fci_branch_steps(y, starts, n, rho, min_gap)
-    steps += [k for k in usable if k not in steps][: n - len(steps)]
+    steps += [k for k in allowed if k not in steps][: n - len(steps)]
     return [starts[k] for k in steps]
+
+
+def by_fci_mean(response: Response, n: int, rng, rho: float, min_gap: int, delta: int) -> list[int]:
+    """The same with Eq. 5 as a mean: a sum has fewer terms the later its step, and so falls."""
+    later = range(len(response.fci) - delta, -delta, -1)  # steps that Eq. 5 sums over, for each k
+    mean = [y / max(1, terms) for y, terms in zip(response.fci, later)]
+    return by_fci(replace(response, fci=mean), n, rng, rho, min_gap, delta)
+
+
+def by_step_entropy(response: Response, n: int, *_) -> list[int]:
+    """DATPO (arXiv 2609.08650): the n steps of highest mean entropy over their tokens."""
+    cuts, h = response.bounds, response.entropies
+    mean = {k: sum(h[cuts[k] : cuts[k + 1]]) / (cuts[k + 1] - cuts[k]) for k in usable(response)}
+    return [cuts[k] for k in sorted(mean, key=mean.__getitem__, reverse=True)[:n]]
 
 
 def by_entropy(response: Response, n: int, *_) -> list[int]:
@@ -139,28 +158,42 @@ def by_entropy(response: Response, n: int, *_) -> list[int]:
     return sorted(inner, key=lambda t: (-response.entropies[t], t))[:n]
 
 
+def equally_spaced(response: Response, n: int, *_) -> list[int]:
+    """n steps that cut the response's into n + 1 parts of nearly equal numbers."""
+    steps = {i * response.branchable // (n + 1) for i in range(1, n + 1)}
+    return [response.bounds[k] for k in steps if k in usable(response)]
+
+
+def earliest(response: Response, n: int, *_) -> list[int]:
+    """The first n steps after the very first: what FCI may come down to."""
+    return [response.bounds[k] for k in usable(response)[:n]]
+
+
 def by_chance(response: Response, n: int, rng: random.Random, *_) -> list[int]:
     """The starts of n random steps."""
-    usable = range(1, response.branchable)
-    return [response.bounds[k] for k in rng.sample(usable, min(n, len(usable)))]
+    steps = usable(response)
+    return [response.bounds[k] for k in rng.sample(steps, min(n, len(steps)))]
 
 
-# --branch: a rule takes (response, n, rng, rho, min_gap) and returns up to n token positions
-BRANCH_RULES = {"fci": by_fci, "entropy": by_entropy, "random": by_chance}
+# --branch: a rule takes (response, n, rng, rho, min_gap, delta), returns up to n token positions
+BRANCH_RULES = {
+    "fci": by_fci,
+    "fci_mean": by_fci_mean,
+    "step_entropy": by_step_entropy,
+    "entropy": by_entropy,
+    "fixed": equally_spaced,
+    "earliest": earliest,
+    "random": by_chance,
+}
 
 
 def choose_branch_points(
-    response: Response, method: str, n: int, rng: random.Random, rho: float = 0.2, min_gap: int = 0
+    response: Response, rule: str, n: int, rng: random.Random, rho=0.2, min_gap=0, delta=4
 ) -> list[int]:
     """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer where
-    there are fewer choices.
-
-    Only "fci" knows rho and min_gap, and "entropy" may branch in the answer after "</think>": the
-    papers ask for neither. Raises ValueError for a method that is not in BRANCH_RULES.
-    """
-    if method not in BRANCH_RULES:
-        raise ValueError(f"branch must be one of {', '.join(BRANCH_RULES)}, not {method!r}")
-    return sorted(BRANCH_RULES[method](response, n, rng, rho, min_gap))
+    there are fewer choices. Only those by FCI know rho, min_gap and delta, and "entropy" may branch
+    in the answer after "</think>": the papers ask for neither."""
+    return sorted(BRANCH_RULES[rule](response, n, rng, rho, min_gap, delta))
 
 
 # -------- Tree, values, advantages ---------------------------------------------------------------

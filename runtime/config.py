@@ -116,8 +116,8 @@ class MethodSettings:
     one_step_off_policy: bool = option(
         True, "sample batch m+1 and the continuations of batch m in one call"
     )
-    branch: Literal["fci", "entropy", "random"] = option(
-        "fci", "how branch points are chosen", "branching"
+    branch: Literal["fci", "fci_mean", "step_entropy", "entropy", "fixed", "earliest", "random"] = (
+        option("fci", "how branch points are chosen", "branching")
     )
     delta: int = option(4, "FCI counts attention from steps at least this many steps later")
     rho: float = option(0.2, "branch points are among the top rho of FCI")
@@ -134,9 +134,9 @@ class MethodSettings:
     batch_range: float = option(
         4.0, "the adaptive batch stays between batch_size / this and batch_size * this"
     )
-    advantage: Literal["tree", "grpo", "prl"] = option(
+    advantage: Literal["tree", "datpo", "grpo", "prl"] = option(
         "tree",
-        "tree: Eq. 2-3; grpo: one a response, prl: process rewards; these two do not branch",
+        "tree: Eq. 2-3; datpo: blocks; grpo: one a response, prl: process rewards (no branching)",
         "update",
     )
     lr: float = option(1e-6, "peak learning rate of AdamW")
@@ -158,8 +158,12 @@ class MethodSettings:
     prl_steps: Literal["length", "newline", "blank"] = option("length", "PRL: what ends a step")
     prl_length: int = option(256, "PRL: tokens of a step, with --prl_steps length")
 
+    def branches(self) -> bool:
+        """Does the method branch?"""
+        return self.advantage in ("tree", "datpo")
+
     def samples_per_problem(self) -> int:
-        return self.group_size if self.advantage == "tree" else self.grpo_samples
+        return self.group_size if self.branches() else self.grpo_samples
 
     def leaves_per_problem(self) -> int:
         """At most: of a problem whose G responses are all expanded."""
@@ -226,7 +230,7 @@ class Config(MachineSettings, MethodSettings, RunSettings):
             self.reward = "boxed"
         self.grpo_samples = self.grpo_samples or leaves
         self.target_sequences = self.target_sequences or self.batch_size * (
-            leaves if self.advantage == "tree" else self.grpo_samples
+            leaves if self.branches() else self.grpo_samples
         )
         self.device = pick_device(self.device)  # type: ignore[assignment]
         self.eval_max_response = self.eval_max_response or self.max_response
@@ -372,12 +376,12 @@ def is_given(argv: list[str], name: str) -> bool:
 def check_used(config: Config, typed: set[str]) -> None:
     """Raises UserError for a typed option that the chosen method does not use."""
     unused: dict[str, str] = {}
-    if config.advantage == "tree":
+    if config.branches():
         unused |= dict.fromkeys(("grpo_samples",), "--advantage tree")
     else:
         branching = ("branch", "delta", "rho", "min_branch_gap", "ads_filter", "ads_expansion")
         unused |= dict.fromkeys(branching, f"--advantage {config.advantage}")
-    if config.branch != "fci":
+    if not config.branch.startswith("fci"):
         unused |= dict.fromkeys(("rho", "min_branch_gap"), f"--branch {config.branch}")
     if not config.ads_batch:
         adaptive = ("target_sequences", "batch_lam", "batch_range")

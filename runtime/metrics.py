@@ -240,12 +240,15 @@ def notices(
 def batch_notices(config, groups: list, sequences: list) -> list[str]:
     """The notices of a finished batch."""
     scored = [
-        (g.problem, r) for g in groups for r in g.responses if r.fci and config.branch == "fci"
+        (g.problem, r)
+        for g in groups
+        for r in g.responses
+        if r.fci and config.branch.startswith("fci")
     ]
     uniform = [uniform_fci(len(p.prompt_ids), r.bounds, config.delta) for p, r in scored]
     spread = fci_spread([r.fci for _, r in scored], uniform)
     inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
-    expanded = sum(g.trees() > 0 for g in groups) if config.advantage == "tree" else None
+    expanded = sum(g.trees() > 0 for g in groups) if config.branches() else None
     return notices(len(groups), expanded, len(sequences), spread, inert)
 
 

@@ -168,7 +168,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
             parts["engine: weights"] = b * shape.parameters
     if phase == "sampling" and not vllm:
         kv, cached = kv_per_token(shape, b), max(config.rollout_tokens, sampled_row)
-        sharing = config.continuations if config.advantage == "tree" else config.grpo_samples
+        sharing = config.continuations if config.branches() else config.grpo_samples
         # tokens computed at once, one time for all requests that share them
         prompts = max(row, cached // sharing)
         parts["engine: KV cache"] = cached * kv
@@ -181,7 +181,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
         parts["gathered weights"] = b * (shape.root + 2 * shape.layer)
     if phase == "scoring":
         steps = math.ceil(config.max_response / TOKENS_PER_STEP)
-        if config.advantage == "tree":
+        if config.branches():
             width = indicator_width(steps, shape.head_dim)
             # (T, K) twice; (T, H, width) of alpha @ E
             parts["FCI"] = n * (8 * steps + (b + 8) * shape.heads * width)
@@ -309,7 +309,7 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
 
 def step_lines(config, ranks: int) -> list[str]:
     """What one training step samples and trains."""
-    tree, samples = config.advantage == "tree", config.samples_per_problem()
+    tree, samples = config.branches(), config.samples_per_problem()
     initial = config.batch_size * samples
     continued = initial * config.branch_points * config.continuations if tree else 0
     leaves = initial + continued
@@ -332,7 +332,7 @@ def step_lines(config, ranks: int) -> list[str]:
 
 def run_line(config) -> str:
     """What the whole run samples."""
-    tree = config.advantage == "tree"
+    tree = config.branches()
     leaves = config.leaves_per_problem() if tree else config.grpo_samples
     tokens = config.steps * config.batch_size * leaves * config.max_response / 1e6
     # without a tree there is nothing to continue; one-step off-policy has one call more than steps,
