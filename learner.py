@@ -67,10 +67,10 @@ def ppo_loss(
 
 
 def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
-    """Per-token estimate of KL(policy || reference): never negative, unbiased, low variance
-    (Schulman's k3)."""
+    """Per-token estimate of KL(policy || reference): never negative, low variance (Schulman's k3).
+    At most 10 (the authors' code): one token at e^15 would own the clipped gradient."""
     difference = (ref_logp - logp).clamp(-20, 20)
-    return difference.exp() - difference - 1
+    return (difference.exp() - difference - 1).clamp(max=10)
 
 
 def mini_batches(count: int, size: int, seed: int) -> list[list[int]]:

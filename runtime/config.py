@@ -18,6 +18,7 @@ from typing import Any, Literal
 from runtime.cli import Parser, UserError
 from runtime.data import PROMPT_SUFFIX, is_toy
 from runtime.models import pick_device
+from tree import BRANCH_RULES
 
 INFINITE = float("inf")
 
@@ -116,9 +117,7 @@ class MethodSettings:
     one_step_off_policy: bool = option(
         True, "sample batch m+1 and the continuations of batch m in one call"
     )
-    branch: Literal["fci", "fci_mean", "step_entropy", "entropy", "fixed", "earliest", "random"] = (
-        option("fci", "how branch points are chosen", "branching")
-    )
+    branch: str = option("fci", "how branch points are chosen", "branching")  # tree.BRANCH_RULES
     delta: int = option(4, "FCI counts attention from steps at least this many steps later")
     rho: float = option(0.2, "branch points are among the top rho of FCI")
     min_branch_gap: int = option(0, "tokens between branch points")
@@ -325,7 +324,7 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
         "python attnrl.py --method treerl --steps 10 --out runs/mine",
         f"[--preset {'|'.join(presets)}] [--method NAME] [--OPTION VALUE ...]",
     )
-    parser.add_settings(Config, {"preset": presets, "method": methods})
+    parser.add_settings(Config, {"preset": presets, "method": methods, "branch": BRANCH_RULES})
     for name, table in (("preset", presets), ("method", methods)):
         parser.set_defaults(**table.get(given(argv, name) or next(iter(table)), {}))
     config = Config(**vars(parser.parse_args(argv)))

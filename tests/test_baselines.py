@@ -5,15 +5,22 @@ python -m pytest tests/test_baselines.py
 
 import copy
 import math
+from fractions import Fraction
 
 import pytest
 from forests import PROMPT, forests, quick, response
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baselines import grpo_sequences, prl_sequences, prl_steps
+from baselines import (
+    datpo_sequences,
+    datpo_sizes,
+    grpo_sequences,
+    prl_sequences,
+    prl_steps,
+)
 from fci import Separators
-from tree import Response, drop_zero
+from tree import Continuation, Response, drop_zero, tree_sequences
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,6 +70,69 @@ def test_grpo_does_not_modify_its_input(forest):
 def test_grpo_refuses_rewards_that_are_not_finite(reward):
     with pytest.raises(ValueError, match="finite"):
         grpo_sequences(PROMPT, [response([1], 0.0), response([2], reward)])
+
+
+# --------------------------------------------------------------------------------------------------
+# DATPO
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "rate, sizes",
+    [(0, (2, 2)), (1 / 6, (2, 2)), (1 / 2, (1, 1)), (2 / 3, (1, 1)), (5 / 6, (1, 1)), (1, (0, 0))],
+)
+def test_datpo_points_and_branches_fall_with_the_solve_rate(rate, sizes):
+    """ceil(2 (1 - V(root))) of both: 2, 1.67, 1, 0.67, 0.33, 0."""
+    assert datpo_sizes(rate, 2, 2) == sizes
+
+
+def test_datpo_block_advantages_by_hand():
+    """r1 = 4 tokens, right, cut after 2; continuations right and wrong; r2 wrong. V(root) = 2/4, V
+    at the cut 2/3. The block before the cut: 2/3 - 1/2; the endings: r - 2/3; r2: 0 - 1/2. The
+    block before the cut is trained with r1 only."""
+    r1 = Response([1, 2, 3, 4], [-0.1, -0.2, -0.3, -0.4], 1.0)
+    r1.continuations = [Continuation(2, [5, 6], [-0.5, -0.6], 1.0)]
+    r1.continuations += [Continuation(2, [7], [-0.7], 0.0)]
+    first, right, wrong, second = datpo_sequences(PROMPT, [r1, Response([8], [-0.8], 0.0)])
+    block, up, down = 2 / 3 - 1 / 2, 1 - 2 / 3, -2 / 3
+    assert first.advantages == pytest.approx([block, block, up, up])
+    assert right.advantages == pytest.approx([block, block, up, up])
+    assert wrong.advantages == pytest.approx([block, block, down])
+    assert second.advantages == pytest.approx([-1 / 2])
+    assert [s.weights for s in (first, right, wrong, second)] == [
+        [1, 1, 1, 1],
+        [0, 0, 1, 1],
+        [0, 0, 1],
+        [1],
+    ]
+    assert right.tokens == [1, 2, 5, 6] and right.logprobs == [-0.1, -0.2, -0.5, -0.6]
+    assert all(s.prompt_ids == PROMPT for s in (first, right, wrong, second))
+
+
+@quick
+@given(forests())
+def test_datpo_trains_every_sampled_token_once_and_its_blocks_add_up(responses):
+    """The leaves are tree.py's, in its order. Along a path block advantages add up to the leaf's
+    reward minus V(root)."""
+    for r in responses:
+        r.weights = []
+        for c in r.continuations:
+            c.weights = []
+    got, leaves = datpo_sequences(PROMPT, responses), tree_sequences(PROMPT, responses)
+    assert [(s.tokens, s.logprobs) for s in got] == [(s.tokens, s.logprobs) for s in leaves]
+    sampled = sum(len(r.tokens) + sum(len(c.tokens) for c in r.continuations) for r in responses)
+    assert sum(sum(s.weights) for s in got) == sampled
+    ends = [
+        (end, [0, *sorted({c.at for c in r.continuations if c.at <= at})])
+        for r in responses
+        for at, end in [
+            (len(r.tokens), r),
+            *((c.at, c) for c in sorted(r.continuations, key=lambda c: -c.at)),
+        ]
+    ]
+    root = sum(Fraction(end.reward) for end, _ in ends) / len(ends)
+    for s, (end, blocks) in zip(got, ends, strict=True):
+        if end.tokens:  # else its own block shows nowhere
+            total = math.fsum(s.advantages[start] for start in blocks)
+            assert total == pytest.approx(float(Fraction(end.reward) - root), rel=1e-6, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------

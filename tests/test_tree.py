@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tree import (
+    BRANCH_RULES,
     Continuation,
     Response,
     TrainingSequence,
@@ -424,6 +425,57 @@ def test_eq7_steps_beyond_branchable_are_neither_candidates_nor_fill_ups_but_cou
     assert choose(stepped(scores, branchable=4)) == [20, 30]
     assert choose(stepped(scores, branchable=2)) == [10]
     assert choose(stepped(scores, branchable=1)) == choose(stepped(scores, branchable=0)) == []
+
+
+def test_fci_mean_is_eq5_divided_by_its_number_of_terms():
+    """Six steps, Delta = 1: steps 1 to 4 have 4, 3, 2, 1 later ones. Their sums fall, their means
+    rise: 0.6, 0.7, 0.8, 1. The 80 % quantile of the means is 0.8, the 90 % quantile 0.9."""
+    r = stepped([0.0, 2.4, 2.1, 1.6, 1.0, 0.0])
+    assert choose(r, "fci", n=2, delta=1) == [10, 20]
+    assert choose(r, "fci_mean", n=2, delta=1) == [30, 40]
+    assert choose(r, "fci_mean", n=1, delta=1, rho=0.1) == [40]
+    # Delta = 4: one term for step 1, so nothing changes there
+    assert choose(stepped([0, 0.5, 0, 0, 0, 0]), "fci_mean", n=1, delta=4) == [10]
+    assert r.fci == [0.0, 2.4, 2.1, 1.6, 1.0, 0.0]  # the response keeps its own
+
+
+def test_step_entropy_is_the_mean_over_a_steps_tokens():
+    """One very unsure token does not make an unsure step."""
+    r = stepped([0.0] * 5)
+    means = [9.0, 0.2, 0.5, 0.4, 0.5]
+    r.entropies = [h for h in means for _ in range(10)]
+    r.entropies[12] += 1.0  # step 1: 0.3
+    assert choose(r, "step_entropy") == [20, 40]  # of equal ones the earlier; never the first step
+    assert choose(r, "step_entropy", n=1) == [20]
+    assert choose(r, "step_entropy", n=3) == [20, 30, 40]
+    r.branchable = 4
+    assert choose(r, "step_entropy") == [20, 30]
+
+
+def test_fixed_cuts_into_equal_parts_and_earliest_takes_the_first():
+    nine = stepped([0.0] * 9)
+    assert choose(nine, "fixed") == [30, 60] and choose(nine, "fixed", n=1) == [40]
+    assert choose(nine, "earliest") == [10, 20] and choose(nine, "earliest", n=1) == [10]
+    short = stepped([0.0] * 2)
+    assert choose(short, "fixed") == [10] == choose(short, "earliest")
+    assert choose(stepped([0.0]), "fixed") == [] == choose(stepped([0.0]), "earliest")
+    assert choose(stepped([0.0] * 9, branchable=4), "fixed") == [10, 20]
+    assert choose(stepped([0.0] * 9, branchable=0), "fixed") == []
+
+
+@quick
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 4), st.randoms(use_true_random=False))
+def test_every_rule_gives_distinct_points_inside_the_response(steps, branchable, n, rng):
+    """In rising order, at most n, and at steps that may be branch points (but for token entropy)."""
+    r = stepped([rng.random() for _ in range(steps)], branchable=min(steps, branchable))
+    r.entropies = [rng.random() for _ in r.tokens]
+    for rule in BRANCH_RULES:
+        points = choose(r, rule, n=n, rng=rng, delta=1)
+        assert points == sorted(set(points)) and len(points) <= n
+        allowed = r.bounds[1 : r.branchable] if rule != "entropy" else range(1, len(r.tokens) - 1)
+        assert set(points) <= set(allowed)
+        if rule != "fixed":  # which may round two points to one step
+            assert len(points) == min(n, len(allowed))
 
 
 def eq7_exact(y, starts, branchable, n, min_gap):
