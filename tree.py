@@ -191,8 +191,8 @@ def choose_branch_points(
     response: Response, rule: str, n: int, rng: random.Random, rho=0.2, min_gap=0, delta=4
 ) -> list[int]:
     """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer where
-    there are fewer choices. Only those by FCI know rho, min_gap and delta, and "entropy" may branch
-    in the answer after "</think>": the papers ask for neither."""
+    there are fewer choices. Only rules by FCI know rho, min_gap and delta; "entropy" may branch in
+    the answer after "</think>". The papers ask for neither."""
     return sorted(BRANCH_RULES[rule](response, n, rng, rho, min_gap, delta))
 
 
