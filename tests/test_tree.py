@@ -466,7 +466,7 @@ def test_fixed_cuts_into_equal_parts_and_earliest_takes_the_first():
 @quick
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 4), st.randoms(use_true_random=False))
 def test_every_rule_gives_distinct_points_inside_the_response(steps, branchable, n, rng):
-    """In rising order, at most n, and at steps that may be branch points (but for token entropy)."""
+    """In rising order, at most n, at steps that may be branch points (but for token entropy)."""
     r = stepped([rng.random() for _ in range(steps)], branchable=min(steps, branchable))
     r.entropies = [rng.random() for _ in r.tokens]
     for rule in BRANCH_RULES:
