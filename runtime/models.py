@@ -211,9 +211,8 @@ def check_context(
     if room < (max_response or 1):
         length, has = len(longest.prompt_ids), f"the model's {positions} positions"
         if room < 1:
-            raise UserError(
-                f"{longest.source}: its prompt of {length} tokens leaves no room in {has}"
-            )
+            where = longest.source
+            raise UserError(f"{where}: its prompt of {length} tokens leaves no room in {has}")
         raise UserError(
             f"--{option} {max_response}: with the {length} prompt tokens of {longest.source} that is"
             f" more than {has}; give at most {room}"
