@@ -212,7 +212,7 @@ def check_context(
         length, has = len(longest.prompt_ids), f"the model's {positions} positions"
         if room < 1:
             where = longest.source
-            raise UserError(f"{where}: its prompt of {length} tokens leaves no room in {has}")
+            raise UserError(f"{where}: {length} prompt tokens leave no room in {has}")
         raise UserError(
             f"--{option} {max_response}: with the {length} prompt tokens of {longest.source} that is"
             f" more than {has}; give at most {room}"
