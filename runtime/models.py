@@ -214,7 +214,7 @@ def check_context(
             where = longest.source
             raise UserError(f"{where}: {length} prompt tokens leave no room in {has}")
         raise UserError(
-            f"--{option} {max_response}: with the {length} prompt tokens of {longest.source} that is"
-            f" more than {has}; give at most {room}"
+            f"--{option} {max_response}: with the {length} prompt tokens of {longest.source} that"
+            f" is more than {has}; give at most {room}"
         )
     return max_response or min(room, at_most)
