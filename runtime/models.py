@@ -209,11 +209,12 @@ def check_context(
     positions = getattr(model.config, "max_position_embeddings", None) or 1 << 40
     room = positions - len(longest.prompt_ids)
     if room < (max_response or 1):
-        long = f"{longest.source}: its prompt of {len(longest.prompt_ids)} tokens"
+        length, has = len(longest.prompt_ids), f"the model's {positions} positions"
         if room < 1:
-            raise UserError(f"{long} leaves no room in the model's {positions} positions")
+            where = longest.source
+            raise UserError(f"{where}: {length} prompt tokens leave no room in {has}")
         raise UserError(
-            f"{long} and a response of {max_response} are more than the model's {positions}"
-            f" positions; lower --{option} to {room}"
+            f"--{option} {max_response}: with the {length} prompt tokens of {longest.source} that"
+            f" is more than {has}; give at most {room}"
         )
     return max_response or min(room, at_most)

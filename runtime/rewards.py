@@ -71,6 +71,7 @@ class Reward:
         if not self.grader:
             self.errors = [""] * len(items)
             self.boxed = [last_box(response) is not None for response, _ in items]
+            self.counts["unboxed"] += self.boxed.count(False)
             return [self.ask(response, answers) for response, answers in items]
         verdicts = self.grader.grade_many([(self.answer(text), golds) for text, golds in items])
         self.errors = [v.error for v in verdicts]

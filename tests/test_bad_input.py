@@ -369,7 +369,7 @@ CASES = [
     (
         "attnrl.py",
         "--model {w}/short --max_response 1",
-        "toy:6:20:1, program|leaves no room in the model's 16 positions",
+        "toy:6:20:1, program|leave no room in the model's 16 positions",
     ),
     ("eval.py", "--model {w}/short --problems toy:6:3", "toy:6:3, program|16 positions"),
     ("eval.py", "--model {w}/short --ask a=1;b=2;c=3;d=4;e=5;?e", "--ask|16 positions"),

@@ -39,6 +39,7 @@ OPTIONS = {
     "A sampler rule": f"{TOY} --problems toy:6:8:1 --steps 4 --group_size 2 --branch_points 1"
     " --ads_batch false",
     "An own task": SMALL,
+    "A bonus for the format": TOY.replace("toy:6", "toy:10"),  # for which it has not enough skill
 }
 NAMES = list(OPTIONS)
 
@@ -135,11 +136,11 @@ def run_page(
 
 
 # --------------------------------------------------------------------------------------------------
-# Of all four
+# Of all five
 # --------------------------------------------------------------------------------------------------
-def test_the_page_has_the_four_walk_throughs():
+def test_the_page_has_the_five_walk_throughs():
     assert list(VARIANTS) == NAMES
-    assert PAGE.read_text(encoding="utf-8").count("```diff") == 4
+    assert PAGE.read_text(encoding="utf-8").count("```diff") == 5
 
 
 def test_what_counts_as_a_changed_line():
@@ -177,12 +178,13 @@ def test_the_command_is_refused_without_the_diff(name, tmp_path, capsys, monkeyp
         attnrl.main([*command[2:], *OPTIONS[name].split(), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert re.search(
-        "invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file",
+        "invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file"
+        "|--reward bonus:reward: cannot be imported",
         capsys.readouterr().err,
     )
 
 
-def test_all_four_also_apply_one_after_the_other(tmp_path):
+def test_all_five_also_apply_one_after_the_other(tmp_path):
     fork(tmp_path / "attnrl", *(variant.diff for variant in VARIANTS.values()))
 
 
@@ -303,6 +305,22 @@ def test_a_run_on_an_own_task_with_its_own_reward(forked):
     assert len({r for r in seen if 0 < r < 0.5}) >= 2 and metrics[1]["sequences"] > 0
     initial = [r["reward"] for s in samples for r in s["responses"]]
     assert metrics[1]["initial/reward"] == pytest.approx(statistics.fmean(initial))
+
+
+@pytest.mark.full
+def test_a_run_is_paid_for_the_format(forked):
+    """1 for the right digit in a box, 0.1 for another one, 0 without; the log's counts agree."""
+    metrics, samples = run_page(forked("A bonus for the format"), "A bonus for the format")
+    seen = []
+    for s in samples:
+        for r in s["responses"]:
+            for end in [r, *r["continuations"]]:
+                text = "".join([*r["tokens"][: end.get("at", 0)], *end["tokens"]])
+                box = re.findall(r"\\boxed\{(\d)\}", text)
+                paid = 0.0 if not box else 1.0 if box[-1] == s["answers"][0] else 0.1
+                assert end["reward"] == paid and end["boxed"] == bool(box)
+                seen.append(paid)
+    assert len(set(seen)) >= 2 and metrics[1]["grading/unboxed"] == seen.count(0.0)
 
 
 def credit(text: str, steps: list[str]) -> float:

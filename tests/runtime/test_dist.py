@@ -372,7 +372,7 @@ def test_cast_rounds_weights_and_not_rotary_frequencies():
 # Eq. 10 at once; a seed for which it matters to the filter that all ranks' problems are in its mean
 # (asserted below)
 RUN = typed(
-    "--steps 3 --batch_size 5 --group_size 3 --eval_every 0 --eval_samples 1"
+    "--preset toy --steps 3 --batch_size 5 --group_size 3 --eval_every 0 --eval_samples 1"
     " --test_problems toy:8:3:2 --problems toy:8:200:1 --kl_coef 0.001 --seed 6"
     " --log_samples 100 --batch_lam 0.2 --mini_batch 20"
 )
