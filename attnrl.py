@@ -57,7 +57,7 @@ from runtime.stream import ProblemStream
 
 # -------- Methods and presets: the first of each is the default ----------------------------------
 SYNCHRONOUS = dict(one_step_off_policy=False)
-NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False)
+NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False, ads_drop=False)
 METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
     "attnrl": {},
     "atb_ads_nofilter": dict(ads_filter="none"),
@@ -149,11 +149,12 @@ def setup(config: Config, display: Display) -> Run:
     parts = build(config, display)
     low, high, dual = config.clip_low, config.clip_high, config.dual_clip
     loss = partial(ppo_loss, clip_low=low, clip_high=high, dual_clip=dual)
+    settings = config.learner_settings() | dict(loss=loss, packing=parts.packing)
     reference = parts.frozen_reference if config.kl_coef else None
     sizes = config.target_sequences, *config.batch_bounds(), config.batch_lam
     run = Run(
         **vars(parts),
-        learner=Learner(parts.trained_policy, reference, loss=loss, **config.learner_settings()),
+        learner=Learner(parts.trained_policy, reference, **settings),
         stream=ProblemStream(len(parts.problems), config.seed),
         easy_filter=sampler.EasyFilter(),
         adaptive_batch=sampler.AdaptiveBatch(config.batch_size, *sizes),

@@ -181,6 +181,9 @@ class MachineSettings:
     engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine", "machine")
     rollout_tokens: int = option(65536, "tokens in the KV cache at once")
     token_budget: int = option(16384, "padded tokens per forward and backward pass")
+    packing: bool = option(
+        True, "compute what leaves share once, where that is faster and exact; false: each whole"
+    )
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "cuda: LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES"

@@ -11,7 +11,8 @@ What is spread out and what is not:
   finished groups of a batch are exchanged (`everyone`), and then trees, sequences, batch size and
   metrics are global because nothing is partial. A rollout's seed depends on its place in the batch,
   so one rank and eight sample the same responses (up to rounding).
-- An update deals each mini-batch out by token count (`deal`), so that ranks finish together. The
+- An update deals the rows of each mini-batch out by token count (`deal`), so that ranks finish
+  together. The
   token mean is that of the GLOBAL mini-batch; gradients are summed over ranks by DDP or FSDP2.
 
 Ranks with unequal numbers of micro-batches would wait for each other for ever, because FSDP gathers
@@ -26,7 +27,9 @@ Left out: tensor, pipeline and sequence parallelism.
     python -m pytest tests/runtime/test_dist.py
 """
 
+import math
 import os
+import random
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -113,6 +116,28 @@ def everyone(share: list) -> list:
         for item in chain.from_iterable(zip_longest(*shares, fillvalue=missing))
         if item is not missing
     ]
+
+
+def mini_batches(sequences: list, size: int, seed: int) -> list[list]:
+    """The sequences in parts of about `size`, as equal as it goes; problems are shuffled.
+
+    A problem, which is what has one prompt, stays whole: its leaves share prefixes, which are then
+    computed once (packing.py). One of more than `size` sequences is a part of its own.
+    """
+    problems: dict[tuple, list] = {}
+    for s in sequences:
+        problems.setdefault(tuple(s.prompt_ids), []).append(s)
+    shuffled = list(problems.values())
+    random.Random(seed).shuffle(shuffled)
+    even = len(sequences) / max(1, math.ceil(len(sequences) / size))
+    parts: dict[tuple, list] = {}
+    before = 0
+    for problem in shuffled:
+        # cut where a problem ends next to an even cut: its middle says on which side it is
+        number = (before + len(problem) / 2) // even
+        parts.setdefault((number, len(problem) > size), []).extend(problem)
+        before += len(problem)
+    return list(parts.values())
 
 
 def deal(costs: list[int], hands: int) -> list[list[int]]:
