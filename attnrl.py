@@ -139,7 +139,7 @@ class StepResult:
     """What one step leaves behind."""
 
     groups: list[Group]  # of all ranks
-    sequences: list[tree.TrainingSequence]  # one per leaf that teaches something
+    sequences: list[tree.TrainingSequence]  # one per leaf that is trained
     stats: TrainStats
     upcoming: Batch | None  # the next step's, half-finished
 
@@ -182,8 +182,9 @@ def step(run: Run, number: int, batch: Batch | None) -> StepResult:
     # from here on every rank holds all groups, so trees and metrics are the same on all
     with run.monitor.phase("exchange"):
         groups = dist.everyone(batch.groups)
-    # one sequence per leaf; those without any advantage have nothing to teach
-    sequences = [s for group in groups for s in tree.drop_zero(leaves(config, group))]
+    sequences = [s for group in groups for s in leaves(config, group)]  # one per leaf
+    if config.ads_drop:  # those without any advantage have nothing to teach
+        sequences = tree.drop_zero(sequences)
     stats = update_policy(run, number, sequences)
     if config.ads_batch:  # Eq. 10: the size of a later batch
         run.adaptive_batch.update(sampled=len(groups), kept=len(sequences))

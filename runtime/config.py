@@ -128,6 +128,7 @@ class MethodSettings:
     )
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
+    ads_drop: bool = option(True, "train no leaf whose advantages are all zero; else all leaves")
     target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
     batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
     batch_range: float = option(
