@@ -190,10 +190,10 @@ class MachineSettings:
         "auto", "cuda: LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES"
     )
     dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "of forward passes; bf16 keeps fp32 master weights (FSDP2)"
+        "fp32", "of forward passes; bf16 keeps fp32 weights (FSDP2; on a CPU autocast)"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = option(
-        "auto", "whole weights on every GPU, or a part; auto: fsdp for bf16"
+        "auto", "whole weights on every GPU, or a part; auto: fsdp for bf16 on GPUs"
     )
     activation_checkpointing: bool = option(
         False, "compute activations twice instead of keeping them"
@@ -235,20 +235,25 @@ class Config(MachineSettings, MethodSettings, RunSettings):
         self.eval_max_response = self.eval_max_response or self.max_response
         self.gpus = (self.gpus if self.dry_run else 0) or int(os.environ.get("WORLD_SIZE", 1))
         if self.parallel == "auto":
-            self.parallel = "fsdp" if self.dtype == "bf16" else "ddp"
+            self.parallel = "fsdp" if self.dtype_needs_fsdp() else "ddp"
         if not self.sync_tolerance:  # on a GPU vLLM's attention computes fp32 in TF32
             fp32 = 1e-2 if self.device == "cuda" else 1e-4
             self.sync_tolerance = 0.05 if self.dtype == "bf16" else fp32
 
+    def dtype_needs_fsdp(self) -> bool:
+        """bf16 on a CPU is autocast over whole weights. A plan (--dry_run) is for GPUs."""
+        on_cpu = pick_device(self.device) == "cpu" and not self.dry_run
+        return self.dtype == "bf16" and not on_cpu
+
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
         self.check_ranges()
-        if self.parallel == "ddp" and (self.dtype == "bf16" or self.cpu_offload):
+        if self.parallel == "ddp" and (self.cpu_offload or self.dtype_needs_fsdp()):
             raise UserError(
                 "--parallel ddp: keeps whole fp32 weights on the GPU; --dtype bf16 and"
                 " --cpu_offload need fsdp"
             )
-        if self.cpu_offload and self.parallel == "auto" and self.dtype == "fp32":
+        if self.cpu_offload and self.parallel == "auto" and not self.dtype_needs_fsdp():
             raise UserError("--cpu_offload: needs --parallel fsdp")
         if self.resume == "auto" and not self.out:
             raise UserError("--resume auto: name the run's folder with --out")

@@ -20,7 +20,8 @@ weights in every forward pass: `in_step` gives the others empty batches to pass 
 
 DDP: every rank holds all weights in fp32. FSDP2 (`fully_shard`): weights, gradients and AdamW's
 moments are cut into one part per rank, in fp32; each layer is gathered when it is needed, in bf16
-or fp32. So bf16 always goes through FSDP2, also on a single GPU (a group of one).
+or fp32. So bf16 on GPUs always goes through FSDP2, also on a single one (a group of one). On a CPU
+it is autocast over whole fp32 weights.
 
 Left out: tensor, pipeline and sequence parallelism.
 
@@ -184,7 +185,7 @@ def spread(
 
     Returns the module to call; `forward.model` stays an ordinary transformers model, with DTensor
     weights under FSDP2. activation_checkpointing: keep one hidden state per layer and compute the
-    rest again in the backward pass. cpu_offload: sharded weights, gradients and moments live in
+    rest again in the backward pass. dtype: bf16 without FSDP2 is autocast. cpu_offload: sharded weights, gradients and moments live in
     host memory, and AdamW runs there.
     """
     layers = decoder_layers(forward.model)
@@ -217,6 +218,7 @@ def spread(
         fully_shard(forward, **settings)  # what is left: embedding, last norm, output head
         return forward
     forward.to(device)
+    forward.autocast = dtype == "bf16"
     if world() == 1 or not any(p.requires_grad for p in forward.parameters()):
         return forward
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)

@@ -85,15 +85,17 @@ class TokenLogprobs(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.device = model, model.device
+        self.autocast = False  # True: products in bf16 over fp32 weights (bf16 on a CPU)
 
     def forward(self, ids, ends, parents, nodes, temperature: float, with_entropy: bool):
         """A pass of packing.lay_out: ids, ends (R, T) or None, parents, nodes (M,) -> log-probs and
         entropies (M,) of the nodes (entropies: None unless asked for)."""
         ids, parents, nodes = (x.to(self.device) for x in (ids, parents, nodes))
         attention = tree_attention(ends if ends is None else ends.to(self.device))
-        output = self.model.base_model(input_ids=ids, use_cache=False, **attention)
-        states = output.last_hidden_state.flatten(0, 1)[parents]  # (R, T, d) -> (M, d)
-        return self.chunked(states, ids.flatten()[nodes], temperature, with_entropy)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model.base_model(input_ids=ids, use_cache=False, **attention)
+            states = output.last_hidden_state.flatten(0, 1)[parents]  # (R, T, d) -> (M, d)
+            return self.chunked(states, ids.flatten()[nodes], temperature, with_entropy)
 
     def chunked(self, states, targets, temperature: float, with_entropy: bool):
         """states (N, d), targets (N,) -> log-probs and entropies (N,), HEAD_CHUNK at a time."""

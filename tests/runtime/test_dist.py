@@ -154,6 +154,7 @@ CASES = {
     },
     "packed one family ddp": ("update", PACKED | dict(lengths=[9, 12, 11])),
     "packed bf16": ("update", BF16 | PACKED),
+    "bf16 autocast": ("update", BF16 | dict(parallel="ddp")),
     "bf16": ("update", BF16),
     "bf16+checkpointing": ("update", BF16 | dict(activation_checkpointing=True)),
     "bf16 adam": ("update", BF16 | dict(adam_lr=1e-3)),
@@ -341,6 +342,8 @@ def test_bf16_computes_in_bf16_and_keeps_weights_gradients_and_moments_in_fp32(t
     for name, result in [
         ("1 rank", alone),
         *(("2 ranks", rank) for rank in two["bf16"] + two["bf16+checkpointing"]),
+        ("autocast", dist_worker.update(**BF16 | dict(parallel="ddp"))),
+        *(("2 ranks, autocast", rank) for rank in two["bf16 autocast"]),
     ]:
         assert set(result["passes"]) == {torch.bfloat16} and result["kept"] == {torch.float32}, (
             name,
