@@ -18,10 +18,6 @@ One-step off-policy: the initial responses of batch m + 1 are sampled before the
 so they are one update older than their continuations. Each token keeps the log-prob of the policy
 that sampled it. With --one_step_off_policy false they get a call of their own, after the update.
 
-Several GPUs: each rank samples, scores and grades every world-th problem; a finished batch is
-exchanged, and from there on all ranks compute the same trees from the same groups. Mini-batches are
-dealt out by token count (runtime/dist.py).
-
 Left out here: how parts are built (runtime/setup.py), settings (runtime/config.py), what is written
 (runtime/runlog.py, runtime/checkpoint.py) and shown (runtime/monitor.py, tools/view.py).
 """
@@ -42,12 +38,12 @@ import sampler
 import tree
 from eval import held_out_accuracy
 from fci import split_steps, without_answer
-from learner import Learner, TrainStats, ppo_loss
+from learner import Learner, ppo_loss
 from runtime import checkpoint, dist
 from runtime.cli import stop_on_user_error
 from runtime.config import Config, parse_settings
 from runtime.data import Problem
-from runtime.metrics import step_metrics
+from runtime.metrics import TrainStats, step_metrics
 from runtime.monitor import Display, stop_on_signals
 from runtime.rollout import Completion, Request, probe_requests, request_seed
 from runtime.runlog import RunFolder, check_folder
@@ -79,9 +75,7 @@ TOY_RUN = dict(steps=20, batch_size=24, batch_range=1.5, eval_every=4, eval_temp
 # A tiny policy that knows but slips: 50 times the paper's learning rate. Responses have 9 steps:
 # Delta = 1 leaves FCI 7 of them to choose from, the paper's 4 would leave 4.
 TOY_METHOD = dict(max_response=110, delta=1, lr=5e-5, kl_coef=0.0, mini_batch=256)
-# Up to about 1B, on one GPU or a CPU: responses of 100 to 500 tokens and 5 to 15 steps, of which
-# Delta = 1 leaves most to choose from. Of 480 leaves about 200 teach: two updates a step. For 100
-# steps, not 500, 5 times the paper's learning rate.
+# Up to about 1B, on one GPU or a CPU: answers of 5 to 15 steps (docs/methods.md says why)
 SMALL_DATA = dict(model="", problems="", test_problems="", max_prompt=512)  # yours
 SMALL_RUN = dict(steps=100, batch_size=16, eval_samples=4, token_budget=8192, rollout_tokens=32768)
 SMALL_METHOD = dict(max_response=1024, delta=1, lr=5e-6, mini_batch=96)
@@ -158,7 +152,8 @@ def setup(config: Config, display: Display) -> Run:
     """Build a run from its settings. Raises UserError."""
     parts = build(config, display)
     low, high, dual = config.clip_low, config.clip_high, config.dual_clip
-    loss = partial(ppo_loss, clip_low=low, clip_high=high, dual_clip=dual)
+    losses = {"ppo": ppo_loss, "gspo": baselines.gspo_loss, "cispo": baselines.cispo_loss}
+    loss = partial(losses[config.loss], clip_low=low, clip_high=high, dual_clip=dual)
     settings = config.learner_settings() | dict(loss=loss, packing=parts.packing)
     reference = parts.frozen_reference if config.kl_coef else None
     sizes = config.target_sequences, *config.batch_bounds(), config.batch_lam
@@ -321,11 +316,14 @@ def leaves(config: Config, group: Group) -> list[tree.TrainingSequence]:
     """One training sequence per leaf of the problem's tree, with its advantages."""
     flatten: dict[str, Callable] = {
         "tree": tree.tree_sequences,
-        "grpo": baselines.grpo_sequences,
+        "grpo": partial(baselines.grpo_sequences, scale=config.scale_rewards),
         "datpo": baselines.datpo_sequences,
-        "prl": partial(baselines.prl_sequences, eta=config.prl_eta),
+        "prl": partial(baselines.prl_sequences, eta=config.prl_eta, scale=config.scale_rewards),
     }
-    return flatten[config.advantage](group.problem.prompt_ids, group.responses)
+    sequences = flatten[config.advantage](group.problem.prompt_ids, group.responses)
+    if config.mask_cut_off:
+        baselines.mask_cut_off(sequences, group.responses)
+    return sequences
 
 
 def update_policy(run: Run, number: int, sequences: list[tree.TrainingSequence]) -> TrainStats:

@@ -19,33 +19,38 @@ its bonus for diverse siblings.
 import math
 import statistics
 
+import torch
+
 from fci import Separators, cut_at_newlines
-from tree import Node, Response, TrainingSequence, build_tree
+from tree import Node, Response, TrainingSequence, build_tree, leaf_ends
 
 
-def grpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
+def grpo_sequences(
+    prompt_ids: list[int], responses: list[Response], scale: str = "std"
+) -> list[TrainingSequence]:
     """GRPO: no tree, one advantage a response. Equal rewards (or a single response) give exactly
-    zero."""
+    zero. scale: "none" does not divide by the standard deviation (Dr.GRPO, arXiv 2503.20783)."""
     rewards = [r.reward for r in responses]
     if any(not math.isfinite(r) for r in rewards):
         raise ValueError(f"a reward must be a finite number, got {rewards}")
     mean = statistics.mean(rewards)  # exact, so that equal rewards differ from their mean by 0
     std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
+    divisor = std + 1e-6 if scale == "std" else 1.0
     sequences = []
     for r in responses:
-        advantage = (r.reward - mean) / (std + 1e-6)  # GRPO
+        advantage = (r.reward - mean) / divisor  # GRPO
         advantages = [advantage] * len(r.tokens)
         sequences.append(TrainingSequence(prompt_ids, r.tokens, advantages, r.logprobs, r.weights))
     return sequences
 
 
 def prl_sequences(
-    prompt_ids: list[int], responses: list[Response], eta: float = 200.0
+    prompt_ids: list[int], responses: list[Response], eta: float = 200.0, scale: str = "std"
 ) -> list[TrainingSequence]:
     """PRL: what the entropy-regularised objective adds to GRPO's advantage, the same for all
     tokens of a step, is how far the policy has left the initial one (log-ratios, nats) from the
     step's last token on. Equal rewards leave a signal here. Steps are the responses' `bounds`."""
-    sequences = grpo_sequences(prompt_ids, responses)
+    sequences = grpo_sequences(prompt_ids, responses, scale)
     for response, sequence in zip(responses, sequences):
         ahead, rest = 0.0, []  # of every token: the sum from it to the end
         for old, ref in zip(reversed(response.logprobs), reversed(response.ref_logprobs)):
@@ -121,3 +126,41 @@ def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int 
     if ends == "length":
         return [*range(0, len(tokens), length), len(tokens)]
     return cut_at_newlines(tokens, separators, {"newline": 1, "blank": 2}[ends])
+
+
+# -------- Losses (learner.ppo_loss is AttnRL's) --------------------------------------------------
+def gspo_loss(
+    logp, old_logp, advantage, lengths: list[int], *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GSPO (arXiv 2507.18071): one ratio a sequence, exp(mean of logp - old_logp over its tokens),
+    clipped as such; every token has that ratio with its own advantage. Shapes as in ppo_loss.
+    dual_clip: not used.
+
+    Two tokens of ratio e^0.2 and 1 have both e^0.1 = 1.105:
+    >>> old, one = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
+    >>> gspo_loss(torch.tensor([0.2, 0.0]), old, one, [2])[0]
+    tensor([-1.1052, -1.1052])
+    """
+    parts = (logp - old_logp).split(lengths) if lengths else [logp - old_logp]
+    ratio = torch.cat([part.mean().expand(len(part)) for part in parts]).clamp(-20, 20).exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    loss = -torch.minimum(ratio * advantage, bounded)
+    return loss, bounded < ratio * advantage
+
+
+def cispo_loss(
+    logp, old_logp, advantage, lengths=None, *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO (MiniMax-M1, arXiv 2506.13585): -sg(clip(r)) A logp. The clip bounds a token's weight,
+    and no token loses its gradient; `clipped` is True where it bounds. dual_clip: not used."""
+    ratio = torch.exp((logp - old_logp).detach().clamp(-20, 20))
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -bounded * advantage * logp, bounded != ratio
+
+
+def mask_cut_off(sequences: list[TrainingSequence], responses: list[Response]) -> None:
+    """DAPO's overlong filtering (arXiv 2503.14476): tokens of responses that were cut off at the
+    length limit leave the loss. Their rewards still count in the others' advantages."""
+    for sequence, end in zip(sequences, leaf_ends(responses), strict=True):
+        if not end.finished:
+            sequence.weights = [0.0] * len(sequence.tokens)

@@ -28,7 +28,6 @@ it is refused with a ValueError, because its scores would be silently wrong.
 
 import math
 import re
-import sys
 from bisect import bisect_left, bisect_right
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -279,8 +278,3 @@ def fci_scores(
     with scoring_mode(model, collector):
         model.base_model(input_ids=ids, use_cache=False)  # no output head: nobody asks for logits
     return step_scores(collector, 0, bounds)
-
-
-if __name__ == "__main__":
-    print("fci.py has no command of its own: python -m tools.show_fci --help", file=sys.stderr)
-    sys.exit(2)

@@ -14,12 +14,8 @@ The mean is over ALL response tokens of the mini-batch. So the gradient does not
 mini-batch is laid out in rows, cut into micro-batches and dealt out to ranks, and a long response
 weighs as much as its tokens.
 
-Each token's loss has a weight, 1 unless --tis_cap asks for truncated importance sampling
-(runtime/scoring.py).
-
-Why is the ratio 1 and the policy loss about 0 at first? In the first mini-batch after sampling the
-policy IS the one that sampled, r = 1, and advantages nearly cancel. The gradient is not 0:
-d r / d theta is what moves the policy.
+Each token's loss has a weight: 1, or another one by truncated importance sampling (--tis_cap,
+runtime/scoring.py); a token of weight 0 is not trained, and leaves the mean.
 
 Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
 
@@ -28,26 +24,22 @@ Left out: entropy bonus, value function, several epochs over a batch (the paper 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.dist import deal, everyone, in_step, mini_batches, rank, whole, world
+from runtime.metrics import TrainStats
 from runtime.packing import alone
 from runtime.scoring import token_batches, token_logprobs, width
 from tree import TrainingSequence
 
 
 def ppo_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    advantage: torch.Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 3.0,
+    logp, old_logp, advantage, lengths=None, *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-token (loss, clipped), all (N,). `clipped` is True where a clip took the gradient away.
+    lengths: tokens of each sequence, which other losses ask for (baselines.py).
 
     r = e^0.5 = 1.65 is clipped to 1.28:
     >>> ppo_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]))[0]
@@ -73,30 +65,14 @@ def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return (difference.exp() - difference - 1).clamp(max=10)
 
 
-@dataclass
-class TrainStats:
-    """What `Learner.train` saw, averaged over all trained tokens of all mini-batches and ranks
-    (grad_norm: over updates)."""
-
-    loss: float = 0.0
-    policy_loss: float = 0.0
-    kl: float = 0.0
-    clip_fraction: float = 0.0
-    ratio: float = 0.0
-    grad_norm: float = 0.0  # before clipping
-    tokens: int = 0  # of the updates that were made
-    updates: int = 0
-    skipped_updates: int = 0  # gradients that were not finite
-
-
 class Learner:
     """Policy, frozen reference (None: no KL term) and optimizer.
 
     policy and reference are causal models, or what dist.spread made of their TokenLogprobs. loss:
-    (logp, old_logp, advantage), all (N,) -> (loss, clipped), both (N,). temperature: that of
-    sampling, for equal log-probs. packing: which sequences share a row (runtime/packing.py). The
-    policy is updated in evaluation mode: dropout would make its log-probs differ from those that
-    were sampled.
+    (logp, old_logp, advantage), all (N,), and lengths -> (loss, clipped), both (N,). temperature:
+    that of sampling, for equal log-probs. packing: which sequences share a row
+    (runtime/packing.py). The policy is updated in evaluation mode: dropout would make its log-probs
+    differ from those that were sampled.
     """
 
     def __init__(
@@ -132,12 +108,7 @@ class Learner:
             group["lr"] = lr
         for part in mini_batches(sequences, mini_batch, seed):
             self.update(part, total)
-        shares = everyone([total])
-        for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
-            over_ranks = sum(getattr(share, name) for share in shares)
-            setattr(total, name, over_ranks / max(1, total.tokens))
-        total.grad_norm /= max(1, total.updates - total.skipped_updates)
-        return total
+        return TrainStats.mean(everyone([total]))
 
     def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
         """One optimizer step on one mini-batch; adds token sums to `total` (of this rank's share).
@@ -155,9 +126,8 @@ class Learner:
         # the same number on every rank, so all of them step or none does
         if math.isfinite(grad_norm):
             self.optimizer.step()
-            seen.grad_norm, seen.tokens = grad_norm, sum(len(s.tokens) for s in sequences)
-            for name, value in vars(seen).items():
-                setattr(total, name, getattr(total, name) + value)
+            seen.grad_norm, seen.tokens = grad_norm, sum(s.trained for s in sequences)
+            total.add(seen)
         else:
             total.skipped_updates += 1
         self.optimizer.zero_grad()
@@ -166,7 +136,7 @@ class Learner:
         """The gradient of the token mean over a whole mini-batch, of which this rank computes its
         share, a few rows at a time."""
         # the GLOBAL normaliser, known before the first micro-batch
-        tokens = sum(len(s.tokens) for s in sequences)
+        tokens = max(1, sum(s.trained for s in sequences))
         rows = [[sequences[i] for i in row] for row in self.packing(sequences)]
         share = [rows[i] for i in deal([width(row) for row in rows], world())[rank()]]
         batches = in_step(token_batches(share, self.token_budget))
@@ -190,17 +160,19 @@ class Learner:
         old_logp = torch.tensor([lp for s in leaves for lp in s.logprobs], device=logp.device)
         advantage = torch.tensor([a for s in leaves for a in s.advantages], device=logp.device)
         weight = torch.tensor([w for s in leaves for w in s.weights], device=logp.device)
-        logp = logp[: len(old_logp)]
-        losses, clipped = self.loss(logp, old_logp, advantage)
-        policy_loss = loss = (weight * losses).sum()  # weights are all 1 without TIS
+        trained, logp = weight != 0, logp[: len(old_logp)]
+        losses, clipped = self.loss(logp, old_logp, advantage, [len(s.tokens) for s in leaves])
+        policy_loss = loss = (weight * losses).sum()
         if self.reference is not None:
             with torch.no_grad():
                 ref_logp, _ = token_logprobs(self.reference, rows, self.temperature, False)
-            kl = k3_kl(logp, ref_logp[: len(logp)]).sum()
+            kl = k3_kl(logp, ref_logp[: len(logp)])[trained].sum()
             loss = policy_loss + self.kl_coef * kl
             seen.kl += kl.item()
         seen.loss += loss.item()
         seen.policy_loss += policy_loss.item()
-        seen.clip_fraction += clipped.sum().item()
-        seen.ratio += (logp.detach() - old_logp).exp().sum().item()
+        seen.clip_fraction += clipped[trained].sum().item()
+        ratio = (logp.detach() - old_logp)[trained].exp()
+        seen.ratio += ratio.sum().item()
+        seen.ratio_squared += ratio.square().sum().item()
         return loss

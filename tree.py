@@ -42,10 +42,8 @@ class Continuation:
     tokens: list[int]
     logprobs: list[float]  # behaviour log-probs of `tokens` only
     reward: float = 0.0
-    # truncated importance weights of `tokens`; empty: all 1
-    weights: list[float] = field(default_factory=list)
-    # nats, of `tokens`; only of problems that are logged
-    entropies: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # truncated importance; empty: all 1
+    entropies: list[float] = field(default_factory=list)  # nats, only of problems that are logged
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
 
@@ -61,11 +59,9 @@ class Response:
     entropies: list[float] = field(default_factory=list)  # nats, per token
     bounds: list[int] = field(default_factory=list)  # step k is tokens[bounds[k]:bounds[k + 1]]
     fci: list[float] = field(default_factory=list)  # per step
-    # the first `branchable` steps may be branch points (not the answer after "</think>")
-    branchable: int = 0
+    branchable: int = 0  # so many first steps may be branch points: none behind "</think>"
     continuations: list[Continuation] = field(default_factory=list)
-    # truncated importance weights (learner.py); empty: all 1
-    weights: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # truncated importance; empty: all 1
     ref_logprobs: list[float] = field(default_factory=list)  # PRL only: of the initial policy
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
@@ -81,7 +77,13 @@ class TrainingSequence:
     tokens: list[int]
     advantages: list[float]
     logprobs: list[float]
-    weights: list[float] = field(default_factory=list)  # of the tokens' losses; empty: all 1
+    # of the tokens' losses; empty: all 1; 0: not trained, left out of the mean
+    weights: list[float] = field(default_factory=list)
+
+    @property
+    def trained(self) -> int:
+        """The number of its tokens that are."""
+        return sum(w != 0 for w in self.weights)
 
     def __post_init__(self):
         self.weights = self.weights or [1.0] * len(self.tokens)
@@ -298,26 +300,28 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
     return sequences
 
 
+def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
+    """The endings of the leaves, in the order of `tree_sequences`: of each response its own, then
+    those of its continuations, the latest branch point first."""
+    return [e for r in responses for e in (r, *sorted(r.continuations, key=lambda c: -c.at))]
+
+
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:
     """Without sequences whose advantages are all zero: their policy loss has no gradient and would
     only dilute the token mean."""
-    return [s for s in sequences if any(s.advantages)]
+    return [s for s in sequences if any(a * w for a, w in zip(s.advantages, s.weights))]
 
 
 def step_advantages(responses: list[dict]) -> list[tuple[list[int], list[float]]]:
-    """Eq. 2-3 for one problem given as plain data, for notebooks and checks.
-
-    responses = [{"tokens", "reward", "continuations": [{"at", "tokens", "reward"}, ...]}, ...] ->
-    (tokens, per-token advantages) for every leaf. Raises ValueError unless 0 < at < len(tokens) for
-    every continuation.
+    """Eq. 2-3 for one problem given as plain data, for notebooks and checks: [{"tokens", "reward",
+    "continuations": [{"at", "tokens", "reward"}, ...]}, ...] -> (tokens, per-token advantages) for
+    every leaf. Raises ValueError unless 0 < at < len(tokens).
     >>> step_advantages([{"tokens": [1, 2], "reward": 1.0}, {"tokens": [3], "reward": 0.0}])
     [([1, 2], [1.0, 1.0]), ([3], [-1.0])]
     """
-    grown = []
-    for r in responses:
-        response = Response(r["tokens"], [0.0] * len(r["tokens"]), r["reward"])
+    grown = [Response(r["tokens"], [0.0] * len(r["tokens"]), r["reward"]) for r in responses]
+    for response, r in zip(grown, responses):
         for c in r.get("continuations", []):
             new = Continuation(c["at"], c["tokens"], [0.0] * len(c["tokens"]), c["reward"])
             response.continuations.append(new)
-        grown.append(response)
     return [(s.tokens, s.advantages) for s in tree_sequences([], grown)]

@@ -67,7 +67,7 @@ FREE = {
 }
 # Of settings that runs of version 1 do not have
 DEFAULTS = {"grade_units": "loose", "test_fraction": 0.0, "problem_column": "", "answer_column": ""}
-DEFAULTS |= {"ads_drop": True}  # in all methods
+DEFAULTS |= {"ads_drop": True, "loss": "ppo", "mask_cut_off": False, "scale_rewards": "std"}
 # What training.pt must hold
 STATE = {
     "moments",

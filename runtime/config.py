@@ -139,6 +139,10 @@ class MethodSettings:
         "tree: Eq. 2-3; datpo: blocks; grpo: one a response, prl: process rewards (no branching)",
         "update",
     )
+    loss: Literal["ppo", "gspo", "cispo"] = option(
+        "ppo", "ppo: Eq. 1; gspo: one ratio a sequence; cispo: clipped ratios as weights"
+    )
+    mask_cut_off: bool = option(False, "responses that were cut off leave the loss (DAPO)")
     lr: float = option(1e-6, "peak learning rate of AdamW")
     mini_batch: int = option(192, "training sequences per optimizer step")
     kl_coef: float = option(
@@ -151,6 +155,9 @@ class MethodSettings:
         0,
         "responses per problem without a tree; 0: as many as the tree has leaves",
         "baselines only",
+    )
+    scale_rewards: Literal["std", "none"] = option(
+        "std", "GRPO, PRL: divide by the group's standard deviation, or not (Dr.GRPO)"
     )
     prl_eta: float = option(
         200.0, "PRL: process rewards are log-ratios to the initial policy, divided by this"
@@ -385,7 +392,8 @@ def check_used(config: Config, typed: set[str]) -> None:
     """Raises UserError for a typed option that the chosen method does not use."""
     unused: dict[str, str] = {}
     if config.branches():
-        unused |= dict.fromkeys(("grpo_samples",), "--advantage tree")
+        sampling = ("grpo_samples", "scale_rewards")
+        unused |= dict.fromkeys(sampling, f"--advantage {config.advantage}")
     else:
         branching = ("branch", "delta", "rho", "min_branch_gap", "ads_filter", "ads_expansion")
         unused |= dict.fromkeys(branching, f"--advantage {config.advantage}")
@@ -394,6 +402,8 @@ def check_used(config: Config, typed: set[str]) -> None:
     if not config.ads_batch:
         adaptive = ("target_sequences", "batch_lam", "batch_range")
         unused |= dict.fromkeys(adaptive, "--ads_batch false")
+    if config.loss != "ppo":
+        unused["dual_clip"] = f"--loss {config.loss}"
     if config.advantage != "prl":
         prl = ("prl_eta", "prl_steps", "prl_length")
         unused |= dict.fromkeys(prl, f"--advantage {config.advantage}")

@@ -24,13 +24,15 @@ def mean(values) -> float:
 
 def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
     """Reward and shares of problems whose responses are all right, all wrong, or mixed (valid: they
-    can teach)."""
+    can teach). spread: mean of sqrt(z (1 - z)), z the share of right responses: how much there is
+    to learn (arXiv 2505.18917)."""
     solved = [[is_correct(r) for r in rewards] for rewards in groups if rewards]
     return {
         f"{name}/reward": mean(r for rewards in groups for r in rewards),
         f"{name}/solve_all": mean(all(row) for row in solved),
         f"{name}/solve_none": mean(not any(row) for row in solved),
         f"{name}/valid": mean(any(row) and not all(row) for row in solved),
+        f"{name}/spread": mean(math.sqrt(mean(row) * (1 - mean(row))) for row in solved),
     }
 
 
@@ -68,10 +70,50 @@ def step_metrics(run, step: int, result) -> dict:
     return {
         "step": step,
         **batch_metrics(result.groups, result.sequences),
-        **{f"train/{name}": value for name, value in vars(result.stats).items()},
+        "wanted_problems": run.adaptive_batch.size,
+        **result.stats.logged(),
         "train/lr": run.learner.optimizer.param_groups[0]["lr"],
         **run.monitor.record(counts, run.config.sync_tolerance),
     }
+
+
+@dataclass
+class TrainStats:
+    """What `Learner.train` saw: sums over tokens, then their means over all trained tokens of all
+    mini-batches and ranks (grad_norm: over updates)."""
+
+    loss: float = 0.0
+    policy_loss: float = 0.0
+    kl: float = 0.0
+    clip_fraction: float = 0.0
+    ratio: float = 0.0
+    ratio_squared: float = 0.0
+    grad_norm: float = 0.0  # before clipping
+    tokens: int = 0  # of the updates that were made
+    updates: int = 0
+    skipped_updates: int = 0  # gradients that were not finite
+
+    def add(self, other: "TrainStats") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @classmethod
+    def mean(cls, shares: list["TrainStats"]) -> "TrainStats":
+        """From the sums of all ranks, which know the same numbers of tokens and updates."""
+        first = shares[0]
+        found = cls(**vars(first))
+        for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio", "ratio_squared"):
+            total = sum(getattr(share, name) for share in shares)
+            setattr(found, name, total / max(1, first.tokens))
+        found.grad_norm /= max(1, first.updates - first.skipped_updates)
+        return found
+
+    def logged(self) -> dict[str, float]:
+        """For metrics.jsonl. ess: effective sample size of the ratios, (sum r)^2 / (n sum r^2):
+        1 where all are equal, 1 / n where one token outweighs all others."""
+        values = {f"train/{name}": value for name, value in vars(self).items()}
+        squared = values.pop("train/ratio_squared")
+        return values | {"train/ess": self.ratio**2 / squared if squared else 0.0}
 
 
 @dataclass

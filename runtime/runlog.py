@@ -31,6 +31,7 @@ from runtime.dist import rank
 from runtime.metrics import batch_notices, empty_batch_lines, mean
 from runtime.rewards import response_texts
 from sampler import problem_fci, solve_rate
+from tree import leaf_ends
 
 LOGS = ("metrics.jsonl", "batches.jsonl", "samples.jsonl")
 
@@ -244,13 +245,11 @@ class RunFolder:
         if self.tracker:
             name = f"samples/{index + 1}"
             self.tracker[1](name, sampled_text(group, tokenizer), step)
-        left = iter(leaves)
+        of_end = {id(end): leaf for end, leaf in zip(leaf_ends(group.responses), leaves)}
         responses = []
         for r in group.responses:
-            own = ending(r, next(left), tokenizer)
-            # the order of the leaves (tree.response_chain)
-            latest_first = sorted(r.continuations, key=lambda c: -c.at)
-            endings = [{"at": c.at, **ending(c, next(left), tokenizer)} for c in latest_first]
+            own = ending(r, of_end[id(r)], tokenizer)
+            endings = [{"at": c.at, **ending(c, of_end[id(c)], tokenizer)} for c in r.continuations]
             own |= {"bounds": r.bounds, "fci": r.fci, "branch_points": r.branch_points}
             own["continuations"] = sorted(endings, key=lambda c: c["at"])
             responses.append(own)

@@ -8,18 +8,23 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from forests import PROMPT, forests, quick, response
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baselines import (
+    cispo_loss,
     datpo_sequences,
     datpo_sizes,
     grpo_sequences,
+    gspo_loss,
+    mask_cut_off,
     prl_sequences,
     prl_steps,
 )
 from fci import Separators
+from learner import ppo_loss
 from tree import Continuation, Response, drop_zero, tree_sequences
 
 
@@ -70,6 +75,66 @@ def test_grpo_does_not_modify_its_input(forest):
 def test_grpo_refuses_rewards_that_are_not_finite(reward):
     with pytest.raises(ValueError, match="finite"):
         grpo_sequences(PROMPT, [response([1], 0.0), response([2], reward)])
+
+
+def test_dr_grpo_does_not_divide_by_the_standard_deviation():
+    """Rewards 1 0 0: mean 1/3."""
+    group = [response([i], r) for i, r in enumerate([1.0, 0.0, 0.0])]
+    found = [s.advantages[0] for s in grpo_sequences(PROMPT, group, scale="none")]
+    assert found == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+def test_gspo_has_one_ratio_a_sequence_by_hand():
+    """Sequences of two and one tokens. Log-ratios 0.1 and 0.3: both tokens have e^0.2 = 1.2214;
+    0.5: e^0.5 is clipped to 1.28. With A = -1 the lower clip binds: e^-0.5 -> 0.8."""
+    logp = torch.tensor([0.1, 0.3, 0.5], requires_grad=True)
+    loss, clipped = gspo_loss(logp, torch.zeros(3), torch.ones(3), [2, 1])
+    assert torch.allclose(loss, -torch.tensor([math.exp(0.2), math.exp(0.2), 1.28]))
+    assert clipped.tolist() == [False, False, True]
+    loss.sum().backward()  # d/dx of 2 e^((x + y) / 2) is e^((x + y) / 2)
+    assert torch.allclose(logp.grad, -torch.tensor([math.exp(0.2), math.exp(0.2), 0.0]))
+    loss, clipped = gspo_loss(torch.tensor([-0.5]), torch.zeros(1), -torch.ones(1), [1])
+    assert loss.tolist() == pytest.approx([0.8]) and clipped.tolist() == [True]
+
+
+def test_gspo_of_single_tokens_is_ppo_without_dual_clip():
+    logp, old = torch.linspace(-1, 1, 21), torch.zeros(21)
+    for sign in (1.0, -1.0):
+        a = torch.full((21,), sign)
+        got, wanted = gspo_loss(logp, old, a, [1] * 21), ppo_loss(logp, old, a, dual_clip=99.0)
+        assert torch.allclose(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    empty = torch.zeros(0)
+    assert gspo_loss(empty, empty, empty, [])[0].shape == (0,)
+
+
+def test_cispo_bounds_a_tokens_weight_and_keeps_its_gradient():
+    """Ratios e^0.5 -> 1.28, e^0.1, e^-0.5 -> 0.8; the gradient in logp is -weight x A."""
+    logp = torch.tensor([0.5, 0.1, -0.5], requires_grad=True)
+    loss, clipped = cispo_loss(logp, torch.zeros(3), torch.tensor([1.0, 1.0, -2.0]), [3])
+    weights = torch.tensor([1.28, math.exp(0.1), 0.8])
+    assert torch.allclose(loss, torch.tensor([-0.64, -0.1 * math.exp(0.1), -0.8]), atol=1e-6)
+    loss.sum().backward()
+    assert torch.allclose(logp.grad, -weights * torch.tensor([1.0, 1.0, -2.0]))
+    assert clipped.tolist() == [True, False, True]
+
+
+def test_cut_off_responses_leave_the_loss():
+    """Of r1 the first continuation was cut off; r2 was, too."""
+    r1 = response([1, 2, 3], 1.0, (1, [4], 0.0), (2, [5], 1.0))
+    r2 = response([6], 0.0)
+    r1.continuations[0].finished = r2.finished = False
+    sequences = tree_sequences(PROMPT, [r1, r2])
+    before = [s.advantages for s in sequences]
+    mask_cut_off(sequences, [r1, r2])
+    # in the order of the leaves: r1, from token 2, from token 1, r2
+    assert [s.tokens for s in sequences] == [[1, 2, 3], [1, 2, 5], [1, 4], [6]]
+    assert [s.weights for s in sequences] == [[1, 1, 1], [1, 1, 1], [0, 0], [0]]
+    assert [s.trained for s in sequences] == [3, 3, 0, 0]
+    assert [s.advantages for s in sequences] == before  # their rewards still count
+    assert drop_zero(sequences) == sequences[:2]
 
 
 # --------------------------------------------------------------------------------------------------

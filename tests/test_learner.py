@@ -20,7 +20,8 @@ from helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner import Learner, TrainStats, k3_kl, ppo_loss
+from learner import Learner, k3_kl, ppo_loss
+from runtime.metrics import TrainStats
 from runtime.scoring import Sequence, score, token_logprobs
 from tree import TrainingSequence
 
@@ -100,7 +101,7 @@ def plain_gradient(policy, sequences, reference=None, kl_coef=0.001, temperature
                 region, loss = "free-", -ratio * a
             if reference:
                 gap = ref[i] - logp
-                loss = loss + kl_coef * (torch.exp(gap) - gap - 1)
+                loss = loss + kl_coef * (torch.exp(gap) - gap - 1).clamp(max=10)
             total, count = total + loss, count + 1
             regions.add(region)
     loss = total / count
@@ -195,7 +196,31 @@ def test_k3_kl_is_an_unbiased_estimate_of_the_kl():
     assert (p * k3_kl(p.log(), ref.log())).sum().item() == pytest.approx(
         (p * (p / ref).log()).sum().item(), rel=1e-5
     )
-    assert (k3_kl(torch.linspace(-30, 30, 101), torch.zeros(101)) >= 0).all()
+    kl = k3_kl(torch.linspace(-30, 30, 101), torch.zeros(101))
+    assert (kl >= 0).all() and kl.max() == 10
+
+
+def test_k3_kl_is_at_most_10_and_has_no_gradient_there():
+    """d = 2.5: e^2.5 - 3.5 = 8.68; d = 3: 16.1 is clamped."""
+    logp = torch.tensor([-2.5, -3.0, -15.0], requires_grad=True)
+    kl = k3_kl(logp, torch.zeros(3))
+    assert kl.tolist() == pytest.approx([math.exp(2.5) - 3.5, 10.0, 10.0])
+    kl.sum().backward()
+    assert logp.grad.tolist() == pytest.approx([1 - math.exp(2.5), 0.0, 0.0])
+
+
+def test_tokens_of_weight_0_leave_the_mean_the_kl_and_the_counts():
+    """A mini-batch with masked tokens has the gradient and the numbers of the one without them."""
+    policy, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=1)
+    first, masked = off_policy(policy, sequences_of([4, 6]))
+    masked.weights = [0.0] * 6
+    alone, one = learner_gradient(policy, [first], reference, kl_coef=0.1)
+    both, two = learner_gradient(policy, [first, masked], reference, kl_coef=0.1)
+    assert torch.allclose(alone, both, atol=1e-6) and one.tokens == two.tokens == 4
+    for name, value in vars(one).items():
+        assert vars(two)[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    nothing, stats = learner_gradient(policy, [masked], reference, kl_coef=0.1)
+    assert not nothing.any() and (stats.tokens, stats.loss, stats.grad_norm) == (0, 0.0, 0.0)
 
 
 # --------------------------------------------------------------------------------------------------

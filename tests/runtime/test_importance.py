@@ -23,9 +23,10 @@ from toy_runs import set_up, step_without_sync, train
 import attnrl
 from attnrl import Config, parse_config
 from baselines import grpo_sequences
-from learner import Learner, TrainStats
+from learner import Learner
 from runtime import dist
 from runtime.cli import UserError, stop_on_user_error
+from runtime.metrics import TrainStats
 from runtime.rollout import Completion, Request, TransformersEngine, probe_requests, request_seed
 from runtime.scoring import engine_gap, tis_weights
 from tree import TrainingSequence, tree_sequences

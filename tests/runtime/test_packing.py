@@ -14,8 +14,9 @@ from helpers import VOCABULARY, eager_twin, random_tokens, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner import Learner, TrainStats
+from learner import Learner
 from runtime.dist import mini_batches
+from runtime.metrics import TrainStats
 from runtime.models import packing_obstacle
 from runtime.packing import alone, lay_out, pack, place, row_cost, tree_attention
 from runtime.scoring import Sequence, score, token_batches, token_logprobs, width
