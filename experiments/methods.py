@@ -2,7 +2,8 @@
 intervals and figures.
 
     python experiments/methods.py --quick     # 3 methods x 3 seeds on one setting: 10 to 20 minutes
-    python experiments/methods.py             # 9 methods x 5 seeds on two settings: about 2 hours
+    python experiments/methods.py             # 7 methods x 5 seeds on two settings, 6 ablations on
+                                              # one: about 2 hours
     python experiments/methods.py --report    # tables and figures again, without running anything
 
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps"
@@ -53,20 +54,14 @@ SETTINGS = {
     "toy8": "--problems toy:8:4000:1 --test_problems toy:8:200:2 --max_response 110",
     "toy8-10": "--problems toy:8-10:4000:1 --test_problems toy:8-10:200:2 --max_response 140",
 }
-METHODS = [
-    "grpo",
-    "prl",
-    "treerl",
-    "treerl_off",
-    "atb",
-    "atb_drop_easy",
-    "atb_ads_nofilter",
-    "atb_ads_noexpand",
-    "attnrl",
-]
+BOTH = ["grpo", "prl", "treerl", "treerl_off", "datpo", "atb", "attnrl"]  # on both settings
+ABLATIONS = ["atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand"]  # on the last setting
+RULES = ["atb_step_entropy", "atb_fixed", "atb_earliest"]  # there, too: atb with another --branch
+METHODS = [*BOTH, *ABLATIONS, *RULES]
 ORDER = ("grpo", "treerl", "atb", "attnrl")  # as the paper finds them, worst first
 # Okabe and Ito
 DRAWN = {"grpo": "#E69F00", "prl": PINK, "treerl": GREEN, "atb": "#56B4E9", "attnrl": BLUE}
+DRAWN |= {"datpo": "#000000"}
 KEPT = [
     "step",
     "generated_tokens",
@@ -86,6 +81,8 @@ KEPT = [
     "train/updates",
     "train/grad_norm",
     "train/clip_fraction",
+    "train/ess",
+    "initial/spread",
     "seconds/generate",
     "seconds/step",
     "seconds/total",
@@ -125,6 +122,9 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
         return result
     run = HERE.parent / "runs" / "experiments" / folder.name / f"{setting}-{method}-{seed}"
     options = [*SHARED.split(), *SETTINGS[setting].split()]
+    if method in RULES:
+        method, _, rule = method.partition("_")
+        options = ["--branch", rule, *options]
     options = ["--method", method, "--seed", str(seed), *options]
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".log")
@@ -425,6 +425,7 @@ def parse(argv: list[str]):
     add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.settings = args.settings or (["toy8"] if args.quick else list(SETTINGS))
+    args.named = bool(args.methods)
     args.methods = args.methods or (["grpo", "treerl", "attnrl"] if args.quick else METHODS)
     if args.seeds is None:
         args.seeds = 3 if args.quick else 5
@@ -449,7 +450,11 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--folder {folder}: cannot be written ({error.strerror})") from error
         # seeds first: a table that is cut short has all methods
         wanted = [
-            (s, m, seed) for seed in range(args.seeds) for s in args.settings for m in args.methods
+            (s, m, seed)
+            for seed in range(args.seeds)
+            for s in args.settings
+            for m in args.methods
+            if m in BOTH or s == list(SETTINGS)[-1] or args.named
         ]
         run_all(wanted, 1e6 * args.tokens, folder, args.jobs)
     print(f"{report(folder)}\nwritten: {folder / 'tables.md'}, {folder / 'figures'}/*.png")

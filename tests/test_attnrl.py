@@ -121,6 +121,10 @@ def test_a_method_is_attnrl_but_for_a_few_settings():
         "treerl": off | synchronous | {"branch": "entropy"},
         "grpo": off | synchronous | {"advantage": "grpo"},
         "prl": off | synchronous | {"advantage": "prl"},
+        "frpo": off
+        | synchronous
+        | {"advantage": "prl", "prl_steps": "length", "prl_length": 1, "prl_eta": 100.0},
+        "datpo": off | synchronous | {"advantage": "datpo", "branch": "step_entropy"},
     }
     assert parse_config(["--method=prl", "--preset", "paper"]).kl_coef == 0.0  # its script has none
     assert parse_config(["--kl_coef", "0.1", "--method=prl", "--preset", "paper"]).kl_coef == 0.1
