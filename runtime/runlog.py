@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from fci import separator_tokens, split_steps
 from runtime.checkpoint import flush
 from runtime.cli import UserError, first_line
 from runtime.dist import rank
@@ -134,6 +135,7 @@ class RunFolder:
 
     def __init__(self, config, say=lambda text: None):
         self.path, self.config, self.tracker = None, config, None
+        self.separators = None  # of the tokenizer, read when the first problem is logged
         if rank():
             return
         name = f"{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -244,13 +246,18 @@ class RunFolder:
         if self.tracker:
             name = f"samples/{index + 1}"
             self.tracker[1](name, sampled_text(group, tokenizer), step)
+        self.separators = self.separators or separator_tokens(tokenizer)
         left = iter(leaves)
         responses = []
         for r in group.responses:
             own = ending(r, next(left), tokenizer)
             # the order of the leaves (tree.response_chain)
             latest_first = sorted(r.continuations, key=lambda c: -c.at)
-            endings = [{"at": c.at, **ending(c, next(left), tokenizer)} for c in latest_first]
+            endings = [
+                {"at": c.at, **ending(c, next(left), tokenizer)}
+                | {"bounds": new_bounds(r, c, self.separators)}
+                for c in latest_first
+            ]
             own |= {"bounds": r.bounds, "fci": r.fci, "branch_points": r.branch_points}
             own["continuations"] = sorted(endings, key=lambda c: c["at"])
             responses.append(own)
@@ -310,6 +317,13 @@ def sampled_text(group, tokenizer) -> str:
         why = ("" if r.boxed else ", no box") + ("" if r.finished else ", cut off")
         parts.append(f"-- r{i}: reward {r.reward:g}{why}\n{text}")
     return "\n\n".join(parts)
+
+
+def new_bounds(response, continuation, separators) -> list[int]:
+    """The steps of a continuation, in tokens of the whole path: where it begins, and the cuts
+    after that. Whether blank lines cut or single newlines is for the whole path to say."""
+    at, tokens = continuation.at, response.tokens[: continuation.at] + continuation.tokens
+    return [at, *(cut for cut in split_steps(tokens, separators) if cut > at)]
 
 
 def ending(end, leaf, tokenizer) -> dict:

@@ -284,6 +284,16 @@ def read_steps(path: Path, places: list[tuple[int, int, int]]) -> list[dict]:
     return records
 
 
+def page_json(data: dict) -> str:
+    """As JSON that a browser reads: Python writes NaN and Infinity, which are not JSON, so that a
+    page with one of them would stay empty. They become null, which the page shows as a dash."""
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+        return json.dumps(finite, separators=(",", ":"))
+
+
 def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
     """runs/NAME/explorer.html. Steps: those that are asked for; else as many as fit into
     PAGE_BYTES, evenly spread."""
@@ -337,7 +347,7 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
         "steps": shown,
     }
     # no text of a run can end the script element
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = page_json(data).replace("<", "\\u003c")
     path = run / "explorer.html"
     try:
         path.write_text(page.replace("DATA</", text + "</", 1), encoding="utf-8")

@@ -12,10 +12,11 @@ import math
 import random
 import re
 import shutil
+import sys
 import time
 
 import pytest
-from fixtures import lines, typed
+from fixtures import lines, save_real_model, typed
 from toy_runs import train
 
 from attnrl import Config, parse_config
@@ -571,11 +572,124 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
         )
 
 
+def short_run(folder, *options):
+    """A real run of two problems a step, both logged."""
+    command = typed(
+        "--steps 1 --batch_size 2 --problems toy:6:50:1 --test_problems toy:6:2:2 --eval_samples 1"
+    )
+    return train(parse_config([*command, "--out", str(folder), *options]))
+
+
+def letters(text: str) -> str:
+    """Without white space, its signs, and what the page names instead of obeying."""
+    odd = "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    return re.sub(rf"‹[0-9a-f]{{4}}›|[\s⏎·{odd}]", "", text)
+
+
+def check_page(open_page, run) -> None:
+    """Every logged problem is shown whole: a line a leaf, each leaf's text, and no number that is
+    none."""
+    for sample in lines(run / "samples.jsonl"):
+        page = open_page(run, f"#step={sample['step']}")
+        page.script(
+            f"go({{problem: step().samples.findIndex(s => s.number === {sample['number']})}})"
+        )
+        assert page.text("#question") == [sample["problem"]]
+        ends = [(r, e) for r in sample["responses"] for e in (r, *r["continuations"])]
+        assert len(page.text(".leaf .outcome")) == len(ends)
+        for n, (r, end) in enumerate(ends):
+            page.script(f"go({{leaf: {n}, all: true}})")
+            whole = "".join([*r["tokens"][: end.get("at", 0)], *end["tokens"]])
+            assert letters("".join(page.text("#leaf .tokens"))) == letters(whole)
+            assert page.text("#leaf .part"), "no step is shown"
+        words = page.script("document.querySelector('main').textContent")
+        assert not re.search(r"undefined|NaN|null|\[object", words)
+
+
+def test_a_run_whose_steps_all_score_0_is_shown_with_the_reason(open_page, tmp_path):
+    """`threshold` is null then: no step reached one."""
+    run = short_run(tmp_path / "run", "--delta", "8")
+    check_page(open_page, run)
+    marks = open_page(run).script("[...document.querySelectorAll('.mark')].map(e => e.title)")
+    assert marks and all(
+        mark.startswith("every step scores 0: the earliest steps are taken (FCI counts attention")
+        for mark in marks
+    )
+
+
+def test_responses_that_are_cut_off_in_their_first_step_are_shown(open_page, tmp_path):
+    """No blank line, no box, no branch point, no tree; all wrong."""
+    run = short_run(tmp_path / "run", "--max_response", "3")
+    assert all(len(r["bounds"]) == 2 for s in lines(run / "samples.jsonl") for r in s["responses"])
+    check_page(open_page, run)
+
+
+def real_run(folder, tokens: int, *options):
+    """A random model with a byte-level tokenizer: half characters, stray newlines, cut off."""
+    problems = folder / "problems.jsonl"
+    model = save_real_model(folder / "model")
+    problems.write_text(json.dumps({"problem": "1 < 2?\n\nWhy, & é?", "answer": "42"}) + "\n")
+    files = ["--model", model, "--problems", problems]
+    more = ["--preset", "toy", "--max_response", tokens, "--batch_size", 1, *options]
+    return short_run(folder / "run", *map(str, [*files, *more]))
+
+
+def test_a_real_tokenizer_and_its_steps_are_shown(open_page, tmp_path):
+    run = real_run(tmp_path, 80)
+    check_page(open_page, run)
+    cut = [
+        c["bounds"]
+        for s in lines(run / "samples.jsonl")
+        for r in s["responses"]
+        for c in r["continuations"]
+    ]
+    assert all(b == sorted(set(b)) and len(b) > 1 for b in cut)
+
+
+# The other states that a run may be in, each trained for real
+@pytest.mark.full
+@pytest.mark.parametrize("reward", ["1.0", "0.0", "0.3"])
+def test_batches_that_agree_are_shown(reward, open_page, tmp_path, monkeypatch):
+    """All right, all wrong, and grades between."""
+    (tmp_path / "grade_all.py").write_text(f"def reward(response, answers):\n    return {reward}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "grade_all", raising=False)
+    check_page(open_page, short_run(tmp_path / "run", "--reward", "grade_all:reward"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["grpo", "prl", "treerl"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_every_method_with_a_real_tokenizer(method, tokens, open_page, tmp_path):
+    check_page(open_page, real_run(tmp_path, tokens, "--method", method))
+
+
+def test_a_number_that_is_missing_is_a_dash(open_page, tmp_path):
+    """NaN is not JSON: the whole page was empty. Files of other versions lack fields."""
+    folder = made_up(tmp_path / "run", big(leaves=5, length=80))
+    for name, key in (("metrics", "test_accuracy"), ("batches", "easy_mean")):
+        file = folder / f"{name}.jsonl"
+        file.write_text(re.sub(rf'"{key}": [0-9.]+', f'"{key}": NaN', file.read_text()))
+    file = folder / "samples.jsonl"
+    file.write_text(re.sub(r'"reward": [0-9.]+', '"reward": NaN', file.read_text()))
+    page = open_page(folder)
+    assert len(page.text(".leaf")) == 5 and "–" in page.text(".leaf .outcome")[0]
+    assert "NaN" not in page.script("document.body.innerText")
+
+
 def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
     tokens = [piece + "\n\n" for piece in HOSTILE]
     folder = made_up(
         tmp_path / "run",
-        [response(tokens, 1.0, list(range(len(tokens) + 1)), 2, [ending(tokens[2:], 0.0, at=2)])],
+        [
+            response(
+                tokens,
+                1.0,
+                list(range(len(tokens) + 1)),
+                2,
+                [ending(tokens[2:], 0.0, at=2, bounds=list(range(2, len(tokens) + 1)))],
+            )
+        ],
         problem="\n".join(HOSTILE),
         answers=HOSTILE,
     )
