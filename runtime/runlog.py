@@ -29,7 +29,7 @@ from fci import separator_tokens, split_steps
 from runtime.checkpoint import flush
 from runtime.cli import UserError, first_line
 from runtime.dist import rank
-from runtime.metrics import batch_notices, empty_batch_lines, mean
+from runtime.metrics import Outcomes, batch_notices, empty_batch_lines, mean
 from runtime.rewards import response_texts
 from sampler import problem_fci, solve_rate
 
@@ -224,7 +224,10 @@ class RunFolder:
         of it."""
         problems = []
         for g in groups:
-            rewards = [end.reward for r in g.responses for end in (r, *r.continuations)]
+            ends = [end for r in g.responses for end in (r, *r.continuations)]
+            rewards, outcomes = [end.reward for end in ends], Outcomes()
+            for end in ends:
+                outcomes.add(end.reward, end.boxed, end.finished)
             problems.append(
                 {
                     "number": g.number,
@@ -234,6 +237,7 @@ class RunFolder:
                     "trees": g.trees(),
                     "leaves": len(rewards),
                     "reward": mean(rewards),
+                    "outcomes": vars(outcomes),
                 }
             )
         record = {"step": step, "easy_mean": groups[0].easy_mean, "problems": problems}

@@ -391,9 +391,9 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
     for record in lines(run / "batches.jsonl"):
         page = open_page(run, f"#step={record['step']}")
         rows = page.text("#batch tbody td")
-        assert len(rows) == 7 * len(record["problems"])
+        assert len(rows) == 9 * len(record["problems"])
         for i, p in enumerate(record["problems"]):
-            name, z, fci, expanded, trees, leaves, right = rows[7 * i : 7 * i + 7]
+            name, z, fci, expanded, trees, leaves, right, *_ = rows[9 * i : 9 * i + 9]
             assert (int(name), int(trees), int(leaves)) == (p["number"], p["trees"], p["leaves"])
             assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(
                 fci
@@ -407,7 +407,7 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
             assert f") = {metrics[record['step'] + 2]['problems']}" in shown
             sized += 1
     assert sized == 2
-    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict(x).textContent)") == [
+    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict({reward: x}).textContent)") == [
         "✓ right",
         "✗ wrong",
         "✓ 0.70",
@@ -675,6 +675,42 @@ def test_a_number_that_is_missing_is_a_dash(open_page, tmp_path):
     page = open_page(folder)
     assert len(page.text(".leaf")) == 5 and "–" in page.text(".leaf .outcome")[0]
     assert "NaN" not in page.script("document.body.innerText")
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (dict(reward=1.0, boxed=True, finished=True), "✓ right"),
+        (dict(reward=0.0, boxed=True, finished=True), "✗ wrong"),
+        (dict(reward=0.0, boxed=False, finished=True), "✗ no box"),
+        (dict(reward=0.0, boxed=False, finished=False), "✗ cut off"),
+        (dict(reward=0.0, boxed=True, finished=False), "✗ wrong, cut off"),
+        (dict(reward=1.0, boxed=True, finished=False), "✓ right, cut off"),
+        (dict(reward=0.2, boxed=False, finished=False), "✗ 0.20, no box, cut off"),
+        (dict(reward=0.0), "✗ wrong"),  # a run of a version that did not log them
+    ],
+)
+def test_a_leaf_says_why_its_reward_is_0(end, words, run, open_page):
+    page = open_page(run)
+    assert page.script(f"verdict({json.dumps(end)}).textContent") == words
+
+
+def test_the_batch_says_why_its_reward_is_0(run, open_page, tmp_path):
+    """Counted here from the logged trees (--log_samples: all), not from what the page was given."""
+    folder = short_run(tmp_path / "run", *typed("--max_response 40 --log_samples 9"))
+    kinds = dict.fromkeys(["right", "none", "cut", "wrong"], 0)
+    for sample in lines(folder / "samples.jsonl"):
+        for end in [e for r in sample["responses"] for e in (r, *r["continuations"])]:
+            kind = "right" if end["reward"] else "wrong" if end["boxed"] else "none"
+            kinds[kind] += 1
+            kinds["cut"] += kind == "none" and not end["finished"]
+    leaves = sum(kinds.values()) - kinds["cut"]
+    assert kinds["cut"] and open_page(folder).text("#came") == [
+        "Of {} leaves {right} are right, {none} have no box ({cut} of them cut off), {wrong} are"
+        " wrong.".format(leaves, **kinds)
+    ]
+    old = made_up(tmp_path / "old", big(leaves=5, length=40))
+    assert open_page(old).text("#came") == [""]
 
 
 def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
