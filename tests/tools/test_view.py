@@ -370,7 +370,7 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
             and f"= {root:.2f}" in page.text("#problem")[0]
         )
         titles = page.script(
-            "[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)"
+            "[...document.querySelectorAll('.leaf.first .step')].map(e => e.what.split('\\n')[0])"
         )
         assert titles == [
             f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])
@@ -391,9 +391,9 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
     for record in lines(run / "batches.jsonl"):
         page = open_page(run, f"#step={record['step']}")
         rows = page.text("#batch tbody td")
-        assert len(rows) == 9 * len(record["problems"])
+        assert len(rows) == 10 * len(record["problems"])
         for i, p in enumerate(record["problems"]):
-            name, z, fci, expanded, trees, leaves, right, *_ = rows[9 * i : 9 * i + 9]
+            name, z, fci, expanded, trees, leaves, right, *_ = rows[10 * i : 10 * i + 10]
             assert (int(name), int(trees), int(leaves)) == (p["number"], p["trees"], p["leaves"])
             assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(
                 fci
@@ -798,6 +798,50 @@ def big(leaves: int = 30, length: int = 2000) -> list[dict]:
     ]
 
 
+def test_help_is_open_until_it_is_closed(run, open_page, tmp_path):
+    page = open_page(run)
+    page.script("localStorage.clear()")
+    page = open_page(run)
+    assert page.script("document.getElementById('help').open")
+    assert page.text("#help dt") == ["z", "FCI", "V", "A"] and len(page.text("#help kbd")) == 9
+    page.press("?")
+    assert not page.script("document.getElementById('help').open")
+    time.sleep(0.1)  # the browser tells of it a moment later
+    assert not open_page(run).script("document.getElementById('help').open")
+    page.script("localStorage.clear()")
+    # a browser that keeps nothing of files on the disk
+    file = tmp_path / "page.html"
+    text = view.write_explorer(run).read_text(encoding="utf-8")
+    file.write_text(text.replace("localStorage.", "(() => { throw Error() })()."), encoding="utf-8")
+    page.driver.get(file.as_uri())
+    assert page.script("document.getElementById('help').open") and page.text(".leaf")
+
+
+def test_every_row_of_the_batch_can_be_opened_or_says_why_not(run, open_page):
+    page, record = open_page(run), lines(run / "batches.jsonl")[0]
+    last = page.text("#batch tbody td:last-child")
+    logged = [s["number"] for s in lines(run / "samples.jsonl") if s["step"] == 1]
+    assert last == ["shown above", "show", "show", *["not logged"] * (len(record["problems"]) - 3)]
+    assert "--log_samples 3" in page.text("#logged")[0] and len(logged) == 3
+    page.click("#batch tbody tr:nth-child(3)")
+    assert page.script("sample().number") == logged[2]
+    titles = page.script("[...document.querySelectorAll('#batch td:last-child')].map(e => e.title)")
+    assert all("--log_samples" in title for title in titles[3:])
+
+
+def test_text_of_a_folded_step_and_of_a_pointed_at_step_is_whole(open_page, tmp_path):
+    folder = made_up(tmp_path / "run", big(leaves=5), problem="Why is that so?\n" * 40)
+    page = open_page(folder)
+    r = lines(folder / "samples.jsonl")[0]["responses"][0]
+    steps = ["".join(r["tokens"][a:b]).strip() for a, b in zip(r["bounds"], r["bounds"][1:])]
+    folded = page.text("#leaf .fold")
+    assert len(folded) == len(steps) - 2 and set(folded) <= set(steps)
+    what = "[...document.querySelectorAll('#leaf-0 .step')].map(e => e.what.split('\\n')[1])"
+    assert page.script(what) == steps
+    page.click("#problem button")
+    assert not page.text("#problem .fold") and page.text("#question") == ["Why is that so?\n" * 40]
+
+
 def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_page, tmp_path):
     folder = made_up(tmp_path / "run", big())
     page = open_page(folder)
@@ -839,6 +883,10 @@ def test_it_fits_a_phone(run, open_page, width):
             )
             > width / 3
         )
+        words = page.script(
+            "[...document.querySelectorAll('.words')].filter(e => e.checkVisibility()).length"
+        )
+        assert words == (len(page.text(".leaf")) if width < 720 else 0), "a leaf without its text"
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
