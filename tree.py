@@ -42,10 +42,8 @@ class Continuation:
     tokens: list[int]
     logprobs: list[float]  # behaviour log-probs of `tokens` only
     reward: float = 0.0
-    # truncated importance weights of `tokens`; empty: all 1
-    weights: list[float] = field(default_factory=list)
-    # nats, of `tokens`; only of problems that are logged
-    entropies: list[float] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of `tokens`, as in Response
+    entropies: list[float] = field(default_factory=list)  # nats; only of problems that are logged
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
 
@@ -70,6 +68,7 @@ class Response:
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
     branch_points: list[int] = field(default_factory=list)  # token positions; empty: not expanded
+    attention: dict | None = None  # for the explorer, of problems that are logged
 
 
 @dataclass

@@ -263,6 +263,7 @@ class RunFolder:
                 for c in latest_first
             ]
             own |= {"bounds": r.bounds, "fci": r.fci, "branch_points": r.branch_points}
+            own |= {"attention": r.attention} if r.attention else {}
             own["continuations"] = sorted(endings, key=lambda c: c["at"])
             responses.append(own)
         self.log(

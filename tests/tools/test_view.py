@@ -382,6 +382,37 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
     assert nodes > 50
 
 
+def test_pointing_at_a_step_shows_which_later_steps_look_at_it(run, open_page):
+    sample = lines(run / "samples.jsonl")[0]
+    page, r = open_page(run), sample["responses"][0]
+    count, attention = len(r["fci"]), r["attention"]
+    assert len(page.text("#attention .cell")) == count * (count + 1) // 2
+    for k in range(count - 1):
+        page.script(
+            f"document.querySelectorAll('#leaf-0 .step')[{k}].dispatchEvent("
+            "new MouseEvent('mouseover', {bubbles: true}))"
+        )
+        shown = page.text(".lookers > div")
+        assert shown == [
+            f"{attention['deciding'][j][k]} from step {j}" for j in range(k + 1, count)
+        ]
+        layer, head = attention["heads"][k]
+        assert (
+            f"FCI {r['fci'][k]:.4f}, decided by layer {layer}, head {head}"
+            in page.text("#looked")[0]
+        )
+        lit = page.script("[...document.querySelectorAll('#leaf-0 .step.lit')].map(e => e.k)")
+        assert lit == list(range(k + 1, count))
+        # Eq. 5: what is shown adds up to the score (Delta = 1; two digits of each are shown)
+        if k:
+            assert sum(float(x.split()[0]) for x in shown) == pytest.approx(r["fci"][k], rel=0.05)
+    page.script("document.querySelectorAll('#attention button')[1].click()")
+    words = page.script("document.querySelector('#attention .cell:nth-child(2)').what")
+    assert words == f"step 1 looks at step 0: {attention['most'][1][0]}"
+    page.click("#leaf-1 .outcome")  # a continuation: FCI is measured for initial responses
+    assert not page.text("#attention")
+
+
 def advantage_at(runs: list[list], token: int) -> float:
     return [a for count, a in runs for _ in range(count)][token]
 
@@ -491,7 +522,7 @@ def test_keys_slider_and_address(run, open_page):
     page.driver.find_element("id", "slider").send_keys(Keys.HOME)
     assert page.script("step().step") == 1
     page.press("c")
-    assert page.text("#leaf button[aria-pressed=true]") == ["log-prob"]
+    assert page.text("#leaf > .row button[aria-pressed=true]") == ["log-prob"]
     page.click("#batch tr.open:nth-child(2)")
     assert page.script("state.problem") == 1
     # no part of the page keeps the keyboard, and none loses it: a button that was drawn anew has
