@@ -272,6 +272,57 @@ def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
         view.draw_comparison([folder], tmp_path / "nowhere" / "compare")
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn from here on."""
+    drawn = []
+
+    class Remembered(view.Figure):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            drawn.append(self)
+
+    monkeypatch.setattr(view, "Figure", Remembered)
+    return drawn
+
+
+@pytest.mark.parametrize("steps", [1, 3, 60])
+def test_curves_of_short_and_long_runs_can_be_read(steps, figures, tmp_path):
+    """Every percentage from 0 to 100, whole training steps, no number over another, and something
+    to see of a run of one step."""
+    short, long = (
+        made_up(tmp_path / name, big(leaves=5, length=40), steps=n)
+        for name, n in (("short", 1), ("long", steps))
+    )
+    for folder in (short, long):
+        records = lines(folder / "metrics.jsonl")
+        for m in records:
+            m |= {"initial/valid": 0.4, "filtered_ratio": 0.1, "seconds/step": 7.0}
+            m |= {"generated_tokens": 4321 * m["step"], "seconds/generate": 7.0}
+        text = "".join(json.dumps(m) + "\n" for m in records)
+        (folder / "metrics.jsonl").write_text(text)
+    view.draw_curves(long)
+    view.draw_comparison([short, long], tmp_path / "compare")
+    for figure in figures:
+        figure.canvas.draw()
+        for axis in figure.axes:
+            if "%" in axis.get_title() + axis.get_ylabel():
+                assert axis.get_ylim() == (-3, 103)
+            if axis.get_xlabel() == "training step":
+                low, high = axis.get_xlim()
+                assert all(t == round(t) for t in axis.get_xticks() if low <= t <= high)
+            boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+            assert not any(a.x1 > b.x0 and a.x0 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    valid = figures[1].axes[2].lines
+    assert valid[0].get_marker() == "o" and (valid[1].get_marker() == "s") == (steps <= 12)
+    assert figures[1].axes[0].get_xlabel() == "generated tokens, thousands"
+    assert figures[1].axes[1].get_xlabel() == (
+        "minutes of training" if steps == 60 else "seconds of training"
+    )
+    times = figures[0].axes[3]
+    assert len(times.patches) == (0 if steps > 12 else 6 * steps)
+
+
 # --- in a browser
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
