@@ -1009,9 +1009,10 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.parametrize("leaf", [0, 1])  # a response with its map of attention; a continuation
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read_in_light_and_dark(scheme, run, open_page):
-    page = open_page(run, "#step=1&leaf=1")
+def test_every_text_can_be_read_in_light_and_dark(scheme, leaf, run, open_page):
+    page = open_page(run, f"#step=1&leaf={leaf}")
     page.driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
