@@ -1,4 +1,5 @@
-"""test_config.py: the learning rate of a step; bf16 and how weights are placed. Presets, methods, the command line: test_attnrl.py.
+"""test_config.py: the learning rate of a step; bf16 and where weights lie. Presets, methods, the
+command line: test_attnrl.py.
 
 python -m pytest tests/runtime/test_config.py
 """
