@@ -57,7 +57,7 @@ from runtime.stream import ProblemStream
 
 # -------- Methods and presets: the first of each is the default ----------------------------------
 SYNCHRONOUS = dict(one_step_off_policy=False)
-NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False)
+NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False, ads_drop=False)
 METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
     "attnrl": {},
     "atb_ads_nofilter": dict(ads_filter="none"),
@@ -145,7 +145,7 @@ class StepResult:
     """What one step leaves behind."""
 
     groups: list[Group]  # of all ranks
-    sequences: list[tree.TrainingSequence]  # one per leaf that teaches something
+    sequences: list[tree.TrainingSequence]  # one per leaf that is trained
     stats: TrainStats
     upcoming: Batch | None  # the next step's, half-finished
 
@@ -155,11 +155,12 @@ def setup(config: Config, display: Display) -> Run:
     parts = build(config, display)
     low, high, dual = config.clip_low, config.clip_high, config.dual_clip
     loss = partial(ppo_loss, clip_low=low, clip_high=high, dual_clip=dual)
+    settings = config.learner_settings() | dict(loss=loss, packing=parts.packing)
     reference = parts.frozen_reference if config.kl_coef else None
     sizes = config.target_sequences, *config.batch_bounds(), config.batch_lam
     run = Run(
         **vars(parts),
-        learner=Learner(parts.trained_policy, reference, loss=loss, **config.learner_settings()),
+        learner=Learner(parts.trained_policy, reference, **settings),
         stream=ProblemStream(len(parts.problems), config.seed),
         easy_filter=sampler.EasyFilter(),
         adaptive_batch=sampler.AdaptiveBatch(config.batch_size, *sizes),
@@ -187,8 +188,9 @@ def step(run: Run, number: int, batch: Batch | None) -> StepResult:
     # from here on every rank holds all groups, so trees and metrics are the same on all
     with run.monitor.phase("exchange"):
         groups = dist.everyone(batch.groups)
-    # one sequence per leaf; those without any advantage have nothing to teach
-    sequences = [s for group in groups for s in tree.drop_zero(leaves(config, group))]
+    sequences = [s for group in groups for s in leaves(config, group)]  # one per leaf
+    if config.ads_drop:  # those without any advantage have nothing to teach
+        sequences = tree.drop_zero(sequences)
     stats = update_policy(run, number, sequences)
     if config.ads_batch:  # Eq. 10: the size of a later batch
         run.adaptive_batch.update(sampled=len(groups), kept=len(sequences))

@@ -11,8 +11,8 @@ Equations (AttnRL Eq. 1 is the objective; Clip-Higher of DAPO, dual clip, k3 of 
     kl      exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
 
 The mean is over ALL response tokens of the mini-batch. So the gradient does not depend on how the
-mini-batch is cut into micro-batches and dealt out to ranks, and a long response weighs as much as
-its tokens.
+mini-batch is laid out in rows, cut into micro-batches and dealt out to ranks, and a long response
+weighs as much as its tokens.
 
 Each token's loss has a weight, 1 unless --tis_cap asks for truncated importance sampling
 (runtime/scoring.py).
@@ -27,15 +27,15 @@ Left out: entropy bonus, value function, several epochs over a batch (the paper 
 """
 
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.dist import deal, everyone, in_step, rank, whole, world
-from runtime.scoring import length_of, token_batches, token_logprobs
+from runtime.dist import deal, everyone, in_step, mini_batches, rank, whole, world
+from runtime.packing import alone
+from runtime.scoring import token_batches, token_logprobs, width
 from tree import TrainingSequence
 
 
@@ -73,15 +73,6 @@ def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return difference.exp() - difference - 1
 
 
-def mini_batches(count: int, size: int, seed: int) -> list[list[int]]:
-    """Indices 0..count-1, shuffled and cut into ceil(count / size) parts of nearly equal size (no
-    tiny last update)."""
-    order = list(range(count))
-    random.Random(seed).shuffle(order)
-    parts = math.ceil(count / size)
-    return [order[i * count // parts : (i + 1) * count // parts] for i in range(parts)]
-
-
 @dataclass
 class TrainStats:
     """What `Learner.train` saw, averaged over all trained tokens of all mini-batches and ranks
@@ -103,8 +94,9 @@ class Learner:
 
     policy and reference are causal models, or what dist.spread made of their TokenLogprobs. loss:
     (logp, old_logp, advantage), all (N,) -> (loss, clipped), both (N,). temperature: that of
-    sampling, for equal log-probs. The policy is updated in evaluation mode: dropout would make its
-    log-probs differ from those that were sampled.
+    sampling, for equal log-probs. packing: which sequences share a row (runtime/packing.py). The
+    policy is updated in evaluation mode: dropout would make its log-probs differ from those that
+    were sampled.
     """
 
     def __init__(
@@ -119,10 +111,11 @@ class Learner:
         temperature: float = 1.0,
         kl_coef: float = 0.001,
         token_budget: int = 16384,
+        packing: Callable = alone,
     ):
         self.policy, self.reference, self.loss = policy.eval(), reference, loss
         self.temperature, self.kl_coef, self.max_grad_norm = temperature, kl_coef, max_grad_norm
-        self.token_budget = token_budget
+        self.token_budget, self.packing = token_budget, packing
         self.optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=weight_decay)
 
     def train(
@@ -137,8 +130,8 @@ class Learner:
         total = TrainStats()
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
-        for indices in mini_batches(len(sequences), mini_batch, seed):
-            self.update([sequences[i] for i in indices], total)
+        for part in mini_batches(sequences, mini_batch, seed):
+            self.update(part, total)
         shares = everyone([total])
         for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio"):
             over_ranks = sum(getattr(share, name) for share in shares)
@@ -171,11 +164,11 @@ class Learner:
 
     def add_gradients(self, sequences: list[TrainingSequence], seen: TrainStats) -> None:
         """The gradient of the token mean over a whole mini-batch, of which this rank computes its
-        share, a few sequences at a time."""
+        share, a few rows at a time."""
         # the GLOBAL normaliser, known before the first micro-batch
         tokens = sum(len(s.tokens) for s in sequences)
-        hand = deal([length_of(s) for s in sequences], world())[rank()]
-        share = [sequences[i] for i in hand]
+        rows = [[sequences[i] for i in row] for row in self.packing(sequences)]
+        share = [rows[i] for i in deal([width(row) for row in rows], world())[rank()]]
         batches = in_step(token_batches(share, self.token_budget))
         for number, batch in enumerate(batches, 1):
             # gradients add up here, and cross the wire once
@@ -185,16 +178,18 @@ class Learner:
             # DDP and FSDP2 average over ranks; wanted is the sum
             (loss * world() / tokens).backward()
 
-    def micro_batch_loss(self, rows: list[TrainingSequence], seen: TrainStats) -> torch.Tensor:
-        """SUM of the token losses of a few sequences (a scalar with gradient); adds to `seen`.
+    def micro_batch_loss(self, rows: list[list], seen: TrainStats) -> torch.Tensor:
+        """SUM of the token losses of a few rows (a scalar with gradient); adds to `seen`.
 
         No rows (only keeping in step with other ranks): the passes are made all the same, and the
         loss is 0.
         """
         logp, _ = token_logprobs(self.policy, rows, self.temperature, with_entropy=False)
-        old_logp = torch.tensor([lp for s in rows for lp in s.logprobs], device=logp.device)  # (N,)
-        advantage = torch.tensor([a for s in rows for a in s.advantages], device=logp.device)
-        weight = torch.tensor([w for s in rows for w in s.weights], device=logp.device)
+        leaves = [s for row in rows for s in row]
+        # (N,)
+        old_logp = torch.tensor([lp for s in leaves for lp in s.logprobs], device=logp.device)
+        advantage = torch.tensor([a for s in leaves for a in s.advantages], device=logp.device)
+        weight = torch.tensor([w for s in leaves for w in s.weights], device=logp.device)
         logp = logp[: len(old_logp)]
         losses, clipped = self.loss(logp, old_logp, advantage)
         policy_loss = loss = (weight * losses).sum()  # weights are all 1 without TIS

@@ -319,7 +319,7 @@ FIGURES = {  # file: [(key, title, scale)], over training steps
         ("initial/valid", "mixed: these can teach, %", 100),
     ],
     "fig7_sampling": [
-        ("valid_token_ratio", "trained tokens / tokens of all leaves, %", 100),
+        ("valid_token_ratio", "valid tokens / tokens of all leaves, %", 100),
         ("filtered_ratio", "problems that the filter kept from expansion, %", 100),
         ("problems", "prompt batch size", 1),
     ],

@@ -59,6 +59,7 @@ FREE = {
     "keep",
     "log_samples",
     "engine_memory",
+    "packing",
     "sync_tolerance",
     "track",
     "log_level",
@@ -66,6 +67,7 @@ FREE = {
 }
 # Of settings that runs of version 1 do not have
 DEFAULTS = {"grade_units": "loose", "test_fraction": 0.0, "problem_column": "", "answer_column": ""}
+DEFAULTS |= {"ads_drop": True}  # in all methods
 # What training.pt must hold
 STATE = {
     "moments",

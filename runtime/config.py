@@ -129,6 +129,7 @@ class MethodSettings:
     )
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
+    ads_drop: bool = option(True, "train no leaf whose advantages are all zero; else all leaves")
     target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
     batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
     batch_range: float = option(
@@ -182,15 +183,18 @@ class MachineSettings:
     engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine", "machine")
     rollout_tokens: int = option(65536, "tokens in the KV cache at once")
     token_budget: int = option(16384, "padded tokens per forward and backward pass")
+    packing: bool = option(
+        True, "compute what leaves share once, where that is faster and exact; false: each whole"
+    )
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "cuda: LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES"
     )
     dtype: Literal["fp32", "bf16"] = option(
-        "fp32", "of forward passes; bf16 keeps fp32 master weights (FSDP2)"
+        "fp32", "of forward passes; bf16 keeps fp32 weights (FSDP2; on a CPU autocast)"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = option(
-        "auto", "whole weights on every GPU, or a part; auto: fsdp for bf16"
+        "auto", "whole weights on every GPU, or a part; auto: fsdp for bf16 on GPUs"
     )
     activation_checkpointing: bool = option(
         False, "compute activations twice instead of keeping them"
@@ -232,20 +236,25 @@ class Config(MachineSettings, MethodSettings, RunSettings):
         self.eval_max_response = self.eval_max_response or self.max_response
         self.gpus = (self.gpus if self.dry_run else 0) or int(os.environ.get("WORLD_SIZE", 1))
         if self.parallel == "auto":
-            self.parallel = "fsdp" if self.dtype == "bf16" else "ddp"
+            self.parallel = "fsdp" if self.dtype_needs_fsdp() else "ddp"
         if not self.sync_tolerance:  # on a GPU vLLM's attention computes fp32 in TF32
             fp32 = 1e-2 if self.device == "cuda" else 1e-4
             self.sync_tolerance = 0.05 if self.dtype == "bf16" else fp32
 
+    def dtype_needs_fsdp(self) -> bool:
+        """bf16 on a CPU is autocast over whole weights. A plan (--dry_run) is for GPUs."""
+        on_cpu = pick_device(self.device) == "cpu" and not self.dry_run
+        return self.dtype == "bf16" and not on_cpu
+
     def check(self) -> None:
         """Raises UserError for values that cannot work: one line that names the option."""
         self.check_ranges()
-        if self.parallel == "ddp" and (self.dtype == "bf16" or self.cpu_offload):
+        if self.parallel == "ddp" and (self.cpu_offload or self.dtype_needs_fsdp()):
             raise UserError(
                 "--parallel ddp: keeps whole fp32 weights on the GPU; --dtype bf16 and"
                 " --cpu_offload need fsdp"
             )
-        if self.cpu_offload and self.parallel == "auto" and self.dtype == "fp32":
+        if self.cpu_offload and self.parallel == "auto" and not self.dtype_needs_fsdp():
             raise UserError("--cpu_offload: needs --parallel fsdp")
         if self.resume == "auto" and not self.out:
             raise UserError("--resume auto: name the run's folder with --out")

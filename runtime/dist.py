@@ -11,7 +11,8 @@ What is spread out and what is not:
   finished groups of a batch are exchanged (`everyone`), and then trees, sequences, batch size and
   metrics are global because nothing is partial. A rollout's seed depends on its place in the batch,
   so one rank and eight sample the same responses (up to rounding).
-- An update deals each mini-batch out by token count (`deal`), so that ranks finish together. The
+- An update deals the rows of each mini-batch out by token count (`deal`), so that ranks finish
+  together. The
   token mean is that of the GLOBAL mini-batch; gradients are summed over ranks by DDP or FSDP2.
 
 Ranks with unequal numbers of micro-batches would wait for each other for ever, because FSDP gathers
@@ -19,14 +20,17 @@ weights in every forward pass: `in_step` gives the others empty batches to pass 
 
 DDP: every rank holds all weights in fp32. FSDP2 (`fully_shard`): weights, gradients and AdamW's
 moments are cut into one part per rank, in fp32; each layer is gathered when it is needed, in bf16
-or fp32. So bf16 always goes through FSDP2, also on a single GPU (a group of one).
+or fp32. So bf16 on GPUs always goes through FSDP2, also on a single one (a group of one). On a CPU
+it is autocast over whole fp32 weights.
 
 Left out: tensor, pipeline and sequence parallelism.
 
     python -m pytest tests/runtime/test_dist.py
 """
 
+import math
 import os
+import random
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
@@ -115,6 +119,28 @@ def everyone(share: list) -> list:
     ]
 
 
+def mini_batches(sequences: list, size: int, seed: int) -> list[list]:
+    """The sequences in parts of about `size`, as equal as it goes; problems are shuffled.
+
+    A problem, which is what has one prompt, stays whole: its leaves share prefixes, which are then
+    computed once (packing.py). One of more than `size` sequences is a part of its own.
+    """
+    problems: dict[tuple, list] = {}
+    for s in sequences:
+        problems.setdefault(tuple(s.prompt_ids), []).append(s)
+    shuffled = list(problems.values())
+    random.Random(seed).shuffle(shuffled)
+    even = len(sequences) / max(1, math.ceil(len(sequences) / size))
+    parts: dict[tuple, list] = {}
+    before = 0
+    for problem in shuffled:
+        # cut where a problem ends next to an even cut: its middle says on which side it is
+        number = (before + len(problem) / 2) // even
+        parts.setdefault((number, len(problem) > size), []).extend(problem)
+        before += len(problem)
+    return list(parts.values())
+
+
 def deal(costs: list[int], hands: int) -> list[list[int]]:
     """Indices for each of `hands` ranks with sums of `costs` as equal as it goes: the dearest
     first, to whoever has least.
@@ -159,8 +185,8 @@ def spread(
 
     Returns the module to call; `forward.model` stays an ordinary transformers model, with DTensor
     weights under FSDP2. activation_checkpointing: keep one hidden state per layer and compute the
-    rest again in the backward pass. cpu_offload: sharded weights, gradients and moments live in
-    host memory, and AdamW runs there.
+    rest again in the backward pass. dtype: bf16 without FSDP2 is autocast. cpu_offload: sharded
+    weights, gradients and moments live in host memory, and AdamW runs there.
     """
     layers = decoder_layers(forward.model)
     if activation_checkpointing:
@@ -192,6 +218,7 @@ def spread(
         fully_shard(forward, **settings)  # what is left: embedding, last norm, output head
         return forward
     forward.to(device)
+    forward.autocast = dtype == "bf16"
     if world() == 1 or not any(p.requires_grad for p in forward.parameters()):
         return forward
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)

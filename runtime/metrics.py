@@ -38,7 +38,7 @@ def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
     """Both samplings of one batch, and what is left of them for training. groups: all ranks'."""
     responses = [r for group in groups for r in group.responses]
     continuations = [c for r in responses for c in r.continuations]
-    trained = sum(len(s.tokens) for s in sequences)
+    valid = sum(len(s.tokens) for s in sequences if any(s.advantages))
     sampled = sum(len(r.tokens) for r in responses)
     sampled += sum(c.at + len(c.tokens) for c in continuations)
     initial = [[r.reward for r in group.responses] for group in groups]
@@ -51,8 +51,8 @@ def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
         "trees": mean(group.trees() for group in groups if not group.filtered),
         "leaves": len(responses) + len(continuations),
         "sequences": len(sequences),
-        "valid_tokens": trained,
-        "valid_token_ratio": trained / max(1, sampled),
+        "valid_tokens": valid,
+        "valid_token_ratio": valid / max(1, sampled),
         "response_length": mean(len(r.tokens) for r in responses),
         "steps_per_response": mean(len(r.bounds) - 1 for r in responses),
         "cut_off": mean(not r.finished for r in responses),
@@ -206,12 +206,18 @@ def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float |
 
 
 def notices(
-    problems: int, expanded: int | None, kept: int, spread: float | None, inert: bool = False
+    problems: int,
+    expanded: int | None,
+    kept: int,
+    spread: float | None,
+    inert: bool = False,
+    dropped: bool = True,
 ) -> list[str]:
     """What a person should know about this batch: one line each, none if all is well.
 
-    expanded: problems with a branch point (None: the method has none); kept: training sequences;
-    spread: `fci_spread`; inert: no step of any response has a positive FCI.
+    expanded: problems with a branch point (None: the method has none); kept: sequences with an
+    advantage; spread: `fci_spread`; inert: no step of any response has a positive FCI; dropped: the
+    sequences without one are not trained.
     """
     found = []
     if inert:
@@ -231,8 +237,12 @@ def notices(
         )
     if kept == 0:
         found.append(
-            f"empty batch: all leaves of all {problems} problems agree, nothing to train on; "
-            "the batch size is held"
+            f"empty batch: all leaves of all {problems} problems agree, "
+            + (
+                "nothing to train on; the batch size is held"
+                if dropped
+                else "nothing to learn: what this update does comes from the KL term and AdamW"
+            )
         )
     return found
 
@@ -246,7 +256,8 @@ def batch_notices(config, groups: list, sequences: list) -> list[str]:
     spread = fci_spread([r.fci for _, r in scored], uniform)
     inert = bool(scored) and not any(y for _, r in scored for y in r.fci)
     expanded = sum(g.trees() > 0 for g in groups) if config.advantage == "tree" else None
-    return notices(len(groups), expanded, len(sequences), spread, inert)
+    kept = sum(any(s.advantages) for s in sequences)
+    return notices(len(groups), expanded, kept, spread, inert, config.ads_drop)
 
 
 def empty_batch_lines(config, groups: list, text_of) -> list[str]:

@@ -193,6 +193,28 @@ def check_model(model, path: str) -> None:
         )
 
 
+def packing_obstacle(model) -> str:
+    """Why packed rows (runtime/packing.py) would not be exact with this model; "" if they are."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds or getattr(config, "sliding_window", None):
+        return "not all of its layers see the whole sequence"
+    if model.config._attn_implementation != "sdpa":
+        return f"its attention is {model.config._attn_implementation}, which may take other masks"
+    # the rest is tried: positions that come from elsewhere, say
+    leaves = [Sequence([0, 0], [0, 0, *end]) for end in ([0, 0, 0], [1, 0], [1, 1, 0])]
+    try:
+        packed = score(model, leaves, packing=lambda leaves: [list(range(len(leaves)))])
+    except Exception as error:
+        return f"it refuses them: {first_line(error)}"
+    gaps = [
+        abs(a - b)
+        for one, other in zip(packed, score(model, leaves))
+        for a, b in zip(one.logprobs, other.logprobs)
+    ]
+    return "" if max(gaps) < 1e-4 else f"its log-probs would be up to {max(gaps):.2g} off"
+
+
 def check_context(
     model,
     problems: list[Problem],

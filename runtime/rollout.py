@@ -11,7 +11,8 @@ while the policy is updated, `sync_weights(weights)` after that, `close()`. Two 
 
 What the first takes care of, because sampling is most of the time of a training step:
 - a prefix shared by several requests is computed once: six samples of a problem, two continuations
-  of one branch point, and a branch point whose prefix begins the prefix of a later one;
+  of one branch point, a branch point whose prefix begins the prefix of a later one, and what all
+  prompts begin with (a few-shot preamble, a system prompt);
 - requests of similar length run together; rows that are finished leave the batch;
 - a request's tokens depend on its own seed only. The random number of its t-th token comes from
   (seed, t), never from a global generator, so neither the other requests nor their order matter (up
@@ -36,7 +37,10 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from fci import scoring_mode
+from runtime.packing import common
 from runtime.scoring import output_head
+
+PREAMBLE = 16  # tokens that all prompts must share to be worth a pass of their own
 
 
 @dataclass
@@ -163,9 +167,24 @@ class TransformersEngine:
                 raise ValueError("a request needs at least one prompt token and max_tokens >= 1")
         completions = [Completion([], [], False) for _ in requests]
         with scoring_mode(self.model):
+            preamble = self._preamble([r.prompt_ids for r in requests])
             for batch in self._batches(requests):
-                self._sample(batch, requests, completions, on_token)
+                self._sample(batch, requests, completions, on_token, preamble)
         return completions
+
+    def _preamble(self, prompts: list[list[int]]) -> Cache:
+        """A cache of one row with what all prompts begin with; empty if that is not worth it."""
+        preamble: Any = Cache(layer_class_to_replicate=DynamicLayer)
+        longest, _ = share_prefixes(prompts)
+        if len(longest) > 1:
+            # in alphabetical order all others are between these two; each keeps a last token
+            length = common(min(prompts), max(prompts))
+            length = min(length, min(map(len, prompts)) - 1)
+            if length >= PREAMBLE:
+                self.prefilled += length
+                ids = torch.tensor([prompts[0][:length]], device=self.model.device)
+                self.model.base_model(input_ids=ids, past_key_values=preamble, use_cache=True)
+        return preamble
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
         """Indices grouped by length; requests that share a prefix stay together as long as they fit
@@ -185,24 +204,27 @@ class TransformersEngine:
             batches[-1].append(i)
         return batches
 
-    def _prefill(self, requests: list[Request]):
+    def _prefill(self, requests: list[Request], preamble: Any):
         """(cache, mask, hidden): prompts of all requests in the cache, right-aligned; mask (R, P);
         last states (R, d).
 
-        Only prompts that are no prefix of another are computed; the others take their part of that
-        cache row. Aligned to the right, so that distances between cache slots are distances between
-        tokens (sliding windows stay right).
+        Only prompts that are no prefix of another are computed, and of these what follows the
+        preamble; the others take their part of that cache row. Aligned to the right, so that
+        distances between cache slots are distances between tokens (sliding windows stay right).
         """
         device = self.model.device
         prompts = [r.prompt_ids for r in requests]
         longest, rides = share_prefixes(prompts)
-        width = max(len(prompts[i]) for i in longest)
+        width, start = max(len(prompts[i]) for i in longest), preamble.get_seq_length()
         ids = torch.tensor(
-            [prompts[i] + [0] * (width - len(prompts[i])) for i in longest], device=device
+            [prompts[i][start:] + [0] * (width - len(prompts[i])) for i in longest], device=device
         )
-        self.prefilled += sum(len(prompts[i]) for i in longest)
+        self.prefilled += sum(len(prompts[i]) - start for i in longest)
         # keeps all tokens also for sliding-window layers
         computed: Any = Cache(layer_class_to_replicate=DynamicLayer)
+        for index, layer in enumerate(preamble.layers):
+            every = len(longest), -1, -1, -1
+            computed.update(layer.keys.expand(every), layer.values.expand(every), index)
         hidden = self.model.base_model(
             input_ids=ids, past_key_values=computed, use_cache=True
         ).last_hidden_state
@@ -216,15 +238,20 @@ class TransformersEngine:
             cache.update(
                 layer.keys[pick].transpose(1, 2), layer.values[pick].transpose(1, 2), index
             )
-        return cache, slots >= 0, hidden[row, lengths - 1]
+        return cache, slots >= 0, hidden[row, lengths - 1 - start]
 
     def _sample(
-        self, rows: list[int], requests: list[Request], completions: list[Completion], on_token
+        self,
+        rows: list[int],
+        requests: list[Request],
+        completions: list[Completion],
+        on_token,
+        preamble: Cache,
     ) -> None:
         """Fill the completions of one batch. `rows` lists the requests that are still in it, in the
         order of the cache."""
         device, head = self.model.device, output_head(self.model)
-        cache, mask, hidden = self._prefill([requests[i] for i in rows])
+        cache, mask, hidden = self._prefill([requests[i] for i in rows], preamble)
         # [request][t]
         uniform = {
             i: np.random.default_rng(requests[i].seed).random(requests[i].max_tokens) for i in rows

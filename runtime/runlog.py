@@ -213,7 +213,7 @@ class RunFolder:
         display.step(record)
         for notice in batch_notices(self.config, groups, result.sequences):
             display.say(f"step {step:>4}   {notice}", "warning")
-        if not result.sequences:
+        if not any(any(s.advantages) for s in result.sequences):
             for line in empty_batch_lines(
                 self.config, groups, lambda tokens: response_texts(tokenizer, [tokens])[0]
             ):

@@ -12,6 +12,7 @@ tokens that it samples are scored here.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fci import StepAttention, check_bounds, scoring_mode, step_scores
 from runtime.cli import UserError
 from runtime.dist import everyone, in_step
+from runtime.packing import alone, lay_out, place, tree_attention
 
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
 LOGGED_STEPS = 64  # a picture of more steps has no room on a screen, and needs megabytes
@@ -56,34 +58,9 @@ class Scores:
     attention: dict | None = None
 
 
-def length_of(sequence) -> int:
-    return len(sequence.prompt_ids) + len(sequence.tokens)
-
-
 # --------------------------------------------------------------------------------------------------
 # One forward pass
 # --------------------------------------------------------------------------------------------------
-def pad_right(sequences: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, predicts), both (B, T); predicts[b, t] is True where the NEXT token is one of the
-    sequence's tokens.
-
-    Padding (id 0) comes last, so in a causal model no real token sees it: no mask is needed, and no
-    token id is special. Raises ValueError for an empty prompt.
-    """
-    if not all(s.prompt_ids for s in sequences):
-        raise ValueError(
-            "a sequence needs at least one prompt token: nothing predicts its first token"
-        )
-    width = max(map(length_of, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    predicts = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, s in enumerate(sequences):
-        start, end = len(s.prompt_ids), length_of(s)
-        ids[row, :end] = torch.tensor(s.prompt_ids + s.tokens)
-        predicts[row, start - 1 : end - 1] = True
-    return ids, predicts
-
-
 def output_head(model):
     """The layer that turns hidden states into logits. Raises ValueError for models that rescale
     logits after it."""
@@ -112,15 +89,17 @@ class TokenLogprobs(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.device = model, model.device
+        self.autocast = False  # True: products in bf16 over fp32 weights (bf16 on a CPU)
 
-    def forward(self, ids, predicts, temperature: float, with_entropy: bool):
-        """ids, predicts (B, T) of `pad_right` -> log-probs and entropies (N,) of the predicted
-        tokens (entropies: None unless asked for)."""
-        ids, predicts = ids.to(self.device), predicts.to(self.device)
-        # (B, T, d)
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
-        return self.chunked(hidden[predicts], targets, temperature, with_entropy)
+    def forward(self, ids, ends, parents, nodes, temperature: float, with_entropy: bool):
+        """A pass of packing.lay_out: ids, ends (R, T) or None, parents, nodes (M,) -> log-probs and
+        entropies (M,) of the nodes (entropies: None unless asked for)."""
+        ids, parents, nodes = (x.to(self.device) for x in (ids, parents, nodes))
+        attention = tree_attention(ends if ends is None else ends.to(self.device))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model.base_model(input_ids=ids, use_cache=False, **attention)
+            states = output.last_hidden_state.flatten(0, 1)[parents]  # (R, T, d) -> (M, d)
+            return self.chunked(states, ids.flatten()[nodes], temperature, with_entropy)
 
     def chunked(self, states, targets, temperature: float, with_entropy: bool):
         """states (N, d), targets (N,) -> log-probs and entropies (N,), HEAD_CHUNK at a time."""
@@ -146,38 +125,49 @@ class TokenLogprobs(torch.nn.Module):
         return logprobs, torch.cat([e for _, e in parts]) if with_entropy else None
 
 
-def token_logprobs(model, sequences: list, temperature: float, with_entropy: bool = True) -> tuple:
+def token_logprobs(model, rows: list[list], temperature: float, with_entropy: bool = True) -> tuple:
     """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the
-    order of the sequences (None for the entropies without `with_entropy`).
+    order of the rows and of the sequences in them (None for the entropies without `with_entropy`).
 
-    model: a causal model, or its TokenLogprobs as runtime/dist.py wrapped it. No sequences at all
-    (this rank has run out of work, the others have not): one pass over a single token, (1,).
+    model: a causal model, or its TokenLogprobs as runtime/dist.py wrapped it. A row of several
+    sequences is packed. No rows at all (this rank has run out of work, the others have not): one
+    pass over a single token, (1,).
     """
     forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
-    return forward(*pad_right(sequences or [Sequence([0], [0])]), temperature, with_entropy)
+    *layout, leaves = lay_out(rows or [[Sequence([0], [0])]])
+    found = forward(*layout, temperature, with_entropy)
+    # every leaf gathers its tokens' from what the row holds once
+    return tuple(x if x is None else x[leaves.to(x.device)] for x in found)
 
 
 # --------------------------------------------------------------------------------------------------
 # The scoring pass
 # --------------------------------------------------------------------------------------------------
-def token_batches(sequences: list, token_budget: int) -> list[list[int]]:
-    """Indices grouped by similar length: rows x longest stays within the budget (one row always
-    fits), at most 5 % of it padding.
+def width(row: list) -> int:
+    """The tokens of a row of sequences."""
+    return len(place(row)[0])
+
+
+def token_batches(rows: list[list], token_budget: int) -> list[list[int]]:
+    """Indices of rows of sequences, grouped by similar width: rows x widest stays within the budget
+    (one row always fits), at most 5 % of it padding. Packed rows, which need a mask, and others
+    never meet.
 
     Passes that are filled to the budget would be a fifth padding for a rank of 8, which has few
     rows of a mini-batch.
     """
-    lengths = [length_of(s) for s in sequences]
+    widths = list(map(width, rows))
     batches: list[list[int]] = []
     filled = 0  # tokens in the last one
-    # ascending: the newest row is the longest
-    for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):
-        padded = (len(batches[-1]) + 1) * lengths[i] if batches else math.inf
-        if padded > token_budget or filled + lengths[i] < 0.95 * padded:
+    # ascending: the newest row is the widest of its kind
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]) > 1, widths[i])):
+        padded = (len(batches[-1]) + 1) * widths[i] if batches else math.inf
+        mixed = batches and (len(rows[batches[-1][0]]) > 1) != (len(rows[i]) > 1)
+        if mixed or padded > token_budget or filled + widths[i] < 0.95 * padded:
             batches.append([])
             filled = 0
         batches[-1].append(i)
-        filled += lengths[i]
+        filled += widths[i]
     return batches
 
 
@@ -236,7 +226,7 @@ def collector_of(rows: list[Sequence], delta: int, device) -> StepAttention | No
     batch = (
         [len(s.prompt_ids) for s in rows],
         [s.bounds or [0] for s in rows],
-        max(map(length_of, rows)),
+        max(len(s.prompt_ids) + len(s.tokens) for s in rows),
         delta,
         device,
     )
@@ -252,33 +242,39 @@ def score(
     temperature: float = 1.0,
     delta: int = 4,
     token_budget: int = 16384,
+    packing: Callable = alone,
 ) -> list[Scores]:
     """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
 
     model: a causal model, or its TokenLogprobs. Sequences of any lengths; they are batched by
     length with at most `token_budget` padded tokens a forward pass. The result does not depend on
-    the batch (up to float rounding). With several ranks every rank must call it. Raises ValueError
-    for an empty prompt or wrong bounds.
+    the batch (up to float rounding). packing: sequences to rows (runtime/packing.py), used
+    where none has bounds. With several ranks every rank must call it. Raises ValueError for an
+    empty prompt or wrong bounds.
     """
     forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
     for s in sequences:
         if s.bounds is not None:
             check_bounds(s.bounds, len(s.tokens))
+    if any(s.bounds is not None for s in sequences):
+        packing = alone  # FCI wants to see one response a row
     results = [Scores([], []) for _ in sequences]
-    for batch in in_step(token_batches(sequences, token_budget)):
-        rows = [sequences[i] for i in batch]
-        collector = collector_of(rows, delta, forward.device)
+    numbers = packing(sequences)
+    rows = [[sequences[i] for i in row] for row in numbers]
+    for batch in in_step(token_batches(rows, token_budget)):
+        own = [i for r in batch for i in numbers[r]]
+        collector = collector_of([sequences[i] for i in own], delta, forward.device)
         with scoring_mode(forward.model, collector):
-            logprobs, entropies = token_logprobs(forward, rows, temperature)
-        lengths = [len(s.tokens) for s in rows] or [1]
-        pieces = zip(batch, logprobs.split(lengths), entropies.split(lengths))
-        for row, (i, own_logprobs, own_entropies) in enumerate(pieces):
+            logprobs, entropies = token_logprobs(forward, [rows[r] for r in batch], temperature)
+        lengths = [len(sequences[i].tokens) for i in own] or [1]
+        pieces = zip(own, logprobs.split(lengths), entropies.split(lengths))
+        for number, (i, own_logprobs, own_entropies) in enumerate(pieces):
             results[i] = Scores(own_logprobs.tolist(), own_entropies.tolist())
             if collector is not None:
                 bounds = sequences[i].bounds or [0]
-                results[i].fci = step_scores(collector, row, bounds)
+                results[i].fci = step_scores(collector, number, bounds)
                 if isinstance(collector, LoggedAttention):
-                    results[i].attention = collector.of(row, len(bounds) - 1)
+                    results[i].attention = collector.of(number, len(bounds) - 1)
     return results
 
 

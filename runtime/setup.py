@@ -7,8 +7,9 @@ there; and the reference is read only when the policy has left host memory.
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from fci import Separators, separator_tokens
 from runtime import checkpoint, dist
 from runtime.config import Config
 from runtime.data import Problem, checked_day, hold_out, is_toy, load_problems, usable_suffix
-from runtime.models import check_context, check_model, load_model
+from runtime.models import check_context, check_model, load_model, packing_obstacle
 from runtime.monitor import Display, Monitor
+from runtime.packing import alone, pack
 from runtime.rewards import Reward, response_texts
 from runtime.rollout import Request, TransformersEngine
 from runtime.scoring import Scores, Sequence, TokenLogprobs, engine_gap, score, tis_weights
 from runtime.vllm_engine import VLLMEngine
+
+# The longest packed row: its mask has T x T entries. On a GPU not measured yet.
+PACKED_ROW = {"cpu": 1024, "cuda": 2048}
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Parts:
     trained_policy: torch.nn.Module
     reference: TokenLogprobs | None
     frozen_reference: torch.nn.Module | None
+    packing: Callable[[list], list]  # which sequences share a row
     reward: Reward
     probes: list[Request]  # that the engine is asked after each weight sync
     monitor: Monitor
@@ -67,7 +73,8 @@ class Parts:
         if only_logprobs and config.behaviour == "engine":
             return [Scores([], []) for _ in sequences]
         with self.monitor.phase("score"):
-            return score(model, sequences, config.temperature, config.delta, config.token_budget)
+            settings = config.temperature, config.delta, config.token_budget
+            return score(model, sequences, *settings, packing=self.packing)
 
     def grade(self, items: list[tuple[list[int], Problem]]) -> list[tuple[float, bool]]:
         """Of each (response tokens, problem) its reward, and whether it has an answer to grade."""
@@ -112,6 +119,7 @@ def build(config: Config, display: Display) -> Parts:
     policy, tokenizer, eos_ids = load_model(path, "cpu")
     problems, test_problems = read_problems(config, policy, tokenizer, display.say)
     check_model(policy, path)
+    packing = choose_packing(config, policy, device, display)
     copied = config.engine == "vllm" or config.parallel == "fsdp"
     engine = start_engine(config, policy, eos_ids, problems, test_problems, copied, device)
     scorer = TokenLogprobs(policy)
@@ -139,6 +147,7 @@ def build(config: Config, display: Display) -> Parts:
         trained_policy=trained_policy,
         reference=reference,
         frozen_reference=frozen_reference,
+        packing=packing,
         reward=Reward(config.reward, config.grading_workers, config.grade_units),
         probes=probes,
         monitor=Monitor(display),
@@ -170,6 +179,17 @@ def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem]
     check_context(policy, problems, config.max_response)
     check_context(policy, test_problems, config.eval_max_response, option="eval_max_response")
     return problems, test_problems
+
+
+def choose_packing(config: Config, policy, device: str, display: Display) -> Callable:
+    """Packed rows where they are wanted and exact, else every sequence in a row of its own."""
+    if not config.packing:
+        return alone
+    if obstacle := packing_obstacle(policy):
+        display.say(f"packing   off for this model: {obstacle}", "debug")
+        return alone
+    longest = min(PACKED_ROW[torch.device(device).type], config.token_budget)
+    return partial(pack, longest=longest, hidden=policy.config.get_text_config().hidden_size)
 
 
 def start_engine(config: Config, policy, eos_ids, problems, test_problems, copied, device):

@@ -10,6 +10,7 @@ rank 0, of rank 1, ...]}.
 import json
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +34,10 @@ def model_of(name: str, seed: int = 0):
     return tiny_model(kind, seed, tie_word_embeddings=bool(tied))
 
 
-def sequences_of(model, lengths: list[int], sign: int = 0):
+def sequences_of(model, lengths: list[int], sign: int = 0, shared: bool = False):
     """Random sequences of these lengths. Behaviour log-probs are up to 0.7 off the policy's own, so
     that ratios go from 0.5 to 2 and some tokens are clipped; importance weights are random. sign:
-    that of all advantages; 0: both."""
+    that of all advantages; 0: both. shared: two of three begin like the one before."""
     from helpers import random_tokens
 
     from runtime.scoring import Sequence, score
@@ -46,6 +47,10 @@ def sequences_of(model, lengths: list[int], sign: int = 0):
     drawn = [
         Sequence(random_tokens(rng, rng.randint(1, 6)), random_tokens(rng, n)) for n in lengths
     ]
+    for i, (before, s) in enumerate(zip(drawn, drawn[1:])):
+        if shared and i % 3:
+            half = min(len(before.tokens), len(s.tokens)) // 2
+            s.prompt_ids, s.tokens[:half] = before.prompt_ids, before.tokens[:half]
     return [
         TrainingSequence(
             s.prompt_ids,
@@ -86,33 +91,35 @@ def update(
     poison: float | None = None,
     adam_lr: float = 0.0,
     max_grad_norm: float = 1e9,
+    longest: int = 0,
+    shared: bool = False,
     parallel: str = "ddp",
     **spread,
 ) -> dict:
     """One `Learner.train` on these sequences, with a reference of other weights. Returns the
     statistics, the change of every weight, and how the work was cut up.
 
+    longest: the tokens of a packed row; 0: no packing. shared: as above, and with packed rows.
+
     SGD with learning rate 1 takes AdamW's place (unless adam_lr), so that the change of the weights
     is the gradient. poison: one advantage of the longest sequence.
     """
-    from learner import Learner, mini_batches
-    from runtime.scoring import TokenLogprobs, token_batches
+    from learner import Learner
+    from runtime.packing import alone, pack
+    from runtime.scoring import TokenLogprobs, token_batches, width
 
     policy = model_of(model)
-    sequences = sequences_of(policy, lengths, sign)
+    sequences = sequences_of(policy, lengths, sign, shared or longest > 0)
     if poison is not None:
         max(sequences, key=lambda s: len(s.tokens)).advantages[1] = poison
     # what every rank gets of every mini-batch, by the rule (dist.deal, scoring.token_batches);
     # asserted to be unequal
-    parts = [
-        [sequences[i] for i in indices]
-        for indices in mini_batches(len(sequences), mini_batch, seed=0)
-    ]
-    hands = [
-        dist.deal([len(s.prompt_ids) + len(s.tokens) for s in part], dist.world())[dist.rank()]
-        for part in parts
-    ]
-    shares = [[part[i] for i in hand] for part, hand in zip(parts, hands)]
+    packing = partial(pack, longest=longest, hidden=10**6) if longest else alone
+    shares = []
+    for part in dist.mini_batches(sequences, mini_batch, seed=0):
+        rows = [[part[i] for i in row] for row in packing(part)]
+        hand = dist.deal([width(row) for row in rows], dist.world())[dist.rank()]
+        shares.append([rows[i] for i in hand])
 
     reference = model_of(model, seed=1).requires_grad_(False)
     placement = dict(device="cpu", parallel=parallel, **spread)
@@ -123,6 +130,7 @@ def update(
         kl_coef=0.1,
         token_budget=token_budget,
         max_grad_norm=max_grad_norm,
+        packing=packing,
     )
     if not adam_lr:
         learner.optimizer = torch.optim.SGD(learner.policy.parameters(), lr=1.0)
@@ -142,10 +150,13 @@ def update(
     return dict(
         stats=vars(stats),
         change={name: before[name] - after[name] for name in before},
-        sequences=[len(share) for share in shares],
+        sequences=[sum(map(len, share)) for share in shares],
+        packed=[sum(len(row) > 1 for row in share) for share in shares],
         passes=passes,
         batches=[len(token_batches(share, token_budget)) for share in shares],
-        poisoned=any(not -9 < a < 9 for share in shares for s in share for a in s.advantages),
+        poisoned=any(
+            not -9 < a < 9 for share in shares for row in share for s in row for a in s.advantages
+        ),
         held=sum(getattr(p, "_local_tensor", p).numel() for p in learner.policy.parameters()),
         kept={p.dtype for p in learner.policy.parameters()} | moments,
     )

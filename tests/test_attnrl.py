@@ -25,6 +25,7 @@ from attnrl import METHODS, Config, parse_config
 from fci import separator_tokens, split_steps
 from runtime.cli import UserError, stop_on_user_error
 from runtime.data import load_problems
+from runtime.metrics import batch_metrics
 from runtime.rollout import Request, TransformersEngine, request_seed
 from runtime.scoring import Sequence, score
 from tree import Response, choose_branch_points, tree_sequences
@@ -105,7 +106,7 @@ def test_a_method_is_attnrl_but_for_a_few_settings():
         }
         for name in names
     }
-    off = {"ads_filter": "none", "ads_expansion": False, "ads_batch": False}
+    off = dict(ads_filter="none", ads_expansion=False, ads_batch=False, ads_drop=False)
     synchronous = {"one_step_off_policy": False}
     assert {
         name: {key: value for key, value in settings.items() if key != "method"}
@@ -290,6 +291,29 @@ def test_prl_steps_and_process_rewards_in_a_run(tmp_path):
     agreeing = [g for g in result.groups if len({r.reward for r in g.responses}) == 1]
     assert agreeing and len(result.sequences) == len(responses)
     assert all(len(set(s.advantages)) > 2 for s in result.sequences)
+
+
+@pytest.mark.parametrize("method, dropped", [("attnrl", True), ("treerl", False), ("grpo", False)])
+def test_only_ads_drops_leaves_without_an_advantage(tmp_path, method, dropped):
+    """Baselines train all leaves: those without an advantage count in the token mean, too."""
+    samples = typed("--grpo_samples 6") if method == "grpo" else []
+    run = set_up(*tiny(tmp_path), *samples, *typed(f"--method {method}"))
+    grade, easy = run.grade, []  # the first problem's responses are all right
+
+    def grades(items):
+        easy.extend(p for _, p in items[:1])
+        return [(1.0, True) if p == easy[0] else g for (_, p), g in zip(items, grade(items))]
+
+    run.grade = grades
+    result = attnrl.step(run, 1, None)
+    every = [s for group in result.groups for s in attnrl.leaves(run.config, group)]
+    kept = [s for s in every if any(s.advantages)]
+    assert run.config.ads_drop is dropped and len(every) > len(kept) > 0
+    assert len(result.sequences) == len(kept if dropped else every)
+    assert result.stats.tokens == sum(len(s.tokens) for s in result.sequences)
+    measured = batch_metrics(result.groups, result.sequences)
+    assert measured["valid_tokens"] == sum(len(s.tokens) for s in kept)
+    assert measured["valid_token_ratio"] < 1
 
 
 def test_the_clips_of_the_configuration_reach_the_loss(tmp_path):

@@ -317,7 +317,7 @@ CASES = [
     ("attnrl.py", "nonsense", "nonsense"),
     ("attnrl.py", "--lr_schedul cosine", "--lr_schedul"),
     # contradictory switches
-    ("attnrl.py", "--parallel ddp --dtype bf16", "--parallel ddp"),
+    ("attnrl.py", "--dry_run --parallel ddp --dtype bf16", "--parallel ddp"),
     ("attnrl.py", "--parallel ddp --cpu_offload", "--parallel ddp"),
     ("attnrl.py", "--cpu_offload", "--cpu_offload: needs --parallel fsdp"),
     ("attnrl.py", "--resume auto --out=", "--resume auto: name the run's folder"),

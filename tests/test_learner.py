@@ -20,11 +20,11 @@ from helpers import VOCABULARY, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner import Learner, TrainStats, k3_kl, mini_batches, ppo_loss
+from learner import Learner, TrainStats, k3_kl, ppo_loss
 from runtime.scoring import Sequence, score, token_logprobs
 from tree import TrainingSequence
 
-EOS = 0  # also the id that pad_right fills up with: EOS must be trained all the same
+EOS = 0  # also the id of padding: EOS must be trained all the same
 
 
 def sequences_of(lengths, seed=0):
@@ -199,7 +199,7 @@ def test_k3_kl_is_an_unbiased_estimate_of_the_kl():
 
 
 # --------------------------------------------------------------------------------------------------
-# Learning rate and mini-batches
+# Learning rate
 # --------------------------------------------------------------------------------------------------
 
 
@@ -212,23 +212,6 @@ def test_the_learning_rate_is_the_size_of_the_next_step():
     assert torch.equal(weights(policy), before)
     learner.train(on_policy(policy, sequences_of([3, 4])), mini_batch=2, seed=0, lr=1.0)
     assert not torch.equal(weights(policy), before)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 300), st.integers(1, 200), st.integers(0, 5))
-def test_mini_batches_partition_the_indices_evenly(count, size, seed):
-    parts = mini_batches(count, size, seed)
-    assert sorted(i for part in parts for i in part) == list(range(count))
-    assert len(parts) == math.ceil(count / size)
-    if parts:
-        sizes = [len(part) for part in parts]
-        assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
-    assert parts == mini_batches(count, size, seed)
-
-
-def test_mini_batches_are_shuffled_by_the_seed():
-    orders = [tuple(i for part in mini_batches(50, 10, seed) for i in part) for seed in range(5)]
-    assert len(set(orders)) == 5 and tuple(range(50)) not in orders
 
 
 # --------------------------------------------------------------------------------------------------
@@ -502,6 +485,6 @@ def test_reference_is_unchanged_without_gradients_and_pulls_the_policy_back():
 def test_token_logprobs_equal_full_logits():
     policy = tiny_model("qwen2")
     sequences = sequences_of(LENGTHS)
-    got, _ = token_logprobs(policy, sequences, 0.8)
+    got, _ = token_logprobs(policy, [[s] for s in sequences], 0.8)
     expected = torch.stack([lp for s in sequences for lp in plain_logprobs(policy, s, 0.8)])
     assert torch.allclose(got, expected, atol=1e-5) and len(got) == sum(LENGTHS)

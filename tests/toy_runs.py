@@ -75,7 +75,8 @@ def together(folder: Path, *options, ranks: int = 2) -> Path:
 
 def trained_sequences(run: attnrl.Run, groups: list) -> list[tree.TrainingSequence]:
     """What a step would train on of these groups."""
-    return [s for group in groups for s in tree.drop_zero(attnrl.leaves(run.config, group))]
+    sequences = [s for group in groups for s in attnrl.leaves(run.config, group)]
+    return tree.drop_zero(sequences) if run.config.ads_drop else sequences
 
 
 def step_without_sync(run: attnrl.Run, monkeypatch) -> UserError:

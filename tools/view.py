@@ -112,7 +112,7 @@ def draw_curves(run: Path) -> Path:
     plot(sampling, "initial/solve_all", "all right", GREEN, "--", 100)
     plot(sampling, "initial/solve_none", "all wrong", ORANGE, ":", 100)
     plot(sampling, "filtered_ratio", "filtered", PINK, "-.", 100)
-    plot(sampling, "valid_token_ratio", "trained tokens / tokens of all leaves", GREY, scale=100)
+    plot(sampling, "valid_token_ratio", "valid tokens / tokens of all leaves", GREY, scale=100)
     sampling.set(title="Sampling", ylabel="%", ylim=PERCENT)
     plot(update, "entropy", "entropy (nats)", BLUE)
     plot(update, "train/grad_norm", "gradient norm", ORANGE, "--")
@@ -171,7 +171,7 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
         ("test_accuracy", "test accuracy by time, %", "time"),
         ("initial/valid", "problems with mixed initial responses, %", "step"),
         ("filtered_ratio", "problems that the filter kept from expansion, %", "step"),
-        ("valid_token_ratio", "trained tokens / tokens of all leaves, %", "step"),
+        ("valid_token_ratio", "valid tokens / tokens of all leaves, %", "step"),
     ]
     everything = [read_metrics(run) for run in runs]
     labels = {"step": "training step"} | add_costs(everything)

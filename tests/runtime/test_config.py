@@ -1,14 +1,18 @@
-"""test_config.py: the learning rate of a step; whose settings are taken. Methods and the command
-line: test_attnrl.py.
+"""test_config.py: the learning rate of a step; whose settings are taken; bf16 and where weights
+lie. Methods and the command line: test_attnrl.py.
 
 python -m pytest tests/runtime/test_config.py
 """
 
 import math
+from collections import Counter
 
 import pytest
+import torch
 from fixtures import TOY_MODEL, typed
+from toy_runs import set_up, tiny
 
+import attnrl
 from attnrl import PRESETS, parse_config
 from runtime.cli import UserError
 from runtime.config import Config, learning_rate
@@ -102,3 +106,24 @@ def test_the_small_preset_by_hand():
     )
     assert (config.lr, config.kl_coef, config.mini_batch, config.steps) == (5e-6, 0.001, 96, 100)
     assert (config.eval_samples, config.eval_temperature, config.dtype) == (4, 0.6, "fp32")
+
+
+def test_bf16_means_fsdp_on_gpus_and_autocast_on_a_cpu():
+    on_cpu = ["--device", "cpu", "--dtype", "bf16"]
+    assert parse_config(on_cpu).parallel == "ddp"
+    assert parse_config([*on_cpu, "--parallel", "fsdp"]).parallel == "fsdp"
+    assert parse_config([*on_cpu, "--dry_run"]).parallel == "fsdp"  # planned are GPUs
+    assert parse_config(["--device", "cpu"]).dtype == "fp32"
+
+
+def test_a_step_in_bf16_on_a_cpu_keeps_fp32_weights_and_agrees_with_the_engine(tmp_path):
+    run = set_up(*tiny(tmp_path), "--dtype", "bf16", "--device", "cpu")
+    seen = []
+    layer = run.policy.model.layers[0].self_attn.q_proj
+    layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    before = layer.weight.detach().clone()
+    result = attnrl.step(run, 1, None)
+    assert set(seen) == {torch.float32, torch.bfloat16}  # the engine samples, the learner scores
+    assert layer.weight.dtype == torch.float32 and not torch.equal(layer.weight, before)
+    assert 0 < run.monitor.record(Counter(), 0.05)["logprob_gap/mean"] < 0.02
+    assert abs(result.stats.ratio - 1) < 0.05 and result.stats.updates > 0

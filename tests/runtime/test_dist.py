@@ -131,6 +131,8 @@ UPDATES = {
     "inf": dict(lengths=LENGTHS, poison=math.inf),
     "nan in one of three": dict(lengths=LENGTHS, mini_batch=3, poison=math.nan, model="qwen3"),
 }
+# rows of at most 40 tokens; sequences have prefixes in common
+PACKED = dict(lengths=[60, 12, 9, 20, 18, 7, 15, 5, 11, 3], longest=40, token_budget=45)
 # sign 1: a loss that does not nearly cancel
 BF16 = dict(lengths=LENGTHS, sign=1, parallel="fsdp", dtype="bf16")
 CASES = {
@@ -145,6 +147,14 @@ CASES = {
         for name, options in UPDATES.items()
         for spread in BOTH
     },
+    **{
+        f"packed {spread}": ("update", PACKED | options)
+        for spread, options in SPREADS.items()
+        if spread != "fsdp+offload"
+    },
+    "packed one family ddp": ("update", PACKED | dict(lengths=[9, 12, 11])),
+    "packed bf16": ("update", BF16 | PACKED),
+    "bf16 autocast": ("update", BF16 | dict(parallel="ddp")),
     "bf16": ("update", BF16),
     "bf16+checkpointing": ("update", BF16 | dict(activation_checkpointing=True)),
     "bf16 adam": ("update", BF16 | dict(adam_lr=1e-3)),
@@ -295,6 +305,35 @@ def test_updates_after_a_skipped_one_are_those_of_one_process(two, spread):
         same_update(rank, plain, tol=1e-4)
 
 
+@pytest.mark.parametrize("spread", [s for s in SPREADS if s != "fsdp+offload"])
+def test_two_ranks_with_packed_rows_have_the_gradient_of_one_process_without(two, spread):
+    """The same sequences, whole, one row each. Both ranks have packed rows and others."""
+    plain = dist_worker.update(PACKED["lengths"], shared=True)
+    ranks = two[f"packed {spread}"]
+    rows = [(rank["packed"][0], rank["sequences"][0]) for rank in ranks]
+    assert all(packed for packed, _ in rows) and sum(n for _, n in rows) == 10, rows
+    for rank in ranks:
+        same_update(rank, plain)
+
+
+def test_packed_rows_in_bf16_have_about_the_gradient_of_fp32_without(two):
+    plain = dist_worker.update(PACKED["lengths"], sign=1, shared=True)
+    gradient = torch.cat([change.flatten() for change in plain["change"].values()])
+    for rank in two["packed bf16"]:
+        assert sum(rank["packed"]) and set(rank["passes"]) == {torch.bfloat16}
+        moved = torch.cat([change.flatten() for change in rank["change"].values()])
+        assert torch.cosine_similarity(moved, gradient, dim=0) > 0.99
+
+
+def test_a_rank_without_any_packed_row_keeps_in_step(two):
+    ranks = two["packed one family ddp"]
+    assert sorted(rank["sequences"] for rank in ranks) == [[1], [2]] or sorted(
+        rank["sequences"] for rank in ranks
+    ) == [[0], [3]]
+    for rank in ranks:
+        same_update(rank, dist_worker.update([9, 12, 11], shared=True))
+
+
 def test_bf16_computes_in_bf16_and_keeps_weights_gradients_and_moments_in_fp32(two):
     plain = dist_worker.update(LENGTHS, sign=1)
     with group_of_one():
@@ -303,6 +342,8 @@ def test_bf16_computes_in_bf16_and_keeps_weights_gradients_and_moments_in_fp32(t
     for name, result in [
         ("1 rank", alone),
         *(("2 ranks", rank) for rank in two["bf16"] + two["bf16+checkpointing"]),
+        ("autocast", dist_worker.update(**BF16 | dict(parallel="ddp"))),
+        *(("2 ranks, autocast", rank) for rank in two["bf16 autocast"]),
     ]:
         assert set(result["passes"]) == {torch.bfloat16} and result["kept"] == {torch.float32}, (
             name,

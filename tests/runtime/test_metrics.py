@@ -68,4 +68,7 @@ def test_notices_name_each_failure():
     )
     (empty,) = notices(64, 50, 0, spread=0.4)
     assert empty.startswith("empty batch") and "64" in empty
+    assert "nothing to train on" in empty
+    (agreeing,) = notices(64, 50, 0, spread=0.4, dropped=False)
+    assert agreeing.startswith("empty batch") and "nothing to learn" in agreeing
     assert len(notices(64, 0, 0, spread=0.0)) == 3

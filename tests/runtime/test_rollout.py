@@ -18,6 +18,7 @@ import torch
 from helpers import KINDS, VOCABULARY, WINDOW, WINDOWED, random_tokens, tiny_model
 
 from runtime.rollout import (
+    PREAMBLE,
     Completion,
     Request,
     RoomyLayer,
@@ -257,6 +258,31 @@ def test_shared_prefixes_are_computed_once():
     assert separate.prefilled == 6 * 20 + 2 * 25 + 2 * 29
     engine.generate(requests[:1] + [Request([1, 2, 3], 4, 1.0, 0)])
     assert engine.prefilled == 29 + 20 + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_all_prompts_begin_with_is_computed_once_a_call(kind):
+    """A preamble of 30 tokens before problems of 5, 9 and 1, and a continuation of the second at 4
+    tokens more, in two batches: 30 + 5 + 13 + 1 tokens, not 31 + 35 + 43."""
+    rng = random.Random(16)
+    preamble, *problems, more = (random_tokens(rng, n) for n in (30, 5, 9, 1, 4))
+    problems = [[i, *problem[1:]] for i, problem in enumerate(problems)]  # they part at once
+    prompts = [preamble + problem for problem in problems] * 2 + [preamble + problems[1] + more]
+    requests = [Request(p, 8, 1.0, request_seed(5, i)) for i, p in enumerate(prompts)]
+    engine = TransformersEngine(MODELS[kind], EOS, token_budget=4 * (43 + 8))
+    assert_same(engine.generate(requests), [reference(MODELS[kind], r) for r in requests])
+    assert engine.prefilled == 30 + 5 + 13 + 1
+    # a prompt that IS what the others begin with keeps its last token for itself
+    requests.append(Request(preamble, 8, 1.0, 3))
+    assert_same(engine.generate(requests), [reference(MODELS[kind], r) for r in requests])
+
+
+def test_a_few_common_tokens_are_not_worth_a_pass_of_their_own():
+    engine = TransformersEngine(MODELS["qwen2"], EOS)
+    for count, prefilled in ((PREAMBLE - 1, 2 * PREAMBLE), (PREAMBLE, PREAMBLE + 2)):
+        engine.prefilled = 0
+        engine.generate([Request([3] * count + [i], 2, 1.0, i) for i in (1, 2)])
+        assert engine.prefilled == prefilled
 
 
 def test_requests_that_share_a_prefix_go_into_one_batch():

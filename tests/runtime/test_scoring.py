@@ -85,7 +85,7 @@ def test_batches_stay_within_the_token_budget(budget):
 )
 @settings(max_examples=60, deadline=None)
 def test_a_pass_is_within_the_budget_and_at_most_a_twentieth_padding(lengths, budget):
-    batches = token_batches([Sequence([0], [0] * (n - 1)) for n in lengths], budget)
+    batches = token_batches([[Sequence([0], [0] * (n - 1))] for n in lengths], budget)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     for batch in batches:
         padded, real = len(batch) * max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
@@ -124,7 +124,7 @@ def test_gradient_equals_plain_autograd(chunk, monkeypatch):
     ours, plain = tiny_model("qwen3"), tiny_model("qwen3")
     calls = []
     ours.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(output.shape[0]))
-    logp, entropy = token_logprobs(ours, sequences, 0.6)
+    logp, entropy = token_logprobs(ours, [[s] for s in sequences], 0.6)
     assert not entropy.requires_grad
     forward_calls = len(calls)
     (logp * weights).mean().backward()

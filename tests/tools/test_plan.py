@@ -272,7 +272,7 @@ def test_memory_of_an_update_is_what_pytorch_allocates(
             )
 
     def update(tokens=1000):
-        token_logprobs(model, [Sequence([1], [2] * (tokens - 1))] * 2, 1.0, with_entropy=False)[
+        token_logprobs(model, [[Sequence([1], [2] * (tokens - 1))]] * 2, 1.0, with_entropy=False)[
             0
         ].sum().backward()
 
@@ -319,7 +319,7 @@ def test_memory_of_an_fsdp2_update_is_what_pytorch_allocates(
     forward = dist.spread(TokenLogprobs(model), "cpu", "fsdp", "bf16", checkpointing)
 
     def update(tokens=tokens):
-        token_logprobs(forward, [Sequence([1], [2] * (tokens - 1))], 1.0, with_entropy=False)[
+        token_logprobs(forward, [[Sequence([1], [2] * (tokens - 1))]], 1.0, with_entropy=False)[
             0
         ].sum().backward()
 
