@@ -254,11 +254,13 @@ def add_responses(run: Run, sampled: list[tuple[Rollout, Completion]]) -> None:
         response = tree.Response(c.tokens, c.logprobs, bounds=bounds, finished=c.finished)
         rollout.group.responses.append(response)
         responses.append(response)
-        sequences.append(Sequence(rollout.prompt_ids, c.tokens, bounds if branching else None))
+        scored = bounds if branching else None
+        logged = rollout.group.index < run.config.log_samples
+        sequences.append(Sequence(rollout.prompt_ids, c.tokens, scored, logged))
     scores = run.score(run.scorer, sequences, only_logprobs=not branching)
     grades = run.grade([(c.tokens, rollout.group.problem) for rollout, c in sampled])
     for r, own, grade in zip(responses, scores, grades):
-        (r.reward, r.boxed), r.entropies = grade, own.entropies
+        (r.reward, r.boxed), r.entropies, r.attention = grade, own.entropies, own.attention
         r.fci, r.branchable = without_answer(own.fci, r.tokens, r.bounds, run.separators)
         r.logprobs, r.weights = run.old_logprobs(engine=r.logprobs, learner=own.logprobs)
     if run.config.advantage == "prl":

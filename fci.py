@@ -151,48 +151,46 @@ class StepAttention:
         # (B, T), built on the CPU; the number `steps` means: in no step
         step_of = torch.full((len(bounds), width), steps)
         for b, (start, row) in enumerate(zip(prompt_lengths, bounds)):
-            sizes = torch.tensor(row).diff()
-            step_of[b, start : start + row[-1]] = torch.arange(len(row) - 1).repeat_interleave(
-                sizes
-            )
+            numbers, sizes = torch.arange(len(row) - 1), torch.tensor(row).diff()
+            step_of[b, start : start + row[-1]] = numbers.repeat_interleave(sizes)
         indicator = torch.nn.functional.one_hot(step_of.to(device), steps + 1)
         self.keys = indicator[..., :steps].float()  # E, (B, T, K), 0 or 1
-        # (B, K) tokens per step; prompt and padding are in no step
-        lengths = self.keys.sum(1).clamp(min=1)
+        lengths = self.keys.sum(1).clamp(min=1)  # (B, K); prompt and padding are in no step
         self.key_mean = 1 / lengths
         self.query_mean = (self.keys / lengths[:, None]).transpose(1, 2)  # (B, K, T)
         index = torch.arange(steps, device=device)
-        # (J, K): is step j at least Delta after step k?
-        self.later = (index[:, None] >= index[None] + delta).float()
+        self.later = (index[:, None] >= index[None] + delta).float()  # (J, K): j >= k + Delta
         self.fci = torch.zeros(len(bounds), steps, device=device)
         self.layers = 0  # that have called `add`
 
-    def add(self, module, query, key, attention_mask, **attention_kwargs) -> None:
+    def add(self, module, query, key, attention_mask, **kwargs) -> None:
         """query (B, H, T, D), key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
         self.layers += 1
         depth, kv_heads, steps = key.shape[-1], key.shape[1], self.keys.shape[-1]
         width = indicator_width(steps, depth)
         if width > depth:  # zeros change no logit; the scale is that of the model's own width
             query, key = (torch.nn.functional.pad(x, (0, width - depth)) for x in (query, key))
-            attention_kwargs["scaling"] = attention_kwargs.get("scaling") or depth**-0.5
+            kwargs["scaling"] = kwargs.get("scaling") or depth**-0.5
         for k in range(0, steps, width):
             columns = self.keys[..., k : k + width].to(query.dtype)
             block = columns.shape[-1]
             columns = torch.nn.functional.pad(columns, (0, width - block))
             columns = columns[:, None].expand(-1, kv_heads, -1, -1)  # (B, Hkv, T, width)
             # AttnRL Eq. 4 is the kernel's softmax; with E in the place of V it gives alpha @ E
-            mass, _ = sdpa_attention_forward(
-                module, query, key, columns, attention_mask, **attention_kwargs
-            )
+            mass, _ = sdpa_attention_forward(module, query, key, columns, attention_mask, **kwargs)
             mass = mass[..., :block].float()  # (B, T, H, block)
             # "aggregating" (unnumbered): the mean over the queries of step j and the keys of step k
             step_attention = torch.einsum("bjt,bthk->bhjk", self.query_mean, mass)
             step_attention *= self.key_mean[:, None, None, k : k + block]  # (B, H, J, block)
-            # AttnRL Eq. 5: the sum over steps at least Delta later, (B, H, block)
-            influence = (step_attention * self.later[:, k : k + block]).sum(2)
-            best = self.fci[:, k : k + block]
-            # AttnRL Eq. 6: the max over heads, and over the layers so far
-            torch.maximum(best, influence.amax(1), out=best)
+            self.collect(step_attention, slice(k, k + block))
+
+    def collect(self, step_attention, columns: slice) -> None:
+        """step_attention (B, H, J, block): of one layer, on the steps that are `columns`."""
+        # AttnRL Eq. 5: the sum over steps at least Delta later, (B, H, block)
+        influence = (step_attention * self.later[:, columns]).sum(2)
+        best = self.fci[:, columns]
+        # AttnRL Eq. 6: the max over heads, and over the layers so far
+        torch.maximum(best, influence.amax(1), out=best)
 
 
 # The registry passes no context to the attention function, so this is module state.

@@ -42,8 +42,8 @@ class Continuation:
     tokens: list[int]
     logprobs: list[float]  # behaviour log-probs of `tokens` only
     reward: float = 0.0
-    weights: list[float] = field(default_factory=list)  # truncated importance; empty: all 1
-    entropies: list[float] = field(default_factory=list)  # nats, only of problems that are logged
+    weights: list[float] = field(default_factory=list)  # of `tokens`, as in Response
+    entropies: list[float] = field(default_factory=list)  # nats; only of problems that are logged
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
 
@@ -66,6 +66,7 @@ class Response:
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
     branch_points: list[int] = field(default_factory=list)  # token positions; empty: not expanded
+    attention: dict | None = None  # for the explorer, of problems that are logged
 
 
 @dataclass

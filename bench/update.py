@@ -1,5 +1,4 @@
-"""bench/update.py: the update's padding, speed and memory, and what computing shared prefixes once
-would save.
+"""bench/update.py: the update's padding, speed and memory. Shared prefixes: bench/packing.py.
 
     python bench/update.py
 
@@ -14,12 +13,6 @@ would save.
 3. Memory: forward and backward pass over one sequence of T tokens, vocabulary 151,936 (Qwen's), one
    narrow layer, so that the logits are what costs: `TokenLogprobs` (1,024 positions at a time)
    against all logits at once.
-4. Shared prefixes: tokens of the leaves of one mini-batch, as learner.mini_batches deals them out,
-   against tokens of its prefix trees (each shared prefix once): the most that packing trees into
-   rows could save. It is counted, not built: mini-batches are drawn from all leaves of a step, so
-   few leaves of a tree meet in one, and the mask of a packed tree rules out the causal kernel. The
-   toy's leaves, and 64 problems with the paper's 6 trees of 5 leaves, branched at a quarter and at
-   half.
 """
 
 import argparse
@@ -35,7 +28,7 @@ from measure import command, extra_bytes, gain, in_new_process, interleave, posi
 from pipeline import Side
 
 from attnrl import Run
-from learner import Learner, mini_batches, ppo_loss
+from learner import Learner, ppo_loss
 from runtime.cli import stop_on_user_error
 from runtime.scoring import Sequence, token_batches, token_logprobs
 
@@ -70,7 +63,7 @@ def padding(leaves: list) -> None:
         ("192 long responses", long, 32768),
         ("24 of them, a rank's share of 8", long[:24], 32768),
     ):
-        ours = token_batches([Sequence([0], [0] * (n - 1)) for n in lengths], budget)
+        ours = token_batches([[Sequence([0], [0] * (n - 1))] for n in lengths], budget)
         plain = [list(range(i, min(i + 8, len(lengths)))) for i in range(0, len(lengths), 8)]
         full = filled(lengths, budget)
         rows.append(
@@ -182,7 +175,7 @@ def child(case: str, length: int) -> float:
 
     def ours(ids: list[int]) -> torch.Tensor:
         row = Sequence(ids[:1], ids[1:])
-        return token_logprobs(model, [row], 1.0, with_entropy=False)[0]
+        return token_logprobs(model, [[row]], 1.0, with_entropy=False)[0]
 
     def plain(ids: list[int]) -> torch.Tensor:
         logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
@@ -191,52 +184,6 @@ def child(case: str, length: int) -> float:
     logprobs = {"ours": ours, "plain": plain}[case]
     logprobs(ids[:8]).sum().backward()  # libraries and thread pools are not what is measured
     return extra_bytes(lambda: logprobs(ids).sum().backward()) / 2**20
-
-
-def saving(name: str, leaves: list[tuple], size: int) -> dict:
-    """Tokens of the leaves in mini-batches of `size`, with and without shared prefixes."""
-    batches = mini_batches(len(leaves), size, seed=0)
-    tree = sum(
-        len({leaves[i][:t] for i in batch for t in range(1, len(leaves[i]) + 1)})
-        for batch in batches
-    )
-    tokens = sum(map(len, leaves))
-    return {
-        "leaves": name,
-        "number": len(leaves),
-        "mini-batches": len(batches),
-        "tokens": tokens,
-        "with each prefix once": tree,
-        "saved at most, %": 100 * (1 - tree / tokens),
-    }
-
-
-def paper_leaves() -> list[tuple]:
-    """64 problems, 6 trees of 5 leaves each; a token here is 40 of the paper's, and no two are
-    equal."""
-    new, leaves = iter(range(10**9)), []
-
-    def take(count: int) -> tuple:
-        return tuple(next(new) for _ in range(count))
-
-    for _ in range(64):
-        prompt = take(4)
-        for _ in range(6):
-            response = prompt + take(72)
-            leaves.append(response)
-            leaves += [response[: 4 + at] + take(72 - at) for at in (18, 36) for _ in range(2)]
-    return leaves
-
-
-def prefixes(run: Run, leaves: list) -> None:
-    toy, paper = [tuple(s.prompt_ids + s.tokens) for s in leaves], paper_leaves()
-    rows = [
-        saving("a toy step's", toy, run.config.mini_batch),
-        saving("the same, one mini-batch", toy, 10**6),
-        saving("the paper's shape", paper, 192),
-        saving("the same, one mini-batch", paper, 10**6),
-    ]
-    record("update/prefixes", rows, [])
 
 
 def main() -> None:
@@ -259,7 +206,6 @@ def main() -> None:
     else:
         run, leaves = toy_leaves()
         padding(leaves)
-        prefixes(run, leaves)
         speed(run, leaves, args.repeats)
         memory(args.lengths)
 

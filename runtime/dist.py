@@ -185,8 +185,8 @@ def spread(
 
     Returns the module to call; `forward.model` stays an ordinary transformers model, with DTensor
     weights under FSDP2. activation_checkpointing: keep one hidden state per layer and compute the
-    rest again in the backward pass. dtype: bf16 without FSDP2 is autocast. cpu_offload: sharded weights, gradients and moments live in
-    host memory, and AdamW runs there.
+    rest again in the backward pass. dtype: bf16 without FSDP2 is autocast. cpu_offload: sharded
+    weights, gradients and moments live in host memory, and AdamW runs there.
     """
     layers = decoder_layers(forward.model)
     if activation_checkpointing:

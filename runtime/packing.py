@@ -15,9 +15,8 @@ end[j]. Its position is its depth. Its log-prob comes from the hidden state of i
 b. Then each leaf gathers the log-probs of its own tokens, so the loss knows nothing of rows: leaves
 that share a token may differ in its advantage, old log-prob and weight.
 
-It does not always pay: with a mask, attention computes all pairs of a row, not the causal half of
-them. `pack` finds the cheapest rows; long responses that share little keep rows of their own.
---packing false gives every leaf its own row: the plain path.
+With a mask, attention computes all pairs of a row, not their causal half. So `pack` finds the
+cheapest rows, and long responses that share little keep their own. --packing false: all do.
 
     python -m pytest tests/runtime/test_packing.py
 """
@@ -31,7 +30,8 @@ def alone(sequences: list) -> list[list[int]]:
 
 
 def row_cost(tokens: int, hidden: int, packed: bool) -> float:
-    """Time of a forward and backward pass over a row, in units of a token's matrix products."""
+    """Time of a pass, 1 being a token's matrix products. Measured on a CPU, hidden size 128, in us
+    a token: causal rows of 64, 1,024, 2,048 tokens: 107, 203, 332; packed: 127, 294, 517."""
     return tokens * (1 + tokens / ((4 if packed else 7) * hidden))
 
 
@@ -86,12 +86,9 @@ def place(row: list) -> tuple[list[int], list[int], list[list[int]]]:
 
 
 def lay_out(rows: list[list]) -> tuple:
-    """Rows of sequences as one pass: ids, ends (R, T), parents, nodes (M,), leaves (N,).
-
-    Token `nodes[m]` of the flat ids is predicted at `parents[m]`; `leaves` has an m for every token
-    of every sequence, in order. ends: None if no row is packed. Padding (id 0) comes last and sees
-    itself alone. Raises ValueError for an empty prompt.
-    """
+    """Rows of sequences as one pass: ids, ends (R, T; None: no row is packed), parents, nodes (M,),
+    leaves (N,). Token `nodes[m]` of the flat ids is predicted at `parents[m]`; `leaves` has an m
+    for every token of every sequence. Padding (id 0) comes last and sees itself alone."""
     if not all(s.prompt_ids for row in rows for s in row):
         raise ValueError("a sequence needs at least one prompt token, which predicts its first")
     placed = [place(row) for row in rows]

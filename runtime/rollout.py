@@ -209,8 +209,8 @@ class TransformersEngine:
         last states (R, d).
 
         Only prompts that are no prefix of another are computed, and of these what follows the
-        preamble; the others take their part of that cache row. Aligned to the right, so that distances between cache slots are distances between
-        tokens (sliding windows stay right).
+        preamble; the others take their part of that cache row. Aligned to the right, so that
+        distances between cache slots are distances between tokens (sliding windows stay right).
         """
         device = self.model.device
         prompts = [r.prompt_ids for r in requests]

@@ -25,10 +25,11 @@ from pathlib import Path
 import torch
 import transformers
 
+from fci import separator_tokens, split_steps
 from runtime.checkpoint import flush
 from runtime.cli import UserError, first_line
 from runtime.dist import rank
-from runtime.metrics import batch_notices, empty_batch_lines, mean
+from runtime.metrics import Outcomes, batch_notices, empty_batch_lines, mean
 from runtime.rewards import response_texts
 from sampler import problem_fci, solve_rate
 from tree import leaf_ends
@@ -135,6 +136,7 @@ class RunFolder:
 
     def __init__(self, config, say=lambda text: None):
         self.path, self.config, self.tracker = None, config, None
+        self.separators = None  # of the tokenizer, read when the first problem is logged
         if rank():
             return
         name = f"{config.preset}-{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -223,7 +225,10 @@ class RunFolder:
         of it."""
         problems = []
         for g in groups:
-            rewards = [end.reward for r in g.responses for end in (r, *r.continuations)]
+            ends = [end for r in g.responses for end in (r, *r.continuations)]
+            rewards, outcomes = [end.reward for end in ends], Outcomes()
+            for end in ends:
+                outcomes.add(end.reward, end.boxed, end.finished)
             problems.append(
                 {
                     "number": g.number,
@@ -233,6 +238,7 @@ class RunFolder:
                     "trees": g.trees(),
                     "leaves": len(rewards),
                     "reward": mean(rewards),
+                    "outcomes": vars(outcomes),
                 }
             )
         record = {"step": step, "easy_mean": groups[0].easy_mean, "problems": problems}
@@ -245,12 +251,18 @@ class RunFolder:
         if self.tracker:
             name = f"samples/{index + 1}"
             self.tracker[1](name, sampled_text(group, tokenizer), step)
+        self.separators = self.separators or separator_tokens(tokenizer)
         of_end = {id(end): leaf for end, leaf in zip(leaf_ends(group.responses), leaves)}
         responses = []
         for r in group.responses:
             own = ending(r, of_end[id(r)], tokenizer)
-            endings = [{"at": c.at, **ending(c, of_end[id(c)], tokenizer)} for c in r.continuations]
+            endings = [
+                {"at": c.at, **ending(c, of_end[id(c)], tokenizer)}
+                | {"bounds": new_bounds(r, c, self.separators)}
+                for c in r.continuations
+            ]
             own |= {"bounds": r.bounds, "fci": r.fci, "branch_points": r.branch_points}
+            own |= {"attention": r.attention} if r.attention else {}
             own["continuations"] = sorted(endings, key=lambda c: c["at"])
             responses.append(own)
         self.log(
@@ -309,6 +321,13 @@ def sampled_text(group, tokenizer) -> str:
         why = ("" if r.boxed else ", no box") + ("" if r.finished else ", cut off")
         parts.append(f"-- r{i}: reward {r.reward:g}{why}\n{text}")
     return "\n\n".join(parts)
+
+
+def new_bounds(response, continuation, separators) -> list[int]:
+    """The steps of a continuation, in tokens of the whole path: where it begins, and the cuts
+    after that. Whether blank lines cut or single newlines is for the whole path to say."""
+    at, tokens = continuation.at, response.tokens[: continuation.at] + continuation.tokens
+    return [at, *(cut for cut in split_steps(tokens, separators) if cut > at)]
 
 
 def ending(end, leaf, tokenizer) -> dict:

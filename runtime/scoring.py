@@ -25,6 +25,7 @@ from runtime.dist import everyone, in_step
 from runtime.packing import alone, lay_out, place, tree_attention
 
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
+LOGGED_STEPS = 64  # a picture of more steps has no room on a screen, and needs megabytes
 # Settings under which a model multiplies or squashes its logits, which we do not reproduce
 RESCALING = (
     "final_logit_softcapping",
@@ -37,21 +38,24 @@ RESCALING = (
 
 @dataclass
 class Sequence:
-    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: no FCI)."""
+    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: no FCI);
+    `logged` for the attention between steps as well, which the explorer shows."""
 
     prompt_ids: list[int]
     tokens: list[int]
     bounds: list[int] | None = None
+    logged: bool = False
 
 
 @dataclass
 class Scores:
     """Per token of a Sequence, at the sampling temperature: log-prob and entropy (nats). Per step:
-    FCI."""
+    FCI. attention: `LoggedAttention.of`."""
 
     logprobs: list[float]
     entropies: list[float]
     fci: list[float] = field(default_factory=list)
+    attention: dict | None = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -167,17 +171,69 @@ def token_batches(rows: list[list], token_budget: int) -> list[list[int]]:
     return batches
 
 
+class LoggedAttention(StepAttention):
+    """FCI of all rows, and of some rows what the explorer draws: which steps look at which.
+
+    The attention of step j on step k is another one in every layer and head. Kept are the largest
+    (`most`), and for each step k that of the layer and head that decide Eq. 6 (`deciding`), so that
+    its sum over the steps j >= k + Delta is the FCI of step k. (R, J, K): one entry per such row.
+    """
+
+    def __init__(self, rows: list[int], *batch):
+        super().__init__(*batch)
+        device, count = self.keys.device, min(self.keys.shape[-1], LOGGED_STEPS)
+        self.rows = torch.tensor(rows, device=device)
+        self.most = torch.zeros(len(rows), count, count, device=device)
+        self.deciding = torch.zeros_like(self.most)
+        self.best = torch.zeros(len(rows), count, device=device)  # Eq. 6 so far
+        self.decided_by = torch.full((len(rows), count, 2), -1, device=device)  # layer, head
+
+    def collect(self, step_attention, columns: slice) -> None:
+        super().collect(step_attention, columns)
+        if columns.start:  # all steps of a logged row are in the first block
+            return
+        count = self.best.shape[-1]
+        seen = step_attention[self.rows, :, :count, :count]  # (R, H, J, K)
+        self.most = torch.maximum(self.most, seen.amax(1))
+        influence, head = (seen * self.later[:count, :count]).sum(2).max(1)  # Eq. 5; both (R, K)
+        better = influence > self.best
+        index = head[:, None, None].expand(-1, 1, count, -1)
+        self.deciding = torch.where(better[:, None], seen.gather(1, index)[:, 0], self.deciding)
+        layer = torch.full_like(head, self.layers - 1)
+        self.decided_by[better] = torch.stack([layer, head], -1)[better]
+        self.best = torch.maximum(self.best, influence)
+
+    def of(self, row: int, steps: int) -> dict | None:
+        """{"most", "deciding": rows j of the columns k <= j; "heads": [layer, head] of each step,
+        null where no later step counts}; None for a row that is not logged. Two digits are enough
+        for a picture, and not two decimals: attention on a step of 100 tokens is far below 0.01."""
+        found = (self.rows == row).nonzero()
+        if not len(found):
+            return None
+        i = int(found)
+        pictures = {
+            name: [[float(f"{x:.2g}") for x in values[j, : j + 1].tolist()] for j in range(steps)]
+            for name, values in (("most", self.most[i]), ("deciding", self.deciding[i]))
+        }
+        heads = self.decided_by[i, :steps].tolist()
+        return pictures | {"heads": [pair if pair[0] >= 0 else None for pair in heads]}
+
+
 def collector_of(rows: list[Sequence], delta: int, device) -> StepAttention | None:
     """What collects FCI in the pass over these rows; None if no row has steps."""
     if not any(s.bounds and len(s.bounds) > 1 for s in rows):
         return None
-    return StepAttention(
+    batch = (
         [len(s.prompt_ids) for s in rows],
         [s.bounds or [0] for s in rows],
         max(len(s.prompt_ids) + len(s.tokens) for s in rows),
         delta,
         device,
     )
+    logged = [
+        i for i, s in enumerate(rows) if s.logged and 1 < len(s.bounds or ()) <= LOGGED_STEPS + 1
+    ]
+    return LoggedAttention(logged, *batch) if logged else StepAttention(*batch)
 
 
 def score(
@@ -215,7 +271,10 @@ def score(
         for number, (i, own_logprobs, own_entropies) in enumerate(pieces):
             results[i] = Scores(own_logprobs.tolist(), own_entropies.tolist())
             if collector is not None:
-                results[i].fci = step_scores(collector, number, sequences[i].bounds or [0])
+                bounds = sequences[i].bounds or [0]
+                results[i].fci = step_scores(collector, number, bounds)
+                if isinstance(collector, LoggedAttention):
+                    results[i].attention = collector.of(number, len(bounds) - 1)
     return results
 
 

@@ -27,6 +27,9 @@ from runtime.rollout import Request, TransformersEngine
 from runtime.scoring import Scores, Sequence, TokenLogprobs, engine_gap, score, tis_weights
 from runtime.vllm_engine import VLLMEngine
 
+# The longest packed row: its mask has T x T entries. On a GPU not measured yet.
+PACKED_ROW = {"cpu": 1024, "cuda": 2048}
+
 
 @dataclass
 class Parts:
@@ -185,8 +188,7 @@ def choose_packing(config: Config, policy, device: str, display: Display) -> Cal
     if obstacle := packing_obstacle(policy):
         display.say(f"packing   off for this model: {obstacle}", "debug")
         return alone
-    # a dense mask: short rows on a CPU; on a GPU, not measured yet, wider ones fill it better
-    longest = min(512 if device == "cpu" else 2048, config.token_budget)
+    longest = min(PACKED_ROW[torch.device(device).type], config.token_budget)
     return partial(pack, longest=longest, hidden=policy.config.get_text_config().hidden_size)
 
 

@@ -230,9 +230,8 @@ def test_a_run_is_credited_by_leaving_one_out(forked):
             rewards = [r["reward"] for r in problem["responses"]]
             assert len(rewards) == 8
             for i, r in enumerate(problem["responses"]):
-                if 0 < sum(rewards) < 8:  # else all agree, and are dropped
-                    length = len(r["tokens"])
-                    total, tokens = total - length * advantage(rewards, i), tokens + length
+                length = len(r["tokens"])  # where all agree as well: GRPO drops none
+                total, tokens = total - length * advantage(rewards, i), tokens + length
         assert tokens == metrics[1]["train/tokens"]
         return total / tokens
 

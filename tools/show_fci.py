@@ -7,19 +7,24 @@ python -m tools.show_fci --model DIR --problem "..." --response FILE.txt
 import runtime  # isort: split
 
 import random
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill, shorten
 
 from matplotlib.figure import Figure
 
 from fci import separator_tokens, split_steps, without_answer
 from runtime.cli import Parser, UserError, plain, reason, stop_on_user_error
 from runtime.data import Problem, encode_question
+from runtime.grading import grade, last_box
 from runtime.models import check_context, check_model, load_model
-from runtime.rollout import Request, TransformersEngine
+from runtime.rewards import response_texts
+from runtime.rollout import Completion, Request, TransformersEngine
 from runtime.scoring import Sequence, score
 from tools.view import BLUE, ORANGE
+from toy.programs import toy_solution
 from tree import Response, choose_branch_points
 
 
@@ -30,6 +35,7 @@ class ScoredSteps:
     texts: list[str]
     fci: list[float]
     chosen: list[int]
+    title: str = ""  # the problem, and what became of it
 
 
 def score_steps(model, tokenizer, prompt: list[int], tokens: list[int], args) -> ScoredSteps:
@@ -53,11 +59,9 @@ def plot_scores(path: str, steps: ScoredSteps) -> None:
     axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
     heights = [fci[k] for k in chosen]
     axis.plot(chosen, heights, "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
-    axis.set(
-        xlabel="step",
-        ylabel="FCI (attention mass from later steps)",
-        title="Forward Context Influence",
-    )
+    axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)")
+    # text of a problem is no formula of matplotlib's
+    axis.set_title(steps.title or "Forward Context Influence", fontsize=10, parse_math=False)
     if len(fci) <= 40:  # longer responses: step numbers only
         labels = [f"{k}: {text[:18]}" for k, text in enumerate(steps.texts)]
         axis.set_xticks(
@@ -70,6 +74,17 @@ def plot_scores(path: str, steps: ScoredSteps) -> None:
         figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
     except (OSError, ValueError) as error:  # no such folder, no such format
         raise UserError(f"--plot {path}: cannot be written ({reason(error)})") from error
+
+
+def outcome(problem: str, response: str, finished: bool, answer: str | None) -> str:
+    """Was the answer right? Programs of the toy carry their own; others need `answer`."""
+    if answer is None and re.fullmatch(r"([a-z]=[a-z0-9+*-]+;)+\?[a-z]", problem):
+        answer = last_box(toy_solution(problem))
+    found, cut = last_box(response), "" if finished else ", cut off"
+    given = "no box" if found is None else f"answer {found}"
+    if answer is None:
+        return f"{given}{cut} (not graded: --answer gives the right one)"
+    return f"{given}{cut}: {'right' if grade(response, [answer]) else f'wrong, it is {answer}'}"
 
 
 def read_response(args, model, tokenizer, prompt: list[int]) -> list[int]:
@@ -87,11 +102,11 @@ def read_response(args, model, tokenizer, prompt: list[int]) -> list[int]:
     return tokens
 
 
-def sample_response(args, model, eos_ids: list[int], prompt: list[int]) -> list[int]:
+def sample_response(args, model, eos_ids: list[int], prompt: list[int]) -> Completion:
     problem = Problem(args.problem, [], "--problem", prompt)
     limit = check_context(model, [problem], None, at_most=args.max_response)
     request = Request(prompt, limit, 1.0, args.seed)
-    return TransformersEngine(model, eos_ids).generate([request])[0].tokens
+    return TransformersEngine(model, eos_ids).generate([request])[0]
 
 
 def parse(argv: list[str]):
@@ -106,6 +121,7 @@ def parse(argv: list[str]):
     parser.add_argument("--model", default="toy/model", help="model directory")
     parser.add_argument("--problem", required=True, help="the problem's text")
     parser.add_argument("--response", help="file with the response; without it one is sampled")
+    parser.add_argument("--answer", help="the right answer, to say whether the response has it")
     parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
     parser.add_argument(
         "--delta", type=int, default=4, help="attention counts from this many steps later on"
@@ -130,15 +146,19 @@ def main(argv: list[str]) -> None:
     check_model(model, args.model)
     prompt = encode_question(tokenizer, args.problem, "--problem")
     if args.response:
-        tokens = read_response(args, model, tokenizer, prompt)
+        tokens, finished = read_response(args, model, tokenizer, prompt), True
     else:
-        tokens = sample_response(args, model, eos_ids, prompt)
+        completion = sample_response(args, model, eos_ids, prompt)
+        tokens, finished = completion.tokens, completion.finished
     if not tokens:
         raise UserError("the response is empty: there is nothing to score")
     steps = score_steps(model, tokenizer, prompt, tokens, args)
+    became = outcome(args.problem, response_texts(tokenizer, [tokens])[0], finished, args.answer)
+    steps.title = "\n".join([fill(shorten(plain(args.problem), 160), 80), plain(became)])
     for k, (text, y) in enumerate(zip(steps.texts, steps.fci)):
         mark = "<- branch" if k in steps.chosen else ""
         print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {plain(' '.join(text.split()))[:90]}")
+    print(plain(became))
     if len(steps.fci) <= args.delta + 1:
         print(
             f"{len(steps.fci)} steps with Delta = {args.delta}: all scores are 0 by definition;"

@@ -16,6 +16,7 @@ import json
 import math
 import re
 import sys
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
@@ -28,6 +29,10 @@ from tree import fci_threshold
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#E69F00", "#000000", GREY)
+PERCENT = (-3, 103)  # of axes: 0 to 100 %, and room for a line at either end
+SHORT_RUN = 12  # up to so many steps each is a mark; lines of more would be strings of beads
+TOKEN_UNITS = ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"), (1, ""))
+TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 PHASES = {
     "generate": BLUE,
     "score": ORANGE,
@@ -68,6 +73,14 @@ def read_metrics(run: Path) -> list[dict]:
     return records
 
 
+def whole_steps(axis) -> None:
+    """Training steps are whole numbers, also where there is only one."""
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    low, high = axis.get_xlim()
+    if high - low < 1:
+        axis.set_xlim(round(low) - 0.5, round(low) + 0.5)
+
+
 def draw_curves(run: Path) -> Path:
     """Four panels over training steps: accuracy, what sampling yields, the update, where the time
     goes."""
@@ -75,6 +88,7 @@ def draw_curves(run: Path) -> Path:
     steps = [m for m in records if m["step"] > 0]
     figure = Figure(figsize=(11, 8), layout="constrained")
     axes = figure.subplots(2, 2)
+    short = len(steps) <= SHORT_RUN
 
     def plot(axis, key, label, colour, style="-", scale=1.0):
         rows = [m for m in records if key in m]
@@ -84,37 +98,41 @@ def draw_curves(run: Path) -> Path:
             style,
             color=colour,
             label=label,
+            marker="o" if short or key == "test_accuracy" else None,
+            ms=4,
         )
 
     accuracy, sampling, update, seconds = axes.flat
-    plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, "o-", 100)
+    plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, scale=100)
     plot(accuracy, "initial/reward", "reward of initial responses", ORANGE, "--", 100)
     if any(m.get("mc/reward") for m in steps):  # else there were none: a method without a tree
         plot(accuracy, "mc/reward", "reward of continuations", GREEN, ":", 100)
-    accuracy.set(title="Accuracy", ylabel="%")
+    accuracy.set(title="Accuracy", ylabel="%", ylim=PERCENT)
     plot(sampling, "initial/valid", "problems with mixed initial responses", BLUE, scale=100)
     plot(sampling, "initial/solve_all", "all right", GREEN, "--", 100)
     plot(sampling, "initial/solve_none", "all wrong", ORANGE, ":", 100)
     plot(sampling, "filtered_ratio", "filtered", PINK, "-.", 100)
     plot(sampling, "valid_token_ratio", "valid tokens / tokens of all leaves", GREY, scale=100)
-    sampling.set(title="Sampling", ylabel="%", ylim=(-3, 103))
+    sampling.set(title="Sampling", ylabel="%", ylim=PERCENT)
     plot(update, "entropy", "entropy (nats)", BLUE)
     plot(update, "train/grad_norm", "gradient norm", ORANGE, "--")
     plot(update, "train/clip_fraction", "share of clipped tokens", GREEN, ":")
     if any(m.get("train/kl") for m in steps):  # 0 throughout: no reference model was kept
         plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
     update.set(title="Update", ylim=(0, None))
-    seconds.stackplot(
-        [m["step"] for m in steps],
-        [[m.get(f"seconds/{name}", 0) for m in steps] for name in PHASES],
-        labels=list(PHASES),
-        colors=list(PHASES.values()),
-        alpha=0.8,
-    )
+    low = [0.0] * len(steps)
+    for name, colour in PHASES.items():
+        spent = [m.get(f"seconds/{name}", 0.0) for m in steps]
+        numbers, high = [m["step"] for m in steps], [a + b for a, b in zip(low, spent)]
+        if short:  # an area of one step has no width
+            seconds.bar(numbers, spent, 0.6, low, color=colour, label=name, alpha=0.8)
+        else:
+            seconds.fill_between(numbers, low, high, color=colour, label=name, alpha=0.8, lw=0)
+        low = high
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
         axis.set_xlabel("training step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole_steps(axis)
         axis.grid(alpha=0.3)
         # never over a line
         axis.legend(
@@ -128,6 +146,20 @@ def draw_curves(run: Path) -> Path:
     return run / "curves.png"
 
 
+def add_costs(runs: list[list[dict]]) -> dict[str, str]:
+    """Give every record "tokens" and "time", what the run took until then, in units in which the
+    longest run has a readable number. Returns what the two axes are called."""
+    seconds = [[0.0, *accumulate(m.get("seconds/step", 0.0) for m in run)][1:] for run in runs]
+    most = max(m["generated_tokens"] for run in runs for m in run)
+    longest = max(max(spent, default=0.0) for spent in seconds)
+    size, tokens = next((x for x in TOKEN_UNITS if most >= x[0]), TOKEN_UNITS[-1])
+    length, time = next((x for x in TIME_UNITS if longest >= 2 * x[0]), TIME_UNITS[-1])
+    for run, spent in zip(runs, seconds):
+        for m, until in zip(run, spent):
+            m |= {"tokens": m["generated_tokens"] / size, "time": until / length}
+    return {"tokens": f"generated tokens{tokens}", "time": f"{time} of training"}
+
+
 def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
     """Runs side by side, as PNG and SVG: accuracy against tokens and against time, what sampling
     yields, where the time goes. Lines differ in colour and dashes, so that they can also be told
@@ -136,22 +168,15 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
     axes = figure.subplots(2, 3)
     panels = [
         ("test_accuracy", "test accuracy by tokens, %", "tokens"),
-        ("test_accuracy", "test accuracy by time, %", "minutes"),
+        ("test_accuracy", "test accuracy by time, %", "time"),
         ("initial/valid", "problems with mixed initial responses, %", "step"),
         ("filtered_ratio", "problems that the filter kept from expansion, %", "step"),
         ("valid_token_ratio", "valid tokens / tokens of all leaves, %", "step"),
     ]
-    labels = {
-        "tokens": "generated tokens, millions",
-        "minutes": "minutes of training",
-        "step": "training step",
-    }
+    everything = [read_metrics(run) for run in runs]
+    labels = {"step": "training step"} | add_costs(everything)
     split = axes.flat[5]
-    for n, run in enumerate(runs):
-        records, spent = read_metrics(run), 0.0
-        for m in records:
-            spent += m.get("seconds/step", 0.0) / 60
-            m |= {"tokens": m["generated_tokens"] / 1e6, "minutes": spent}
+    for n, (run, records) in enumerate(zip(runs, everything)):
         for axis, (key, title, over) in zip(axes.flat, panels):
             rows = [m for m in records if key in m]
             axis.plot(
@@ -160,12 +185,12 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
                 color=PALETTE[n % len(PALETTE)],
                 label=run.resolve().name,
                 linestyle=("-", "--", "-.", ":")[n % 4],
-                ms=4,
-                marker="o" if key == "test_accuracy" else None,
+                ms=5 - n % 4 / 2,  # where lines lie on each other the ones below still show
+                marker="osD^"[n % 4] if key == "test_accuracy" or len(rows) <= SHORT_RUN else None,
             )
-            axis.set(title=title, xlabel=labels[over])
-            if over == "step":
-                axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(xlabel=labels[over], ylim=PERCENT)
+            axis.set_title(title, fontsize=11)
+            axis.locator_params(axis="x", nbins=6)
         low, steps = 0.0, [m for m in records if "seconds/step" in m]
         for phase, colour in PHASES.items():
             seconds = fmean(m.get(f"seconds/{phase}", 0.0) for m in steps) if steps else 0.0
@@ -173,13 +198,16 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
                 n, seconds, bottom=low, color=colour, label=phase if n == 0 else None, width=0.6
             )
             low += seconds
-    split.set(title="seconds a training step, by phase (mean)", ylabel="seconds")
+    split.set(ylabel="seconds")
+    split.set_title("seconds a training step, by phase (mean)", fontsize=11)
     split.set_xticks(
         range(len(runs)), [run.resolve().name for run in runs], rotation=30 if len(runs) > 3 else 0
     )
     split.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
     for axis in axes.flat[:5]:
         axis.grid(alpha=0.3)
+    for axis in axes.flat[2:5]:
+        whole_steps(axis)
     figure.legend(
         *axes.flat[0].get_legend_handles_labels(),
         loc="outside lower center",
@@ -284,6 +312,16 @@ def read_steps(path: Path, places: list[tuple[int, int, int]]) -> list[dict]:
     return records
 
 
+def page_json(data: dict) -> str:
+    """As JSON that a browser reads: Python writes NaN and Infinity, which are not JSON, so that a
+    page with one of them would stay empty. They become null, which the page shows as a dash."""
+    try:
+        return json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        finite = json.loads(json.dumps(data), parse_constant=lambda _: None)
+        return json.dumps(finite, separators=(",", ":"))
+
+
 def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
     """runs/NAME/explorer.html. Steps: those that are asked for; else as many as fit into
     PAGE_BYTES, evenly spread."""
@@ -337,7 +375,7 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
         "steps": shown,
     }
     # no text of a run can end the script element
-    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    text = page_json(data).replace("<", "\\u003c")
     path = run / "explorer.html"
     try:
         path.write_text(page.replace("DATA</", text + "</", 1), encoding="utf-8")

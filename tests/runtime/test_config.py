@@ -1,5 +1,5 @@
-"""test_config.py: the learning rate of a step; whose settings are taken; bf16 and how weights are
-placed. Methods and the command line: test_attnrl.py.
+"""test_config.py: the learning rate of a step; whose settings are taken; bf16 and where weights
+lie. Methods and the command line: test_attnrl.py.
 
 python -m pytest tests/runtime/test_config.py
 """

@@ -365,7 +365,7 @@ def test_the_loss_is_the_sum_of_weighted_token_losses_by_hand():
     wanted_gradients = gradients(model)
     model.zero_grad()
     stats = TrainStats()
-    loss = Learner(model, kl_coef=0.0).micro_batch_loss(sequences, stats)
+    loss = Learner(model, kl_coef=0.0).micro_batch_loss([[s] for s in sequences], stats)
     loss.backward()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     assert stats.policy_loss == stats.loss == pytest.approx(loss.item())
@@ -383,7 +383,9 @@ def test_the_loss_is_the_sum_of_weighted_token_losses_by_hand():
 def test_without_weights_the_loss_is_plain_ppo():
     sequences = weighted_sequences(2, weights=False)
     assert all(s.weights == [1.0] * len(s.tokens) for s in sequences)
-    loss = Learner(copy.deepcopy(MODEL), kl_coef=0.0).micro_batch_loss(sequences, TrainStats())
+    loss = Learner(copy.deepcopy(MODEL), kl_coef=0.0).micro_batch_loss(
+        [[s] for s in sequences], TrainStats()
+    )
     assert loss.item() == pytest.approx(
         loss_by_hand(MODEL, sequences, weigh=False)[0].item(), rel=1e-5
     )
@@ -395,7 +397,7 @@ def test_weights_leave_kl_ratio_and_clip_fraction_alone():
     for weights in (True, False):
         stats = TrainStats()
         learner = Learner(copy.deepcopy(MODEL), disturbed(MODEL, 3), kl_coef=0.1)
-        learner.micro_batch_loss(weighted_sequences(1, weights), stats)
+        learner.micro_batch_loss([[s] for s in weighted_sequences(1, weights)], stats)
         assert stats.loss == pytest.approx(stats.policy_loss + 0.1 * stats.kl, rel=1e-5)
         seen.append(stats)
     weighted, plain = seen

@@ -12,10 +12,11 @@ import math
 import random
 import re
 import shutil
+import sys
 import time
 
 import pytest
-from fixtures import lines, typed
+from fixtures import lines, save_real_model, typed
 from toy_runs import train
 
 from attnrl import Config, parse_config
@@ -271,6 +272,57 @@ def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
         view.draw_comparison([folder], tmp_path / "nowhere" / "compare")
 
 
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn from here on."""
+    drawn = []
+
+    class Remembered(view.Figure):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            drawn.append(self)
+
+    monkeypatch.setattr(view, "Figure", Remembered)
+    return drawn
+
+
+@pytest.mark.parametrize("steps", [1, 3, 60])
+def test_curves_of_short_and_long_runs_can_be_read(steps, figures, tmp_path):
+    """Every percentage from 0 to 100, whole training steps, no number over another, and something
+    to see of a run of one step."""
+    short, long = (
+        made_up(tmp_path / name, big(leaves=5, length=40), steps=n)
+        for name, n in (("short", 1), ("long", steps))
+    )
+    for folder in (short, long):
+        records = lines(folder / "metrics.jsonl")
+        for m in records:
+            m |= {"initial/valid": 0.4, "filtered_ratio": 0.1, "seconds/step": 7.0}
+            m |= {"generated_tokens": 4321 * m["step"], "seconds/generate": 7.0}
+        text = "".join(json.dumps(m) + "\n" for m in records)
+        (folder / "metrics.jsonl").write_text(text)
+    view.draw_curves(long)
+    view.draw_comparison([short, long], tmp_path / "compare")
+    for figure in figures:
+        figure.canvas.draw()
+        for axis in figure.axes:
+            if "%" in axis.get_title() + axis.get_ylabel():
+                assert axis.get_ylim() == (-3, 103)
+            if axis.get_xlabel() == "training step":
+                low, high = axis.get_xlim()
+                assert all(t == round(t) for t in axis.get_xticks() if low <= t <= high)
+            boxes = [label.get_window_extent() for label in axis.get_xticklabels()]
+            assert not any(a.x1 > b.x0 and a.x0 < b.x0 for a, b in zip(boxes, boxes[1:]))
+    valid = figures[1].axes[2].lines
+    assert valid[0].get_marker() == "o" and (valid[1].get_marker() == "s") == (steps <= 12)
+    assert figures[1].axes[0].get_xlabel() == "generated tokens, thousands"
+    assert figures[1].axes[1].get_xlabel() == (
+        "minutes of training" if steps == 60 else "seconds of training"
+    )
+    times = figures[0].axes[3]
+    assert len(times.patches) == (0 if steps > 12 else 6 * steps)
+
+
 # --- in a browser
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
@@ -369,7 +421,7 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
             and f"= {root:.2f}" in page.text("#problem")[0]
         )
         titles = page.script(
-            "[...document.querySelectorAll('.leaf.first .step')].map(e => e.title)"
+            "[...document.querySelectorAll('.leaf.first .step')].map(e => e.what.split('\\n')[0])"
         )
         assert titles == [
             f"step {k}: FCI {y:.4f}" for r in sample["responses"] for k, y in enumerate(r["fci"])
@@ -381,6 +433,37 @@ def test_numbers_on_the_page_are_the_files(run, open_page):
     assert nodes > 50
 
 
+def test_pointing_at_a_step_shows_which_later_steps_look_at_it(run, open_page):
+    sample = lines(run / "samples.jsonl")[0]
+    page, r = open_page(run), sample["responses"][0]
+    count, attention = len(r["fci"]), r["attention"]
+    assert len(page.text("#attention .cell")) == count * (count + 1) // 2
+    for k in range(count - 1):
+        page.script(
+            f"document.querySelectorAll('#leaf-0 .step')[{k}].dispatchEvent("
+            "new MouseEvent('mouseover', {bubbles: true}))"
+        )
+        shown = page.text(".lookers > div")
+        assert shown == [
+            f"{attention['deciding'][j][k]} from step {j}" for j in range(k + 1, count)
+        ]
+        layer, head = attention["heads"][k]
+        assert (
+            f"FCI {r['fci'][k]:.4f}, decided by layer {layer}, head {head}"
+            in page.text("#looked")[0]
+        )
+        lit = page.script("[...document.querySelectorAll('#leaf-0 .step.lit')].map(e => e.k)")
+        assert lit == list(range(k + 1, count))
+        # Eq. 5: what is shown adds up to the score (Delta = 1; two digits of each are shown)
+        if k:
+            assert sum(float(x.split()[0]) for x in shown) == pytest.approx(r["fci"][k], rel=0.05)
+    page.script("document.querySelectorAll('#attention button')[1].click()")
+    words = page.script("document.querySelector('#attention .cell:nth-child(2)').what")
+    assert words == f"step 1 looks at step 0: {attention['most'][1][0]}"
+    page.click("#leaf-1 .outcome")  # a continuation: FCI is measured for initial responses
+    assert not page.text("#attention")
+
+
 def advantage_at(runs: list[list], token: int) -> float:
     return [a for count, a in runs for _ in range(count)][token]
 
@@ -390,9 +473,9 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
     for record in lines(run / "batches.jsonl"):
         page = open_page(run, f"#step={record['step']}")
         rows = page.text("#batch tbody td")
-        assert len(rows) == 7 * len(record["problems"])
+        assert len(rows) == 10 * len(record["problems"])
         for i, p in enumerate(record["problems"]):
-            name, z, fci, expanded, trees, leaves, right = rows[7 * i : 7 * i + 7]
+            name, z, fci, expanded, trees, leaves, right, *_ = rows[10 * i : 10 * i + 10]
             assert (int(name), int(trees), int(leaves)) == (p["number"], p["trees"], p["leaves"])
             assert float(z) == pytest.approx(p["rate"], abs=0.00501) and float(
                 fci
@@ -406,7 +489,7 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
             assert f") = {metrics[record['step'] + 2]['problems']}" in shown
             sized += 1
     assert sized == 2
-    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict(x).textContent)") == [
+    assert page.script("[1, 0, 0.7, 0.4].map(x => verdict({reward: x}).textContent)") == [
         "✓ right",
         "✗ wrong",
         "✓ 0.70",
@@ -490,7 +573,7 @@ def test_keys_slider_and_address(run, open_page):
     page.driver.find_element("id", "slider").send_keys(Keys.HOME)
     assert page.script("step().step") == 1
     page.press("c")
-    assert page.text("#leaf button[aria-pressed=true]") == ["log-prob"]
+    assert page.text("#leaf > .row button[aria-pressed=true]") == ["log-prob"]
     page.click("#batch tr.open:nth-child(2)")
     assert page.script("state.problem") == 1
     # no part of the page keeps the keyboard, and none loses it: a button that was drawn anew has
@@ -571,11 +654,160 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
         )
 
 
+def short_run(folder, *options):
+    """A real run of two problems a step, both logged."""
+    command = typed(
+        "--steps 1 --batch_size 2 --problems toy:6:50:1 --test_problems toy:6:2:2 --eval_samples 1"
+    )
+    return train(parse_config([*command, "--out", str(folder), *options]))
+
+
+def letters(text: str) -> str:
+    """Without white space, its signs, and what the page names instead of obeying."""
+    odd = "\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    return re.sub(rf"‹[0-9a-f]{{4}}›|[\s⏎·{odd}]", "", text)
+
+
+def check_page(open_page, run) -> None:
+    """Every logged problem is shown whole: a line a leaf, each leaf's text, and no number that is
+    none."""
+    for sample in lines(run / "samples.jsonl"):
+        page = open_page(run, f"#step={sample['step']}")
+        page.script(
+            f"go({{problem: step().samples.findIndex(s => s.number === {sample['number']})}})"
+        )
+        assert page.text("#question") == [sample["problem"]]
+        ends = [(r, e) for r in sample["responses"] for e in (r, *r["continuations"])]
+        assert len(page.text(".leaf .outcome")) == len(ends)
+        for n, (r, end) in enumerate(ends):
+            page.script(f"go({{leaf: {n}, all: true}})")
+            whole = "".join([*r["tokens"][: end.get("at", 0)], *end["tokens"]])
+            assert letters("".join(page.text("#leaf .tokens"))) == letters(whole)
+            assert page.text("#leaf .part"), "no step is shown"
+        words = page.script("document.querySelector('main').textContent")
+        assert not re.search(r"undefined|NaN|null|\[object", words)
+
+
+def test_a_run_whose_steps_all_score_0_is_shown_with_the_reason(open_page, tmp_path):
+    """`threshold` is null then: no step reached one."""
+    run = short_run(tmp_path / "run", "--delta", "8")
+    check_page(open_page, run)
+    marks = open_page(run).script("[...document.querySelectorAll('.mark')].map(e => e.title)")
+    assert marks and all(
+        mark.startswith("every step scores 0: the earliest steps are taken (FCI counts attention")
+        for mark in marks
+    )
+
+
+def test_responses_that_are_cut_off_in_their_first_step_are_shown(open_page, tmp_path):
+    """No blank line, no box, no branch point, no tree; all wrong."""
+    run = short_run(tmp_path / "run", "--max_response", "3")
+    assert all(len(r["bounds"]) == 2 for s in lines(run / "samples.jsonl") for r in s["responses"])
+    check_page(open_page, run)
+
+
+def real_run(folder, tokens: int, *options):
+    """A random model with a byte-level tokenizer: half characters, stray newlines, cut off."""
+    problems = folder / "problems.jsonl"
+    model = save_real_model(folder / "model")
+    problems.write_text(json.dumps({"problem": "1 < 2?\n\nWhy, & é?", "answer": "42"}) + "\n")
+    files = ["--model", model, "--problems", problems]
+    more = ["--preset", "toy", "--max_response", tokens, "--batch_size", 1, *options]
+    return short_run(folder / "run", *map(str, [*files, *more]))
+
+
+def test_a_real_tokenizer_and_its_steps_are_shown(open_page, tmp_path):
+    run = real_run(tmp_path, 80)
+    check_page(open_page, run)
+    cut = [
+        c["bounds"]
+        for s in lines(run / "samples.jsonl")
+        for r in s["responses"]
+        for c in r["continuations"]
+    ]
+    assert all(b == sorted(set(b)) and len(b) > 1 for b in cut)
+
+
+# The other states that a run may be in, each trained for real
+@pytest.mark.full
+@pytest.mark.parametrize("reward", ["1.0", "0.0", "0.3"])
+def test_batches_that_agree_are_shown(reward, open_page, tmp_path, monkeypatch):
+    """All right, all wrong, and grades between."""
+    (tmp_path / "grade_all.py").write_text(f"def reward(response, answers):\n    return {reward}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "grade_all", raising=False)
+    check_page(open_page, short_run(tmp_path / "run", "--reward", "grade_all:reward"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", ["grpo", "prl", "treerl"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_every_method_with_a_real_tokenizer(method, tokens, open_page, tmp_path):
+    check_page(open_page, real_run(tmp_path, tokens, "--method", method))
+
+
+def test_a_number_that_is_missing_is_a_dash(open_page, tmp_path):
+    """NaN is not JSON: the whole page was empty. Files of other versions lack fields."""
+    folder = made_up(tmp_path / "run", big(leaves=5, length=80))
+    for name, key in (("metrics", "test_accuracy"), ("batches", "easy_mean")):
+        file = folder / f"{name}.jsonl"
+        file.write_text(re.sub(rf'"{key}": [0-9.]+', f'"{key}": NaN', file.read_text()))
+    file = folder / "samples.jsonl"
+    file.write_text(re.sub(r'"reward": [0-9.]+', '"reward": NaN', file.read_text()))
+    page = open_page(folder)
+    assert len(page.text(".leaf")) == 5 and "–" in page.text(".leaf .outcome")[0]
+    assert "NaN" not in page.script("document.body.innerText")
+
+
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (dict(reward=1.0, boxed=True, finished=True), "✓ right"),
+        (dict(reward=0.0, boxed=True, finished=True), "✗ wrong"),
+        (dict(reward=0.0, boxed=False, finished=True), "✗ no box"),
+        (dict(reward=0.0, boxed=False, finished=False), "✗ cut off"),
+        (dict(reward=0.0, boxed=True, finished=False), "✗ wrong, cut off"),
+        (dict(reward=1.0, boxed=True, finished=False), "✓ right, cut off"),
+        (dict(reward=0.2, boxed=False, finished=False), "✗ 0.20, no box, cut off"),
+        (dict(reward=0.0), "✗ wrong"),  # a run of a version that did not log them
+    ],
+)
+def test_a_leaf_says_why_its_reward_is_0(end, words, run, open_page):
+    page = open_page(run)
+    assert page.script(f"verdict({json.dumps(end)}).textContent") == words
+
+
+def test_the_batch_says_why_its_reward_is_0(run, open_page, tmp_path):
+    """Counted here from the logged trees (--log_samples: all), not from what the page was given."""
+    folder = short_run(tmp_path / "run", *typed("--max_response 40 --log_samples 9"))
+    kinds = dict.fromkeys(["right", "none", "cut", "wrong"], 0)
+    for sample in lines(folder / "samples.jsonl"):
+        for end in [e for r in sample["responses"] for e in (r, *r["continuations"])]:
+            kind = "right" if end["reward"] else "wrong" if end["boxed"] else "none"
+            kinds[kind] += 1
+            kinds["cut"] += kind == "none" and not end["finished"]
+    leaves = sum(kinds.values()) - kinds["cut"]
+    assert kinds["cut"] and open_page(folder).text("#came") == [
+        "Of {} leaves {right} are right, {none} have no box ({cut} of them cut off), {wrong} are"
+        " wrong.".format(leaves, **kinds)
+    ]
+    old = made_up(tmp_path / "old", big(leaves=5, length=40))
+    assert open_page(old).text("#came") == [""]
+
+
 def test_hostile_and_foreign_text_is_shown_harmlessly(open_page, tmp_path):
     tokens = [piece + "\n\n" for piece in HOSTILE]
     folder = made_up(
         tmp_path / "run",
-        [response(tokens, 1.0, list(range(len(tokens) + 1)), 2, [ending(tokens[2:], 0.0, at=2)])],
+        [
+            response(
+                tokens,
+                1.0,
+                list(range(len(tokens) + 1)),
+                2,
+                [ending(tokens[2:], 0.0, at=2, bounds=list(range(2, len(tokens) + 1)))],
+            )
+        ],
         problem="\n".join(HOSTILE),
         answers=HOSTILE,
     )
@@ -648,6 +880,50 @@ def big(leaves: int = 30, length: int = 2000) -> list[dict]:
     ]
 
 
+def test_help_is_open_until_it_is_closed(run, open_page, tmp_path):
+    page = open_page(run)
+    page.script("localStorage.clear()")
+    page = open_page(run)
+    assert page.script("document.getElementById('help').open")
+    assert page.text("#help dt") == ["z", "FCI", "V", "A"] and len(page.text("#help kbd")) == 9
+    page.press("?")
+    assert not page.script("document.getElementById('help').open")
+    time.sleep(0.1)  # the browser tells of it a moment later
+    assert not open_page(run).script("document.getElementById('help').open")
+    page.script("localStorage.clear()")
+    # a browser that keeps nothing of files on the disk
+    file = tmp_path / "page.html"
+    text = view.write_explorer(run).read_text(encoding="utf-8")
+    file.write_text(text.replace("localStorage.", "(() => { throw Error() })()."), encoding="utf-8")
+    page.driver.get(file.as_uri())
+    assert page.script("document.getElementById('help').open") and page.text(".leaf")
+
+
+def test_every_row_of_the_batch_can_be_opened_or_says_why_not(run, open_page):
+    page, record = open_page(run), lines(run / "batches.jsonl")[0]
+    last = page.text("#batch tbody td:last-child")
+    logged = [s["number"] for s in lines(run / "samples.jsonl") if s["step"] == 1]
+    assert last == ["shown above", "show", "show", *["not logged"] * (len(record["problems"]) - 3)]
+    assert "--log_samples 3" in page.text("#logged")[0] and len(logged) == 3
+    page.click("#batch tbody tr:nth-child(3)")
+    assert page.script("sample().number") == logged[2]
+    titles = page.script("[...document.querySelectorAll('#batch td:last-child')].map(e => e.title)")
+    assert all("--log_samples" in title for title in titles[3:])
+
+
+def test_text_of_a_folded_step_and_of_a_pointed_at_step_is_whole(open_page, tmp_path):
+    folder = made_up(tmp_path / "run", big(leaves=5), problem="Why is that so?\n" * 40)
+    page = open_page(folder)
+    r = lines(folder / "samples.jsonl")[0]["responses"][0]
+    steps = ["".join(r["tokens"][a:b]).strip() for a, b in zip(r["bounds"], r["bounds"][1:])]
+    folded = page.text("#leaf .fold")
+    assert len(folded) == len(steps) - 2 and set(folded) <= set(steps)
+    what = "[...document.querySelectorAll('#leaf-0 .step')].map(e => e.what.split('\\n')[1])"
+    assert page.script(what) == steps
+    page.click("#problem button")
+    assert not page.text("#problem .fold") and page.text("#question") == ["Why is that so?\n" * 40]
+
+
 def test_a_problem_of_30_leaves_and_2000_tokens_each_is_small_and_quick(open_page, tmp_path):
     folder = made_up(tmp_path / "run", big())
     page = open_page(folder)
@@ -689,6 +965,10 @@ def test_it_fits_a_phone(run, open_page, width):
             )
             > width / 3
         )
+        words = page.script(
+            "[...document.querySelectorAll('.words')].filter(e => e.checkVisibility()).length"
+        )
+        assert words == (len(page.text(".leaf")) if width < 720 else 0), "a leaf without its text"
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -729,9 +1009,10 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.parametrize("leaf", [0, 1])  # a response with its map of attention; a continuation
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_can_be_read_in_light_and_dark(scheme, run, open_page):
-    page = open_page(run, "#step=1&leaf=1")
+def test_every_text_can_be_read_in_light_and_dark(scheme, leaf, run, open_page):
+    page = open_page(run, f"#step=1&leaf={leaf}")
     page.driver.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",
         {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
