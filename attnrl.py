@@ -3,7 +3,6 @@
     python attnrl.py                                    # the toy: a real run on a laptop CPU
     python attnrl.py --method treerl                    # a baseline, or an ablation: see METHODS
     python attnrl.py --preset paper --model DIR --dry_run        # memory and tokens of that run
-    torchrun --nproc_per_node 8 attnrl.py --preset paper --model DIR --problems FILE.parquet ...
 
 `step` is one training step. Each part stands in the file of its name:
 
@@ -152,8 +151,8 @@ def setup(config: Config, display: Display) -> Run:
     """Build a run from its settings. Raises UserError."""
     parts = build(config, display)
     low, high, dual = config.clip_low, config.clip_high, config.dual_clip
-    losses = {"ppo": ppo_loss, "gspo": baselines.gspo_loss, "cispo": baselines.cispo_loss}
-    loss = partial(losses[config.loss], clip_low=low, clip_high=high, dual_clip=dual)
+    loss: Callable = ppo_loss if config.loss == "ppo" else baselines.LOSSES[config.loss]
+    loss = partial(loss, clip_low=low, clip_high=high, dual_clip=dual)
     settings = config.learner_settings() | dict(loss=loss, packing=parts.packing)
     reference = parts.frozen_reference if config.kl_coef else None
     sizes = config.target_sequences, *config.batch_bounds(), config.batch_lam
@@ -316,13 +315,9 @@ def choose_expansions(config: Config, group: Group, rate: float, rng: random.Ran
 
 def leaves(config: Config, group: Group) -> list[tree.TrainingSequence]:
     """One training sequence per leaf of the problem's tree, with its advantages."""
-    flatten: dict[str, Callable] = {
-        "tree": tree.tree_sequences,
-        "grpo": partial(baselines.grpo_sequences, scale=config.scale_rewards),
-        "datpo": baselines.datpo_sequences,
-        "prl": partial(baselines.prl_sequences, eta=config.prl_eta, scale=config.scale_rewards),
-    }
-    sequences = flatten[config.advantage](group.problem.prompt_ids, group.responses)
+    own = config.advantage == "tree"
+    flatten = tree.tree_sequences if own else baselines.flattening(config)
+    sequences = flatten(group.problem.prompt_ids, group.responses)
     if config.mask_cut_off:
         baselines.mask_cut_off(sequences, group.responses)
     return sequences

@@ -18,6 +18,8 @@ its bonus for diverse siblings.
 
 import math
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -25,6 +27,19 @@ from fci import Separators, cut_at_newlines
 from tree import Node, Response, TrainingSequence, build_tree, leaf_ends
 
 
+def flattening(config) -> Callable[..., list[TrainingSequence]]:
+    """(prompt, responses) -> training sequences, of the methods whose advantage is not AttnRL's.
+    config: runtime.config.Config."""
+    scale = config.scale_rewards
+    choices: dict[str, Callable] = {
+        "grpo": partial(grpo_sequences, scale=scale),
+        "prl": partial(prl_sequences, eta=config.prl_eta, scale=scale),
+        "datpo": datpo_sequences,
+    }
+    return choices[config.advantage]
+
+
+# -------- Advantages -----------------------------------------------------------------------------
 def grpo_sequences(
     prompt_ids: list[int], responses: list[Response], scale: str = "std"
 ) -> list[TrainingSequence]:
@@ -156,6 +171,9 @@ def cispo_loss(
     ratio = torch.exp((logp - old_logp).detach().clamp(-20, 20))
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -bounded * advantage * logp, bounded != ratio
+
+
+LOSSES = {"gspo": gspo_loss, "cispo": cispo_loss}  # --loss, but for ppo
 
 
 def mask_cut_off(sequences: list[TrainingSequence], responses: list[Response]) -> None:

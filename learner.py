@@ -14,8 +14,8 @@ The mean is over ALL response tokens of the mini-batch. So the gradient does not
 mini-batch is laid out in rows, cut into micro-batches and dealt out to ranks, and a long response
 weighs as much as its tokens.
 
-Each token's loss has a weight: 1, or another one by truncated importance sampling (--tis_cap,
-runtime/scoring.py); a token of weight 0 is not trained, and leaves the mean.
+Each token's loss has a weight: 1, or less or more by truncated importance sampling (--tis_cap); a
+token of weight 0 is not trained, and leaves the mean.
 
 Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
 
@@ -26,9 +26,8 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
-from runtime.dist import deal, everyone, in_step, mini_batches, rank, whole, world
+from runtime.dist import deal, everyone, in_step, mini_batches, rank, send_gradients, whole, world
 from runtime.metrics import TrainStats
 from runtime.packing import alone
 from runtime.scoring import token_batches, token_logprobs, width
@@ -116,8 +115,7 @@ class Learner:
         A gradient that is not finite is not used: one bad batch must not poison the weights and
         AdamW's moments for ever.
         """
-        # apart from `total`, so that a skipped update does not turn the whole step's log into NaN
-        seen = TrainStats()
+        seen = TrainStats()  # apart: a skipped update must not turn the whole step's log into NaN
         self.optimizer.zero_grad()
         self.add_gradients(sequences, seen)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -141,9 +139,7 @@ class Learner:
         share = [rows[i] for i in deal([width(row) for row in rows], world())[rank()]]
         batches = in_step(token_batches(share, self.token_budget))
         for number, batch in enumerate(batches, 1):
-            # gradients add up here, and cross the wire once
-            if isinstance(self.policy, DistributedDataParallel):
-                self.policy.require_backward_grad_sync = number == len(batches)
+            send_gradients(self.policy, number == len(batches))  # they cross the wire once
             loss = self.micro_batch_loss([share[i] for i in batch], seen)
             # DDP and FSDP2 average over ranks; wanted is the sum
             (loss * world() / tokens).backward()

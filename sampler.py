@@ -13,7 +13,6 @@ Equations (AttnRL):
     Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' training sequences
              are wanted, B'' were kept
 
-Everything is a small function, or a small state that saves to and restores from plain numbers.
 Emptiness and collapse are named (runtime/metrics.py), never silent. Left out: filters on other
 difficulties than z = 1 (the paper's ablation lost by them).
 

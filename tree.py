@@ -53,8 +53,7 @@ class Response:
     """An initial response with what the scoring pass and the grader said of it."""
 
     tokens: list[int]
-    # behaviour log-probs: of the policy that sampled it, one update older than its continuations
-    logprobs: list[float]
+    logprobs: list[float]  # behaviour log-probs, one update older than those of continuations
     reward: float = 0.0
     entropies: list[float] = field(default_factory=list)  # nats, per token
     bounds: list[int] = field(default_factory=list)  # step k is tokens[bounds[k]:bounds[k + 1]]
@@ -99,9 +98,7 @@ def fci_threshold(fci: list[float], rho: float) -> float:
     included."""
     threshold = float(np.quantile(fci, 1 - rho)) if fci else 0.0
     # most steps score 0 (short responses): then any step with a score counts (the authors' code)
-    if threshold <= 0:
-        threshold = min((y for y in fci if y > 0), default=math.inf)
-    return threshold
+    return threshold if threshold > 0 else min((y for y in fci if y > 0), default=math.inf)
 
 
 def fci_branch_steps(
@@ -110,8 +107,7 @@ def fci_branch_steps(
     """AttnRL Eq. 7: the earliest n steps of high FCI, as step indices in rising order.
 
     fci and starts (first token of each step) hold the branchable steps and all later ones, the
-    latter with score 0. min_gap: tokens asked between branch points and from the response's start
-    (the authors' 512 for 8k responses).
+    latter with score 0. min_gap: tokens between branch points, and before the first.
     >>> fci_branch_steps([0, .1, .5, .2, .9, .8, 0, 0, 0, 0], starts=list(range(0, 100, 10)), n=2)
     [4, 5]
     """
@@ -155,8 +151,7 @@ def by_step_entropy(response: Response, n: int, *_) -> list[int]:
 
 
 def by_entropy(response: Response, n: int, *_) -> list[int]:
-    """The authors' TreeRL: the n tokens of highest entropy, without the first (nothing to keep)
-    and the last one (nothing to resample)."""
+    """The authors' TreeRL: the n tokens of highest entropy, without the first and the last one."""
     inner = range(1, len(response.tokens) - 1)
     return sorted(inner, key=lambda t: (-response.entropies[t], t))[:n]
 
@@ -304,7 +299,10 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
 def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
     """The endings of the leaves, in the order of `tree_sequences`: of each response its own, then
     those of its continuations, the latest branch point first."""
-    return [e for r in responses for e in (r, *sorted(r.continuations, key=lambda c: -c.at))]
+    ends: list[Response | Continuation] = []
+    for r in responses:
+        ends += [r, *sorted(r.continuations, key=lambda c: -c.at)]
+    return ends
 
 
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:

@@ -224,6 +224,12 @@ def spread(
     return DistributedDataParallel(forward, gradient_as_bucket_view=True)
 
 
+def send_gradients(model: torch.nn.Module, wanted: bool) -> None:
+    """Does the next backward pass sum gradients over ranks (DDP), or add them up here?"""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = wanted
+
+
 def cast(model, dtype: str):
     """The model with parameters in `dtype`. Parameters only: `model.to(torch.bfloat16)` rounds the
     rotary frequencies, too, and after some thousand tokens an engine that was cast like that reads
