@@ -486,7 +486,7 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
         shown = page.text("#sizes")[0]
         # the formula's result is the size that the run really took
         if record["step"] + 2 < len(metrics):
-            assert f") = {metrics[record['step'] + 2]['problems']}" in shown
+            assert f", rounded {metrics[record['step'] + 2]['problems']}: " in shown
             sized += 1
     assert sized == 2
     assert page.script("[1, 0, 0.7, 0.4].map(x => verdict({reward: x}).textContent)") == [
@@ -697,6 +697,27 @@ def test_a_run_whose_steps_all_score_0_is_shown_with_the_reason(open_page, tmp_p
         mark.startswith("every step scores 0: the earliest steps are taken (FCI counts attention")
         for mark in marks
     )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--branch fci_mean", "FCI as a mean over later steps \\d\\.\\d{3}, rank 1 of"),
+        ("--branch fixed", "one of the equally spaced steps"),
+        ("--branch earliest", "one of the earliest steps after the first"),
+        ("--method datpo", "mean entropy \\(nats\\) \\d\\.\\d{3}, rank 1 of"),
+    ],
+)
+def test_every_forking_rule_says_why(options, words, open_page, tmp_path):
+    run = short_run(tmp_path / "run", *typed(options))
+    check_page(open_page, run)
+    page = open_page(run)
+    marks = page.script("[...document.querySelectorAll('.mark')].map(e => e.title)")
+    assert any(re.match(words, mark) for mark in marks), marks
+    formulas = page.script("[...document.querySelectorAll('.node')].map(e => e.title)")
+    local = re.compile(r"A = [−\d.]+ − [−\d.]+ = [+−\d.]+")  # DATPO's: no root, no square root
+    assert all(bool(local.fullmatch(f)) == ("datpo" in options) for f in formulas) and formulas
 
 
 def test_responses_that_are_cut_off_in_their_first_step_are_shown(open_page, tmp_path):
