@@ -35,7 +35,8 @@ COUNT = re.compile(r"^(\w+\.py)( +)(\d+)(?=   \S)", re.M)
 # options of pip, uv, torchrun and others that the pages name
 FOREIGN = (
     "extra-index-url torch-backend extra index index-strategy nproc_per_node nnodes rdzv_backend"
-    " rdzv_endpoint rdzv_id rdzv_conf local_addr shutdown_timeout signal repo-type local-dir no-deps"
+    " rdzv_endpoint rdzv_id rdzv_conf local_addr shutdown_timeout signal repo-type local-dir"
+    " no-deps"
 )
 
 
