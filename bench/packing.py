@@ -39,7 +39,7 @@ from runtime.dist import mini_batches
 from runtime.models import load_model
 from runtime.packing import alone, pack
 from runtime.scoring import Sequence, width
-from runtime.setup import PACKED_ROW
+from runtime.setup import longest_row
 from tree import TrainingSequence
 
 GOALS = {  # (update, whole step) of the toy, update of the word problems
@@ -47,6 +47,11 @@ GOALS = {  # (update, whole step) of the toy, update of the word problems
     "grpo": (2.2, 1.35, None),
 }
 BOTH = {"packing": True, "plain": False}
+
+
+def pack_for(hidden: int):
+    """As a run on a CPU packs."""
+    return partial(pack, longest=longest_row("cpu", hidden), hidden=hidden)
 
 
 def rows_of(sequences: list, packing, size: int) -> list[list]:
@@ -174,7 +179,7 @@ def word_problems(method: str, problems: int, rng: random.Random) -> list[Traini
 def words(folder: str, method: str, repeats: int, problems: int, budget: int) -> None:
     model = load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")[0]
     sequences = word_problems(method, problems, random.Random(0))
-    packing = partial(pack, longest=PACKED_ROW["cpu"], hidden=model.config.hidden_size)
+    packing = pack_for(model.config.hidden_size)
     timed = time_updates(model, sequences, packing, budget, len(sequences), repeats)
     ours, plain, gap = timed
     row = {"update of SmolLM2-135M": method, "packing, s": ours, "plain, s": plain}
@@ -202,7 +207,7 @@ def papers_shape() -> None:
             ]
     rows = []
     for name, hidden, longest in (
-        ("as pack chooses on a GPU", 1536 // 40, PACKED_ROW["cuda"] // 40),
+        ("as pack chooses on a GPU", 1536 // 40, longest_row("cuda", 1536) // 40),
         ("each prefix once", 10**9, 10**9),
     ):
         packing = partial(pack, longest=longest, hidden=hidden)

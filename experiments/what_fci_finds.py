@@ -421,9 +421,9 @@ class DisruptedEngine(TransformersEngine):
     """The usual engine; between prefix and first new token the values at the cut become zero in
     every layer."""
 
-    def _prefill(self, requests):
+    def _prefill(self, requests, preamble):
         # by now every request has a cache row of its own
-        cache, mask, hidden = super()._prefill(requests)
+        cache, mask, hidden = super()._prefill(requests, preamble)
         for row, r in enumerate(requests):
             start = mask.shape[1] - len(r.prompt_ids)  # prompts are aligned to the right
             for layer in cache.layers:

@@ -36,6 +36,7 @@ COUNT = re.compile(r"^(\w+\.py)( +)(\d+)(?=   \S)", re.M)
 FOREIGN = (
     "extra-index-url torch-backend extra index index-strategy nproc_per_node nnodes rdzv_backend"
     " rdzv_endpoint rdzv_id rdzv_conf local_addr shutdown_timeout signal repo-type local-dir"
+    " no-deps"
 )
 
 
