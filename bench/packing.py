@@ -33,9 +33,10 @@ import torch
 from measure import command, extra_bytes, gain, in_new_process, interleave, positive, record
 from pipeline import Side
 
-from learner import Learner, TrainStats
+from learner import Learner
 from runtime.cli import stop_on_user_error
 from runtime.dist import mini_batches
+from runtime.metrics import TrainStats
 from runtime.models import load_model
 from runtime.packing import alone, pack
 from runtime.scoring import Sequence, width

@@ -57,8 +57,3 @@ def test_a_curve_says_the_problem_as_it_is(tmp_path):
     plot_scores(str(tmp_path / "curve.svg"), steps)
     text = (tmp_path / "curve.svg").read_text()
     assert "of $3?" in text and "answer 5: right" in text
-
-
-def test_fci_py_says_what_to_type_now():
-    text, error = run("fci.py", "--model", TOY_MODEL, code=2)
-    assert text == "" and len(error.splitlines()) == 1 and "python -m tools.show_fci" in error
