@@ -252,11 +252,9 @@ def test_the_suite_has_the_settings_of_the_paper_and_of_training():
     )
     assert (args.temperature, args.max_response, args.max_prompt) == (0.6, 32768, 1024)
     assert args.prompt_suffix == training.prompt_suffix
-    assert (training.eval_temperature, training.eval_max_response, training.eval_samples) == (
-        0.6,
-        32768,
-        args.sets["aime24"][1],
-    )
+    # while training at 8,192 tokens; 32,768 belong to the final evaluation
+    assert (training.eval_max_response, training.eval_every) == (8192, 20)
+    assert (training.eval_temperature, training.eval_samples) == (0.6, args.sets["aime24"][1])
 
 
 def test_options_given_by_hand_override_the_suite(capsys):
