@@ -70,7 +70,7 @@ METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
 
 TOY_MODEL = str(Path(__file__).parent / "toy" / "model")
 TOY_DATA = dict(model=TOY_MODEL, problems="toy:8:4000:1", test_problems="toy:8:100:2")
-TOY_RUN = dict(steps=20, batch_size=24, batch_range=4.0, eval_every=4, eval_temperature=1.0)
+TOY_RUN = dict(steps=20, batch_size=24, eval_every=4, eval_temperature=1.0)
 # A tiny policy that knows but slips: 50 times the paper's learning rate. Responses have 9 steps:
 # Delta = 1 leaves FCI 7 of them to choose from, the paper's 4 would leave 4.
 TOY_METHOD = dict(max_response=110, delta=1, lr=5e-5, kl_coef=0.0, mini_batch=256)
