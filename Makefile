@@ -40,7 +40,7 @@ lint: .venv/ready .venv-lint/ready
 	.venv-lint/bin/mypy --python-executable .venv/bin/python *.py runtime tools
 
 bench: .venv/ready .venv-vllm/ready
-	for part in fci rollout update packing pipeline scale; do .venv/bin/python bench/$$part.py || exit 1; done
+	for part in fci rollout update packing pipeline scale busy; do .venv/bin/python bench/$$part.py || exit 1; done
 	.venv-vllm/bin/python bench/rollout.py --vllm
 	.venv/bin/python bench/measure.py
 
