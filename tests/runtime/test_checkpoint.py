@@ -840,3 +840,13 @@ def test_with_other_problems_the_stream_and_the_in_flight_half_start_anew(halfwa
     assert {s["problem"] for s in lines(halfway / "samples.jsonl") if s["step"] == 3} <= {
         text for text, _ in toy_set("toy:8:5:3")
     }
+
+
+def test_resume_auto_without_a_checkpoint_says_that_the_run_starts_anew(tmp_path, capsys):
+    folder = tmp_path / "misspelt"
+    train(config_of(folder, "--resume", "auto", "--steps", 1), stop=lambda: True)
+    said = capsys.readouterr().out
+    assert f"--resume auto: no checkpoint in {folder} yet, so the run starts anew" in said
+    train(config_of(folder, "--resume", "auto", "--steps", 1))
+    again = capsys.readouterr().out
+    assert "starts anew" not in again and "resumed from" in again
