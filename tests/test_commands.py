@@ -76,6 +76,7 @@ REDUCED = [  # in this order; what a command is replaced by
     (r"methods\.py --report", "methods.py --report --folder small"),
     (r"methods\.py  +#", "methods.py --report --folder small #"),
     (r"what_fci_finds\.py", "what_fci_finds.py --quick"),
+    (r"forks\.py", "forks.py --problems toy:6:4:5 --group 2 --folder small"),
 ]
 NOT_RUN = {  # a line of the block: why
     "git clone ... && cd attnrl": (
