@@ -12,8 +12,8 @@ What is spread out and what is not:
   metrics are global because nothing is partial. A rollout's seed depends on its place in the batch,
   so one rank and eight sample the same responses (up to rounding).
 - An update deals the rows of each mini-batch out by token count (`deal`), so that ranks finish
-  together. The
-  token mean is that of the GLOBAL mini-batch; gradients are summed over ranks by DDP or FSDP2.
+  together. The token mean is that of the GLOBAL mini-batch; gradients are summed over ranks by DDP
+  or FSDP2.
 
 Ranks with unequal numbers of micro-batches would wait for each other for ever, because FSDP gathers
 weights in every forward pass: `in_step` gives the others empty batches to pass the time with.

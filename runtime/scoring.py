@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from fci import StepAttention, check_bounds, scoring_mode, step_scores
 from runtime.cli import UserError
 from runtime.dist import everyone, in_step
-from runtime.packing import alone, lay_out, place, tree_attention
+from runtime.packing import alone, common, lay_out, tree_attention
 
 HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
 LOGGED_STEPS = 64  # a picture of more steps has no room on a screen, and needs megabytes
@@ -144,8 +144,10 @@ def token_logprobs(model, rows: list[list], temperature: float, with_entropy: bo
 # The scoring pass
 # --------------------------------------------------------------------------------------------------
 def width(row: list) -> int:
-    """The tokens of a row of sequences."""
-    return len(place(row)[0])
+    """The tokens of a row of sequences: of each what it does not share with the one before, which
+    is what `place` lays out."""
+    whole = [s.prompt_ids + s.tokens for s in row]
+    return sum(map(len, whole)) - sum(map(common, whole, whole[1:]))
 
 
 def token_batches(rows: list[list], token_budget: int) -> list[list[int]]:
