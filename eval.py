@@ -44,7 +44,7 @@ from runtime.results import (
     open_results,
     results_table,
 )
-from runtime.rewards import Reward, response_texts
+from runtime.rewards import GRADED, Reward, response_texts
 from runtime.rollout import Request, TransformersEngine, request_seed
 from runtime.vllm_engine import VLLMEngine
 from sampler import is_correct
@@ -295,6 +295,7 @@ def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
         today=date_of(out / f"{name}.jsonl") or args.date,
         problem_column=args.problem_column,
         answer_column=args.answer_column,
+        graded=args.reward in GRADED,
     )
     prompts = json.dumps([(p.text, p.answers, p.prompt_ids) for p in problems])
     settings = {

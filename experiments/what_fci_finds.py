@@ -1,11 +1,12 @@
 r"""what_fci_finds.py: does FCI find the steps that matter? Two studies on the toy, where the answer
-is known.
+is known; the first of them in words, for any model.
 
-    python experiments/what_fci_finds.py              # about 15 minutes on one core
-    python experiments/what_fci_finds.py --quick      # the same, small: about a minute
+    python experiments/what_fci_finds.py               # the toy: about 15 minutes on one core
+    python experiments/what_fci_finds.py --quick       # the same, small: about a minute
+    python experiments/what_fci_finds.py --model DIR   # word problems, see in_words.py
 
 Prints tables; writes figures/ and results/ beside this file, with --quick into
-runs/what_fci_finds-quick.
+runs/what_fci_finds-quick. What follows is the toy's.
 
 Study 1, correlation. In a program such as "a=4;b=a-2;c=b+b;d=7;e=d+c;?e" the influence of a line is
 known:
@@ -91,6 +92,7 @@ from toy.programs import toy_program, toy_solution
 from tree import Response, choose_branch_points
 
 ROOT = Path(__file__).resolve().parent.parent
+TOY = ROOT / "toy" / "model"
 SAMPLES, RHO, RESAMPLES = 8, 0.2, 1000  # a step; the quantile of Eq. 7; bootstrap
 MEASURES = (
     "FCI, Delta 1",
@@ -353,24 +355,26 @@ def rho(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
         return np.where(xx * yy > 1e-9, xy / np.sqrt(xx * yy), np.nan)
 
 
-def correlations(
-    scores: np.ndarray, truth: np.ndarray, cell: np.ndarray, weights: np.ndarray
-) -> dict:
-    """Spearman's rho of scores and truth, both (rows, steps), "within" responses and "partial":
-    without the means of `cell`."""
-    of_cell = np.unique(cell, return_inverse=True)[1].reshape(cell.shape)
-    size = np.bincount(of_cell.ravel())
+def correlations(scores, truth, cell, weights: np.ndarray) -> dict:
+    """Spearman's rho of scores and truth, "within" responses and "partial": without the means of
+    `cell`. One array over its steps for each response, of any number of steps."""
+    of_row = np.repeat(np.arange(len(scores)), list(map(len, scores)))
+    of_cell = np.unique(np.concatenate(list(cell)), return_inverse=True)[1]
+    size = np.bincount(of_cell)
 
-    def cell_means(r: np.ndarray) -> np.ndarray:
-        return (np.bincount(of_cell.ravel(), r.ravel()) / size)[of_cell]
+    def centred(rows) -> np.ndarray:
+        return np.concatenate([r - r.mean() for r in map(ranks, rows)])
 
-    def products(dx: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
+    def without_cell_means(x: np.ndarray) -> np.ndarray:
+        return x - (np.bincount(of_cell, x) / size)[of_cell]
+
+    def products(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
         """xy, xx, yy: one number a response"""
-        return [(a * b).sum(1) for a, b in ((dx, dy), (dx, dx), (dy, dy))]
+        return [np.bincount(of_row, a * b, len(scores)) for a, b in ((x, y), (x, x), (y, y))]
 
-    both = ranks(scores), ranks(truth)
-    within = rho(*products(*(r - r.mean(1, keepdims=True) for r in both)))
-    pooled = rho(*(weights @ sums for sums in products(*(r - cell_means(r) for r in both))))
+    both = centred(scores), centred(truth)
+    within = rho(*products(*both))
+    pooled = rho(*(weights @ sums for sums in products(*map(without_cell_means, both))))
     return {"within": estimate(weighted_mean(weights, within)), "partial": estimate(pooled)}
 
 
@@ -748,22 +752,25 @@ def row_record(row: Row, program: str) -> dict:
 def parse(argv: list[str]):
     parser = Parser(
         "experiments/what_fci_finds.py",
-        "What FCI finds on the toy: correlation with true influence, disruption.",
+        "What FCI finds: correlation with known influence; on the toy disruption, too.",
         "python experiments/what_fci_finds.py --quick",
     )
     add = parser.add_argument
     text = "few problems; writes to runs/what_fci_finds-quick, not experiments"
     add("--quick", action="store_true", help=text)
-    add("--model", default=str(ROOT / "toy" / "model"), help="model directory")
-    text = "toy:VARIABLES:COUNT:SEED; default toy:8:240:3, with --quick toy:8:16:3"
+    add("--model", default=str(TOY), help="model directory")
+    text = "toy:8:240:3 (with --quick toy:8:16:3); another model: words:10:40:1, or a file"
     add("--problems", help=text)
+    text = "samples a problem, in words; 0: the solutions as they are"
+    add("--sampled", type=int, default=0, help=text)
+    add("--name", default="", help="of the results, in words; default: the model's folder")
     args = parser.parse_args(argv)
-    args.problems = args.problems or ("toy:8:16:3" if args.quick else "toy:8:240:3")
-    if args.problems.split(":")[0] != "toy":
-        raise UserError(
-            f"--problems {args.problems}: the true influence of a step is known on the toy only;"
-            " give toy:8:100:3"
-        )
+    is_toy = Path(args.model).resolve() == TOY
+    few, many = ("toy:8:16:3", "toy:8:240:3") if is_toy else ("words:6:8:1", "words:10:40:1")
+    args.problems = args.problems or (few if args.quick else many)
+    args.name = args.name or Path(args.model).resolve().name
+    if args.sampled < 0:
+        raise UserError(f"--sampled {args.sampled}: must be at least 0")
     return args
 
 
@@ -778,16 +785,21 @@ def draw(folder: Path, results: dict[str, dict]) -> None:
     draw_disruption(folder / "disruption.png", studies)
 
 
-def main(argv: list[str]) -> None:
-    args, started = parse(argv), time.time()
-    study = load_study(args.model)
-    toy = load_problems(args.problems, study.tokenizer, max_prompt=1024)
-    out = ROOT / "runs" / "what_fci_finds-quick" if args.quick else ROOT / "experiments"
+def results_folder(quick: bool) -> Path:
+    """Raises UserError."""
+    out = ROOT / "runs" / "what_fci_finds-quick" if quick else ROOT / "experiments"
     try:
         for folder in ("figures", "results"):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from error
+    return out
+
+
+def study_toy(args, out: Path) -> tuple[dict, list[str]]:
+    """Both studies, on the toy and on the decoys."""
+    study = load_study(args.model)
+    toy = load_problems(args.problems, study.tokenizer, max_prompt=1024)
     sets = {"toy": toy, "decoy": decoys(len(toy), toy[0].text.count(";"), study.tokenizer)}
     results = {}
     for name, problems in sets.items():
@@ -795,18 +807,26 @@ def main(argv: list[str]) -> None:
         results[name] = run_studies(study, problems, count=2 if args.quick else 3)
         print_tables(name, results[name])
     draw(out / "figures", results)
-    settings = {
-        "model": os.path.relpath(args.model, ROOT),
-        "problems": args.problems,
-        "samples": SAMPLES,
-        "resamples": RESAMPLES,
-    }
-    text = json.dumps(settings | results).replace('{"problem":', '\n{"problem":')
-    (out / "results" / "what_fci_finds.json").write_text(text + "\n", encoding="utf-8")
-    print(
-        f"\n{(time.time() - started) / 60:.1f} minutes; written: {out}/figures/fci_correlation.png,"
-        f" disruption.png, {out}/results/what_fci_finds.json"
-    )
+    settings = {"samples": SAMPLES, "resamples": RESAMPLES}
+    return settings | results, ["figures/fci_correlation.png", "figures/disruption.png"]
+
+
+def main(argv: list[str]) -> None:
+    args, started = parse(argv), time.time()
+    out = results_folder(args.quick)
+    if args.problems.split(":")[0] == "toy":
+        name = "what_fci_finds"
+        found, figures = study_toy(args, out)
+    else:
+        import in_words  # which wants this module's statistics
+
+        name = f"what_fci_finds-{args.name}"
+        found, figures = in_words.study(args, out / "figures" / f"{name}.png")
+    settings = {"model": os.path.relpath(args.model, ROOT), "problems": args.problems}
+    text = json.dumps(settings | found).replace('{"problem":', '\n{"problem":')
+    (out / "results" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    written = ", ".join(str(out / file) for file in (*figures, f"results/{name}.json"))
+    print(f"\n{(time.time() - started) / 60:.1f} minutes; written: {written}")
 
 
 if __name__ == "__main__":

@@ -144,18 +144,20 @@ def load_problems(
     problem_column: str = "",
     answer_column: str = "",
     today: str = "",
-    check_answers: bool = True,
+    graded: bool = True,
 ) -> list[Problem]:
     """The problem set with its prompts as token ids, in the order of the file. Raises UserError.
 
     suffix: added to problems that do not end in it. evaluation: problems that must not be in here.
-    today: see encode_prompt. check_answers: may start workers, for up to CHECK_SECONDS. Bad rows
-    are said and end it, or are left out with `drop`; a set with nothing left ends it, too.
+    today: see encode_prompt. graded: answers are for the grader, so of worked solutions only what
+    they end in is kept, and it is checked (may start workers, for up to CHECK_SECONDS); a reward of
+    one's own gets them as they stand in the file. Bad rows are said and end it, or are left out
+    with `drop`; a set with nothing left ends it, too.
     """
     today = checked_day(today)  # one day for the whole set, also around midnight
     if is_toy(source):
         rows, columns = toy_rows(source, {p.text for p in evaluation}), Columns("problem", "answer")
-        suffix, evaluation, check_answers = "", (), False  # such a set is never wrong
+        suffix, evaluation, graded = "", (), False  # such a set is never wrong
     else:
         rows, columns = file_rows(source, problem_column, answer_column, say)
     held_out = Known([(p.text, p.source) for p in evaluation], suffix)
@@ -164,6 +166,8 @@ def load_problems(
         where = f"{source}, {place}"
         try:
             problem = read_problem(row, columns, where, tokenizer, suffix, today)
+            if graded:
+                problem.answers = golds.final_answers(problem.answers)
             kind, fault = fault_of(problem, max_prompt, held_out)
         except Exception as error:  # also what a template or a tokenizer says of odd characters
             kind, fault = "malformed", first_line(error)
@@ -171,16 +175,16 @@ def load_problems(
             bad[kind].append(f"{where}: {fault}")
         else:
             problems[problem_key(problem.text, suffix)].append(problem)
-    return report(source, problems, bad, drop, check_answers, say)
+    return report(source, problems, bad, drop, graded, say)
 
 
-def report(source: str, problems: dict, bad: dict, drop: bool, check_answers: bool, say) -> list:
+def report(source: str, problems: dict, bad: dict, drop: bool, graded: bool, say) -> list:
     """The problems that are left, after all has been said about the others. Raises UserError."""
     try:
-        kept = without_repeats(problems, bad)
+        kept = without_repeats(problems, bad, CHECK_SECONDS if graded else 0)
         if bad:
             report_bad_rows(source, bad, drop, say)
-        if check_answers:
+        if graded:
             report_letters(source, kept, say)
     finally:
         golds.GRADER.close()
@@ -246,10 +250,11 @@ def fault_of(problem: Problem, max_prompt: int, held_out: Known) -> tuple[str, s
     return "", ""
 
 
-def without_repeats(problems: dict[str, list[Problem]], bad: dict[str, list[str]]) -> list[Problem]:
-    """The first row of every problem, but none where its rows have different answers."""
+def without_repeats(problems: dict, bad: dict[str, list[str]], seconds: float) -> list[Problem]:
+    """The first row of every problem, but none where its rows have different answers. seconds: for
+    asking the grader whether two answers are the same; 0: only the same strings are."""
     kept = []
-    deadline = time.monotonic() + CHECK_SECONDS  # for asking whether two answers are the same
+    deadline = time.monotonic() + seconds
     for first, *others in problems.values():
         if all(golds.agree(first.answers, p.answers, deadline) for p in others):
             kept.append(first)

@@ -61,8 +61,13 @@ def parse_answers(value) -> list[str]:
         v.strip().lower() in _NONE if isinstance(v, str) else not math.isfinite(v) for v in values
     ):
         raise ValueError("the answer is NaN or infinite")  # what is written where there is none
-    texts = [final_answer(v) if isinstance(v, str) else str(v) for v in values]
-    return [text.strip() for text in texts if text.strip()]
+    texts = [str(v).strip() for v in values]
+    return [text for text in texts if text]
+
+
+def final_answers(answers: list[str]) -> list[str]:
+    """What the grader is asked for: of worked solutions what they end in."""
+    return [final for final in map(final_answer, answers) if final]
 
 
 def final_answer(text: str) -> str:
@@ -75,7 +80,7 @@ def final_answer(text: str) -> str:
     if mark:
         return after.strip()
     box = last_box(text)
-    return text if box is None else box
+    return text if box is None else box.strip()
 
 
 def agree(some: list[str], others: list[str], deadline: float) -> bool:

@@ -22,7 +22,7 @@ from runtime.data import Problem, checked_day, hold_out, is_toy, load_problems, 
 from runtime.models import check_context, check_model, load_model, packing_obstacle
 from runtime.monitor import Display, Monitor
 from runtime.packing import alone, pack
-from runtime.rewards import Reward, response_texts
+from runtime.rewards import GRADED, Reward, response_texts
 from runtime.rollout import Request, TransformersEngine
 from runtime.scoring import Scores, Sequence, TokenLogprobs, engine_gap, score, tis_weights
 from runtime.vllm_engine import VLLMEngine
@@ -164,6 +164,7 @@ def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem]
         say=say,
         problem_column=config.problem_column,
         answer_column=config.answer_column,
+        graded=config.reward in GRADED,
     )
     if config.test_fraction:
         every = load_problems(config.problems, tokenizer, **load)

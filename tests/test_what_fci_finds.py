@@ -250,6 +250,19 @@ def test_one_command_writes_both_figures_and_all_numbers(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.count("\n| FCI, Delta 1 |") == 2 * 3
 
 
-def test_other_problems_are_refused():
-    with pytest.raises(UserError, match="known on the toy only"):
-        study.main(["--problems", "aime24.parquet"])
+def test_a_response_may_have_any_number_of_steps():
+    """Two responses of 3 steps and one of 4, each its own cell: as if the two sets were alone."""
+    three = np.array([[1, 3, 2], [2, 1, 3]]), np.array([[1, 2, 3], [1, 3, 2]])
+    four = np.array([[4, 1, 2, 3]]), np.array([[3, 1, 4, 2]])
+    cells = [np.arange(3), np.arange(3), 10 + np.arange(4)]
+    ones = np.ones((1, 3))
+    mixed = study.correlations([*three[0], *four[0]], [*three[1], *four[1]], cells, ones)
+    apart = [
+        study.correlations(*both, cells[first : first + len(both[0])], np.ones((1, len(both[0]))))
+        for both, first in ((three, 0), (four, 2))
+    ]
+    # within: the mean over responses; alone in its cells the third has nothing left to pool
+    means = (2 * apart[0]["within"][0] + apart[1]["within"][0]) / 3
+    assert mixed["within"][0] == pytest.approx(means)
+    assert mixed["partial"][0] == pytest.approx(apart[0]["partial"][0])
+    assert apart[1]["partial"] is None

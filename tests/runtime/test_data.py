@@ -354,7 +354,7 @@ def test_real_evaluation_files_load_whole(tokenizer, name, rows):
         tokenizer,
         suffix=SUFFIX,
         max_prompt=10_000,
-        check_answers=False,
+        graded=False,
     )
     assert len(problems) == rows and said == [] and all(p.answers for p in problems)
     assert all(tokenizer.decode(p.prompt_ids).count("within \\boxed{}.") == 1 for p in problems)
@@ -370,7 +370,7 @@ def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
             tokenizer,
             suffix=SUFFIX,
             max_prompt=10_000,
-            check_answers=False,
+            graded=False,
         )[0]
     ]
     path, leaks = REAL_DATA / "dapo_math_train.parquet", []
@@ -389,7 +389,7 @@ def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
         suffix=SUFFIX,
         evaluation=held_out,
         max_prompt=10_000,
-        check_answers=False,
+        graded=False,
     )
     counts = {
         kind: int(n)

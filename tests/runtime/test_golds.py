@@ -15,6 +15,7 @@ from runtime.data import load_problems
 from runtime.golds import (
     agree,
     final_answer,
+    final_answers,
     is_prose,
     is_simple,
     only_by_letters,
@@ -47,8 +48,26 @@ def end_of_workers():
 )
 def test_the_end_of_a_worked_solution_is_its_answer(text, answer):
     assert final_answer(text) == answer
-    assert parse_answers(text) == [answer] * bool(answer)
-    assert parse_answers([text, 8]) == [answer] * bool(answer) + ["8"]
+    assert final_answers(parse_answers(text)) == [answer] * bool(answer)
+    assert final_answers(parse_answers([text, 8])) == [answer] * bool(answer) + ["8"]
+
+
+def test_a_reward_of_ones_own_gets_worked_answers_as_they_stand(tmp_path):
+    """And of two solutions of one problem nobody can say that they are the same."""
+    path, said = tmp_path / "p.jsonl", []
+    whole = {"1?": r"3 + 4 = 7, so \boxed{7}.", "2?": "3 + 5 = 8\n#### 8", "3?": "9"}
+    rows = [{"problem": problem, "answer": answer} for problem, answer in whole.items()]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    def answers(**how) -> list[list[str]]:
+        how |= dict(max_prompt=99, drop=True, say=said.append)
+        return [p.answers for p in load_problems(str(path), bpe_tokenizer(), **how)]
+
+    assert answers() == [["7"], ["8"], ["9"]]
+    assert answers(graded=False) == [[answer] for answer in whole.values()]
+    path.write_text("\n".join(map(json.dumps, [*rows, {"problem": "1?", "answer": "7"}])))
+    assert answers() == [["7"], ["8"], ["9"]]
+    assert answers(graded=False) == [["3 + 5 = 8\n#### 8"], ["9"]]
 
 
 def test_decimals_of_tables_are_numbers():
@@ -169,7 +188,7 @@ def test_golds_without_hope_are_reported_with_number_file_and_row(tmp_path):
     ]
     assert len(said) == 7 and said[6] == f"{kind}: ... and 2 more in {path}"
     said.clear()
-    load_problems(str(path), bpe_tokenizer(), max_prompt=99, say=said.append, check_answers=False)
+    load_problems(str(path), bpe_tokenizer(), max_prompt=99, say=said.append, graded=False)
     assert said == []
 
 

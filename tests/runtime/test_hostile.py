@@ -336,7 +336,7 @@ def check_load(path: Path, tokenizer, drop: bool) -> int:
     said, problems = [], []
     try:
         # hostile answers to the check of golds are tests/runtime/test_golds.py's
-        how = dict(max_prompt=200, suffix=" Box it.", drop=drop, check_answers=False)
+        how = dict(max_prompt=200, suffix=" Box it.", drop=drop, graded=False)
         problems = load_problems(str(path), tokenizer, say=said.append, **how)
         said = [line for line in said if not line.startswith(f"{path}: the problem is read from ")]
         assert isinstance(problems, list) and problems and (drop or not said), (

@@ -1,0 +1,180 @@
+r"""word_problems.py: word problems whose steps depend on each other in a known way.
+
+    python recipes/word_problems.py train.jsonl --count 2000 --people 5-10
+    python recipes/word_problems.py test.jsonl --count 200 --people 5-10 --test
+
+A problem of four people, its statements shuffled:
+
+    Emma has twice as many coins as Leo. Anna has 4 coins. Ben has as many coins as Anna and Emma
+    together. Leo has 3 more coins than Anna. How many coins does Ben have?
+
+and its solution, a paragraph for each person, then the box:
+
+    Anna has 4 coins.               depends on nothing
+    Leo has 4 + 3 = 7 coins.        on step 0 (Anna)
+    Emma has 2 * 7 = 14 coins.      on step 1 (Leo)
+    Ben has 4 + 14 = 18 coins.      on steps 0 and 2
+    \boxed{18}
+
+A row has "problem", "answer", "solution", and for experiments/what_fci_finds.py "steps" (the
+paragraphs without the box) and "depends" (of each step the earlier ones that it needs). One person,
+the hub, is named by more of the later ones than others are, so steps differ in influence at any
+place. Numbers stay from 2 to 50.
+
+--test takes other names, other things, and other structures (who depends on whom, and how): a fifth
+of all structures belongs to the test alone.
+
+    python -m pytest tests/test_word_problems.py
+"""
+
+import json
+import random
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from runtime.cli import Parser, UserError, reason, stop_on_user_error
+
+MOST = 20  # people of a problem
+SMALLEST, LARGEST = 2, 50  # 1 would be "1 coins"
+TRAIN_NAMES = (
+    "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul Rosa Sam"
+    " Tina Victor Wendy Adam Bella Chris Diana Eric Fiona George Helen Ivan"
+).split()
+TEST_NAMES = (
+    "Laura Mark Nina Oscar Petra Ralph Sofia Tom Vera Will Alice Bruno Clara Daniel Elena Frank"
+    " Gina Hugo Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe"
+).split()
+TRAIN_THINGS = "coins books apples cards stamps shells pens marbles".split()
+TEST_THINGS = "beads stickers oranges buttons stones flowers".split()
+
+
+def word_problem(people: int, rng: random.Random, test: bool = False) -> dict:
+    """One problem as a row (see above)."""
+    while True:
+        names = rng.sample(TEST_NAMES if test else TRAIN_NAMES, people)
+        thing = rng.choice(TEST_THINGS if test else TRAIN_THINGS)
+        said, steps, values, depends = statements(names, thing, rng, test)
+        if all(SMALLEST <= value <= LARGEST for value in values):
+            break
+    rng.shuffle(said)
+    return {
+        "problem": f"{' '.join(said)} How many {thing} does {names[-1]} have?",
+        "answer": str(values[-1]),
+        "solution": "\n\n".join([*steps, rf"\boxed{{{values[-1]}}}"]),
+        "steps": steps,
+        "depends": depends,
+    }
+
+
+def statements(names: list[str], thing: str, rng: random.Random, test: bool) -> tuple:
+    """(what is said of each person, how it is worked out, the values, the dependencies)."""
+    kinds, depends = structure(len(names), rng, test)
+    said, steps, values = [], [], []
+    for name, kind, needs in zip(names, kinds, depends):
+        others = [(names[k], values[k]) for k in needs]
+        statement, worked, value = relation(kind, name, thing, others, rng)
+        said.append(statement)
+        steps.append(f"{name} has {worked} {thing}.")
+        values.append(value)
+    return said, steps, values, depends
+
+
+def structure(people: int, rng: random.Random, test: bool) -> tuple[list[str], list[list[int]]]:
+    """(kind of each statement, the earlier persons that it names)."""
+    while True:
+        hub = rng.randrange(max(1, people - 2))
+        kinds, depends = ["number"], [[]]
+        for i in range(1, people):
+            kind = rng.choices(["number", "more", "fewer", "twice", "sum"], [1, 3, 3, 1, 2])[0]
+            if i == people - 1 and kind == "number" or i == 1 and kind == "sum":
+                kind = "more"
+            choices = [hub if hub < i else i - 1, i - 1, rng.randrange(i)]
+            first = rng.choices(choices, [4, 3, 3])[0]
+            needs = [] if kind == "number" else [first]
+            if kind == "sum":
+                needs = sorted([first, rng.choice([k for k in range(i) if k != first])])
+            kinds.append(kind)
+            depends.append(needs)
+        if is_for_tests(kinds, depends) == test:
+            return kinds, depends
+
+
+def is_for_tests(kinds: list[str], depends: list[list[int]]) -> bool:
+    return zlib.crc32(repr((kinds, depends)).encode()) % 5 == 0
+
+
+def relation(kind: str, name: str, thing: str, others: list, rng) -> tuple[str, str, int]:
+    """(what the problem says, the worked number, the number) of one person, from those of the
+    others, who have a name and a number."""
+    number = rng.randrange(2, 10)
+    if kind == "number":
+        return f"{name} has {number} {thing}.", str(number), number
+    other, known = others[0]
+    if kind == "more":
+        text, worked = f"{number} more {thing} than {other}", f"{known} + {number}"
+    elif kind == "fewer":
+        text, worked = f"{number} fewer {thing} than {other}", f"{known} - {number}"
+        number = -number
+    elif kind == "twice":
+        text, worked, number = f"twice as many {thing} as {other}", f"2 * {known}", known
+    else:
+        second, number = others[1]
+        text = f"as many {thing} as {other} and {second} together"
+        worked = f"{known} + {number}"
+    value = known + number
+    return f"{name} has {text}.", f"{worked} = {value}", value
+
+
+def word_problems(people: str, count: int, seed: int, test: bool = False) -> Iterator[dict]:
+    """`count` different rows; people: "10" or "5-10", drawn evenly."""
+    low, high = bounds_of(people)
+    rng, seen = random.Random(f"{people}:{seed}:{test}"), set()
+    while len(seen) < count:
+        row = word_problem(rng.randint(low, high), rng, test)
+        if row["problem"] not in seen:
+            seen.add(row["problem"])
+            yield row
+
+
+def bounds_of(people: str) -> tuple[int, int]:
+    """Raises UserError."""
+    low, _, high = people.partition("-")
+    try:
+        found = int(low), int(high or low)
+    except ValueError:
+        found = 0, 0
+    if not 3 <= found[0] <= found[1] <= MOST:
+        raise UserError(f"people {people!r}: write 10 or 5-10, from 3 to {MOST}")
+    return found
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(
+        "recipes/word_problems.py",
+        "Write word problems with known dependencies as JSONL.",
+        "python recipes/word_problems.py train.jsonl --count 2000 --people 5-10",
+    )
+    add = parser.add_argument
+    add("out", type=Path, help="the file to write")
+    add("--count", type=int, default=1000, help="problems")
+    add("--people", default="5-10", help="of a problem: 10, or 5-10")
+    add("--seed", type=int, default=1, help="another one gives other problems")
+    add("--test", action="store_true", help="names, things and structures of the test")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    rows = word_problems(args.people, args.count, args.seed, args.test)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        args.out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written ({reason(error)})") from error
+    print(f"{args.count} problems of {args.people} people: {args.out}")
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("recipes/word_problems.py"):
+        main(sys.argv[1:])
