@@ -342,10 +342,12 @@ def weighted_mean(weights: np.ndarray, values: np.ndarray, where=True) -> np.nda
 
 
 def estimate(values: np.ndarray) -> list[float] | None:
-    """[estimate, low, high] from a statistic under every line of bootstrap weights; None where it
-    is undefined."""
+    """[estimate, low, high] from a statistic under every line of bootstrap weights ([estimate] if
+    there is one line); None where it is undefined."""
     if not np.isfinite(values[0]):
         return None
+    if len(values) == 1:
+        return [float(values[0])]
     return [float(values[0]), *np.nanquantile(values[1:], [0.025, 0.975]).tolist()]
 
 
@@ -818,6 +820,7 @@ def main(argv: list[str]) -> None:
         name = "what_fci_finds"
         found, figures = study_toy(args, out)
     else:
+        sys.path.insert(0, str(ROOT / "experiments"))  # also when run by its path
         import in_words  # which wants this module's statistics
 
         name = f"what_fci_finds-{args.name}"

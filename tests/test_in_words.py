@@ -71,7 +71,7 @@ def test_fci_by_count_orders_steps_as_the_rule_does():
     bounds = [0, 2, 4, 6, 8, 10, 12]
     response = Response([1] * 12, [0.0] * 12, entropies=[0.0] * 12, bounds=bounds, fci=y)
     response.branchable = 6
-    (point,) = BRANCH_RULES["fci_mean"](response, 1, random.Random(0), 0.2, 0, 1)
+    (point,) = BRANCH_RULES["fci_mean"](response, 1, random.Random(0), 0.01, 0, 1)
     by_count = [v / max(1, 6 - k - 1) for k, v in enumerate(y)]
     assert point == bounds[int(np.argmax(by_count))]
 

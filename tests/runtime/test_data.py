@@ -389,7 +389,6 @@ def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
         suffix=SUFFIX,
         evaluation=held_out,
         max_prompt=10_000,
-        graded=False,
     )
     counts = {
         kind: int(n)
