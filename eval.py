@@ -142,6 +142,9 @@ SUITES: dict[str, dict[str, Any]] = {
         samples=dict(aime24=32, aime25=32, amc23=32, math500=4, minerva=4, olympiad=4),
     )
 }
+# What --help shows
+FIRST = ["model", "problems", "ask", "answer", "suite"]
+FIRST += ["k", "temperature", "max_response", "reward", "out"]
 # responses that are sampled, graded and written together: what a killed evaluation loses
 CHUNK = 256
 
@@ -153,6 +156,8 @@ def parse(argv: list[str]):
         "eval.py",
         "Evaluate a model, or ask a question.",
         "python eval.py --model toy/model --problems toy:8:100:2",
+        "--model DIR --problems FILE ... [--OPTION VALUE ...]",
+        FIRST,
     )
     add_problem_options(parser.add_argument_group("what is evaluated"))
     add_sampling_options(parser.add_argument_group("sampling"))

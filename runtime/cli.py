@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, get_args
@@ -77,11 +78,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         )
 
 
+class ShortHelp(argparse.Action):
+    """--help of a command with more options than a screen has lines."""
+
+    def __call__(self, parser, *_):
+        print(parser.short_help(), end="")
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """A command line: its --help shows defaults and ends with an example; what is wrong with it is
-    a UserError."""
+    a UserError. first: the options to begin with; then --help shows these alone, and --help_all all
+    of them."""
 
-    def __init__(self, prog: str, description: str, example: str, usage: str = ""):
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        example: str,
+        usage: str = "",
+        first: Sequence[str] = (),
+    ):
         super().__init__(
             f"python {prog}",
             f"%(prog)s {usage}" if usage else None,
@@ -89,7 +106,24 @@ class Parser(argparse.ArgumentParser):
             f"example: {example}",
             formatter_class=Help,
             allow_abbrev=False,
+            add_help=not first,
         )
+        self.first = first
+        if first:
+            few, silent = f"show the {len(first)} options to begin with", argparse.SUPPRESS
+            self.add_argument("-h", "--help", action=ShortHelp, nargs=0, default=silent, help=few)
+            self.add_argument("--help_all", action="help", help="show all options")
+
+    def short_help(self) -> str:
+        """The options to begin with, in the order in which they are named."""
+        formatter, count = self._get_formatter(), len(self._actions) - 2  # without the helps
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.start_section(f"options to begin with (--help_all shows all {count})")
+        formatter.add_arguments([self._option_string_actions[f"--{name}"] for name in self.first])
+        formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
 
     def parse_args(self, args=None, namespace=None):
         """As argparse does it, but dashes pass for underscores, and a wrong option or value comes
@@ -132,17 +166,18 @@ class Parser(argparse.ArgumentParser):
         for one in fields(kind):
             if one.metadata["group"]:
                 group = self.add_argument_group(one.metadata["group"])
+            text = one.metadata["help"]
             if one.name in tables:
                 how = dict(choices=list(tables[one.name]))
+                if len(tables[one.name]) > 5:  # argparse would write them all on one line
+                    how["metavar"], text = "NAME", f"{text}: %(choices)s"
             elif one.type is bool:
                 how = dict(type=yes_or_no, metavar="true|false", nargs="?", const=True)
             elif choices := get_args(one.type):
                 how = dict(choices=choices)
             else:
                 how = dict(type=one.type, metavar=getattr(one.type, "__name__", "").upper())
-            group.add_argument(
-                f"--{one.name}", help=one.metadata["help"], default=one.default, **how
-            )
+            group.add_argument(f"--{one.name}", help=text, default=one.default, **how)
 
 
 def yes_or_no(text: str) -> bool:

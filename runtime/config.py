@@ -7,7 +7,8 @@
 `Config` is all three at once, so `config.delta` is `--delta`. Defaults are the paper's; a preset
 and a method change some (attnrl.py), the command line has the last word.
 
-    python attnrl.py --help
+    python attnrl.py --help              # ten options to begin with; --preset NAME: its values
+    python attnrl.py --help_all          # all of them
 """
 
 import math
@@ -21,10 +22,13 @@ from runtime.models import pick_device
 from tree import BRANCH_RULES
 
 INFINITE = float("inf")
+# What --help shows: whose model, which problems, how they are graded, how long, where it goes
+FIRST = ["preset", "method", "model", "problems", "test_fraction", "reward"]
+FIRST += ["steps", "batch_size", "lr", "out"]
 
 
 def option(default, text: str, group: str = ""):
-    """A setting; `group` begins a group of settings in --help."""
+    """A setting; `group` begins a group of settings in --help_all."""
     return field(default=default, metadata={"help": text, "group": group})
 
 
@@ -338,11 +342,22 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
         "attnrl.py",
         "Train a reasoning model with AttnRL or a baseline.",
         "python attnrl.py --method treerl --steps 10 --out runs/mine",
-        f"[--preset {'|'.join(presets)}] [--method NAME] [--OPTION VALUE ...]",
+        "[--preset NAME] [--method NAME] [--OPTION VALUE ...]",
+        FIRST,
     )
     parser.add_settings(Config, {"preset": presets, "method": methods, "branch": BRANCH_RULES})
+    started = []
     for name, table in (("preset", presets), ("method", methods)):
-        parser.set_defaults(**table.get(given(argv, name) or next(iter(table)), {}))
+        chosen = given(argv, name) or next(iter(table))
+        # first and alone, for a --help before it would hide that it is wrong
+        parser.parse_args([f"--{name}", chosen])
+        parser.set_defaults(**table[chosen])
+        started.append(f"--{name} {chosen}")
+    another = next(f"--preset {name}" for name in presets if f"--preset {name}" not in started)
+    parser.description = (
+        f"{parser.description} The defaults below are those of {' '.join(started)}; another one"
+        f" shows its own, as in {another} --help."
+    )
     config = Config(**vars(parser.parse_args(argv)))
     typed = {name for name in vars(config) if is_given(argv, name)}
     check_own(config, typed, presets)

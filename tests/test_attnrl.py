@@ -76,7 +76,7 @@ def test_presets_and_command_line_in_this_order():
 
 def test_help_is_grouped_with_defaults_and_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_config(["--help"])
+        parse_config(["--help_all"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "example: python attnrl.py" in text
     assert all(

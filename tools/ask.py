@@ -17,6 +17,8 @@ from runtime.models import check_context
 from runtime.rewards import Reward, response_texts
 from runtime.rollout import Request, TransformersEngine
 
+HELP = ("-h", "--help", "--help_all", "--help-all")  # which are no questions
+
 
 class Printer(TextStreamer):
     """Prints text as it is sampled; waits for the rest of a word or character."""
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
     from eval import main as evaluate
 
     *options, question = argv or ["--help"]
-    evaluate([*options, *(["--ask", question] if question not in ("--help", "-h") else ["--help"])])
+    evaluate([*options, *([question] if question in HELP else ["--ask", question])])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,27 @@
 
 python -m tools.show_fci --model toy/model --problem "a=4;b=a-2;?b" --delta 1 --plot fci.png
 python -m tools.show_fci --model DIR --problem "..." --response FILE.txt
+
+In a notebook (docs/attnrl.ipynb), each a picture:
+
+    show(model, tokenizer, problem, response, delta=1)     # FCI, and which steps look at which
+    show_tree(tree.build_tree(responses), tokenizer)       # V and A of every node
 """
 
 import runtime  # isort: split
 
+import io
 import random
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import fill, shorten
+from textwrap import fill
 
+import numpy as np
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from fci import separator_tokens, split_steps, without_answer
 from runtime.cli import Parser, UserError, plain, reason, stop_on_user_error
@@ -23,59 +32,266 @@ from runtime.models import check_context, check_model, load_model
 from runtime.rewards import response_texts
 from runtime.rollout import Completion, Request, TransformersEngine
 from runtime.scoring import Sequence, score
-from tools.view import BLUE, ORANGE
+from tools.view import BLUE, GREY, ORANGE
 from toy.programs import toy_solution
-from tree import Response, choose_branch_points
+from tree import Node, Response, choose_branch_points
 
 
+# --------------------------------------------------------------------------------------------------
+# One response
+# --------------------------------------------------------------------------------------------------
 @dataclass
 class ScoredSteps:
-    """The steps of one response: their texts, their FCI, and the branch points among them."""
+    """The K steps of one response: their texts, their FCI, and the branch points among them."""
 
     texts: list[str]
     fci: list[float]
     chosen: list[int]
     title: str = ""  # the problem, and what became of it
+    # row j: how much step j looks at each step k <= j, the largest over layers and heads; None for
+    # a response of one step, or of more than scoring.LOGGED_STEPS
+    attention: list[list[float]] | None = None
+    delta: int = 0  # FCI of step k counts the rows j >= k + delta
 
 
-def score_steps(model, tokenizer, prompt: list[int], tokens: list[int], args) -> ScoredSteps:
-    """Cut a response into steps, score them, choose branch points. args: delta, rho, seed."""
+class Picture(Figure):
+    """A matplotlib figure that a notebook displays also where pyplot was not imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
+def show(
+    model,
+    tokenizer,
+    problem: str,
+    response: str | list[int],
+    *,
+    delta: int = 4,
+    rho: float = 0.2,
+    file: str | Path | None = None,
+) -> Picture:
+    """A picture of one response of K steps. Above: the FCI of its steps, (K,), and where AttnRL
+    would branch (Eq. 7). Below: A[j, k], (K, K), how much step j looks at step k (the mean over
+    their tokens, the maximum over layers and heads); cells below the black line count in Eq. 5.
+
+    response: its text, or better its tokens: those that were sampled may be others than those of
+    the text. file: write the picture there, too (.png, .svg, .pdf). Of a response of one step, or
+    of more than 64, only the FCI is drawn. The model leaves as it came.
+
+    Raises UserError for an empty problem or response, for one that is longer than the model's
+    positions, for delta < 1 or rho outside 0 to 1, and for a file that cannot be written;
+    ValueError for a model whose attention is not a plain softmax (fci.py).
+    """
+    if delta < 1 or not 0 <= rho <= 1:
+        raise UserError(f"delta {delta}, rho {rho}: must be at least 1, and between 0 and 1")
+    prompt = encode_question(tokenizer, problem, "problem")
+    tokens = response
+    if isinstance(tokens, str):
+        tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
+    if not tokens:
+        raise UserError("the response is empty: there is nothing to score")
+    check_context(model, [Problem(problem, [], "problem", prompt)], len(tokens), option="response")
+    steps = score_steps(model, tokenizer, prompt, tokens, delta, rho)
+    found = f"steps: {len(steps.fci)}, Delta = {delta}"
+    if len(steps.fci) <= delta + 1:
+        found += ": all scores are 0 by definition"
+    steps.title = f"{title_of(problem)}\n{found}"
+    figure = draw(steps)
+    if file is not None:
+        write(figure, file, "file")
+    return figure
+
+
+def score_steps(
+    model, tokenizer, prompt: list[int], tokens: list[int], delta: int, rho: float, seed: int = 0
+) -> ScoredSteps:
+    """Cut a response into steps, score them, choose branch points."""
     separators = separator_tokens(tokenizer)
     bounds = split_steps(tokens, separators)
-    scored = score(model, [Sequence(prompt, tokens, bounds)], delta=args.delta)[0]
+    scored = score(model, [Sequence(prompt, tokens, bounds, logged=True)], delta=delta)[0]
     fci, branchable = without_answer(scored.fci, tokens, bounds, separators)
     response = Response(tokens, scored.logprobs, 0.0, scored.entropies, bounds, fci, branchable)
-    points = choose_branch_points(response, "fci", 2, random.Random(args.seed), args.rho)
+    points = choose_branch_points(response, "fci", 2, random.Random(seed), rho)
     spans = [tokens[a:b] for a, b in zip(bounds, bounds[1:])]
     texts = [tokenizer.decode(span, skip_special_tokens=True).strip() for span in spans]
-    return ScoredSteps(texts, fci, [k for k in range(len(texts)) if bounds[k] in points])
+    return ScoredSteps(
+        texts,
+        fci,
+        chosen=[k for k in range(len(texts)) if bounds[k] in points],
+        attention=scored.attention["most"] if scored.attention and len(texts) > 1 else None,
+        delta=delta,
+    )
 
 
-def plot_scores(path: str, steps: ScoredSteps) -> None:
-    """The FCI curve of one response with its branch points. Raises UserError."""
-    fci, chosen = steps.fci, steps.chosen
-    figure = Figure(figsize=(max(6, min(16, 0.5 * len(fci))), 4), layout="constrained")
+def title_of(problem: str) -> str:
+    return fill(brief(problem, 155), 80)
+
+
+def brief(text: str, width: int) -> str:
+    """A text as a label: one line of at most `width` characters."""
+    words = plain(" ".join(text.split()))
+    return words if len(words) <= width else words[: width - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def draw(steps: ScoredSteps) -> Picture:
+    """The FCI of one response, and the step attention where it was kept."""
+    if steps.attention is None:
+        return draw_curve(steps)
+    count = len(steps.fci)
+    side = min(9.0, max(2.4, 0.28 * count))  # inches of the map, which is a square
+    figure = Picture(figsize=(side + 4.2, side + 2.9), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["fci", "."], ["map", "bar"]],
+        width_ratios=(side, 0.15),
+        height_ratios=(1.4, side),
+    )
+    above, below = panels["fci"], panels["map"]
+    draw_fci(above, steps)
+    above.set(ylabel="FCI", ylim=(0, 1.15 * max(steps.fci) or 1))
+    above.tick_params(labelbottom=False)
+    seen = np.full((count, count), np.nan)  # steps cannot look at later ones
+    for j, row in enumerate(steps.attention):
+        seen[j, : j + 1] = row
+    # the root brings out the small ones: the mean over a long step's tokens is far below 1
+    image = below.imshow(seen, "Blues", norm=PowerNorm(0.5, vmin=0), aspect="auto")
+    figure.colorbar(image, cax=panels["bar"])
+    panels["bar"].set_ylabel("attention, largest over layers and heads", fontsize=8)
+    panels["bar"].tick_params(labelsize=8)
+    mark_counted(below, steps)
+    every = range(0, count, 1 if count <= 24 else 4)
+    for axis in (above, below):
+        axis.set(xlim=(-0.5, count - 0.5), xticks=every)
+    small = 8 if count <= 32 else 6.5
+    labels = [f"{brief(text, 38)}  {k}" for k, text in enumerate(steps.texts)]
+    below.set_yticks(range(count), labels, fontsize=small, parse_math=False)
+    for k in steps.chosen:
+        below.get_yticklabels()[k].set_color(ORANGE)
+    below.set(xlabel="step that is looked at", ylabel="step that looks")
+    figure.suptitle(steps.title or "Forward Context Influence", fontsize=9, parse_math=False)
+    return figure
+
+
+def draw_fci(axis, steps: ScoredSteps) -> None:
+    """The curve, and diamonds around the branch points."""
+    axis.plot(range(len(steps.fci)), steps.fci, "o-", color=BLUE, label="FCI")
+    heights = [steps.fci[k] for k in steps.chosen]
+    style = dict(ms=11, mfc="none", mew=2, color=ORANGE, clip_on=False)
+    axis.plot(steps.chosen, heights, "D", label="branch points", **style)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def mark_counted(axis, steps: ScoredSteps) -> None:
+    """A staircase above the cells that Eq. 5 sums, and frames around the columns of the branch
+    points."""
+    count = len(steps.fci)
+    edges = [k - 0.5 for k in range(count - steps.delta + 1) for _ in range(2)]
+    if steps.delta and len(edges) > 2:
+        heights = [edge + steps.delta for edge in edges]
+        axis.plot(edges[1:], heights[:-1], color="black", lw=1.5)
+    for k in steps.chosen:
+        frame = Rectangle((k - 0.5, k - 0.5), 1, count - k, fill=False, color=ORANGE, lw=1.5)
+        axis.add_patch(frame)
+
+
+def draw_curve(steps: ScoredSteps) -> Picture:
+    """FCI alone, with the texts of the steps below it."""
+    count = len(steps.fci)
+    figure = Picture(figsize=(max(6, min(16, 0.5 * count)), 4), layout="constrained")
     axis = figure.subplots()
-    axis.plot(range(len(fci)), fci, "o-", color=BLUE, label="FCI")
-    heights = [fci[k] for k in chosen]
-    axis.plot(chosen, heights, "D", ms=11, mfc="none", mew=2, color=ORANGE, label="branch points")
+    draw_fci(axis, steps)
     axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)")
     # text of a problem is no formula of matplotlib's
     axis.set_title(steps.title or "Forward Context Influence", fontsize=10, parse_math=False)
-    if len(fci) <= 40:  # longer responses: step numbers only
-        labels = [f"{k}: {text[:18]}" for k, text in enumerate(steps.texts)]
-        axis.set_xticks(
-            range(len(fci)), labels, rotation=60, ha="right", fontsize=8, parse_math=False
-        )
-    axis.legend()
-    axis.grid(alpha=0.3)
+    if count <= 40:  # longer responses: step numbers only
+        labels = [f"{k}: {brief(text, 18)}" for k, text in enumerate(steps.texts)]
+        axis.set_xticks(range(count), labels, rotation=60, ha="right", fontsize=8, parse_math=False)
+    return figure
+
+
+def plot_scores(path: str, steps: ScoredSteps) -> None:
+    """The picture of one response as a file. Raises UserError."""
+    write(draw(steps), path, "--plot")
+
+
+def write(figure: Figure, path: str | Path, option: str) -> None:
+    """Raises UserError, which names the option."""
     try:
         # without a format matplotlib makes FILE.png of FILE
         figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
     except (OSError, ValueError) as error:  # no such folder, no such format
-        raise UserError(f"--plot {path}: cannot be written ({reason(error)})") from error
+        raise UserError(f"{option} {path}: cannot be written ({reason(error)})") from error
 
 
+# --------------------------------------------------------------------------------------------------
+# The tree of one problem
+# --------------------------------------------------------------------------------------------------
+@dataclass
+class Box:
+    """A node's place in the picture: its column is its depth, its row that of its first leaf."""
+
+    node: Node
+    column: int
+    row: int
+    parent_row: int
+
+
+def boxes(node: Node, column: int = 0, row: int = 0, parent_row: int = 0) -> list[Box]:
+    """Of a node and all below it, leaf by leaf. A response goes on in the row of its beginning, for
+    what is left of it is the first child there; continuations follow below."""
+    found = [Box(node, column, row, parent_row)]
+    for child in node.children:
+        below = boxes(child, column + 1, row, found[0].row)
+        found += below
+        row = below[-1].row + 1
+    return found
+
+
+def show_tree(root: Node, tokenizer, *, file: str | Path | None = None) -> Picture:
+    """A picture of one problem's tree (tree.build_tree): a box for each node, with V (Eq. 2), A
+    (Eq. 3) and how its text begins. Blue nodes become likelier by the update, orange ones less
+    likely; the stronger the colour, the greater A.
+
+    file: write the picture there, too. Raises UserError for one that cannot be written.
+    """
+    placed = boxes(root)
+    most = max(abs(box.node.advantage) for box in placed) or 1.0
+    columns, rows = max(b.column for b in placed), placed[-1].row + 1
+    size = (min(30, max(6, 0.9 + 3.1 * columns)), min(40, 0.9 + 0.27 * rows))
+    figure = Picture(figsize=size, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlim=(0.9, columns + 0.95), ylim=(rows - 0.4, -0.6))
+    axis.axis("off")
+    for box in placed:
+        draw_box(axis, box, tokenizer, most)
+    title = f"{root.leaves} leaves, V(root) = {float(root.value):.2f}"
+    axis.set_title(f"{title}; blue: A > 0, orange: A < 0", fontsize=9)
+    if file is not None:
+        write(figure, file, "file")
+    return figure
+
+
+def draw_box(axis, box: Box, tokenizer, most: float) -> None:
+    """One node and the line to its parent. The root has no tokens: it is only where lines begin."""
+    node, left = box.node, box.column
+    if box.column == 0:
+        return
+    axis.plot([left - 0.07, left - 0.04, left - 0.04, left], [box.parent_row] * 2 + [box.row] * 2)
+    axis.lines[-1].set(color=GREY, lw=1, zorder=0)
+    colour = (BLUE if node.advantage >= 0 else ORANGE, 0.65 * abs(node.advantage) / most)
+    axis.add_patch(Rectangle((left, box.row - 0.4), 0.93, 0.8, facecolor=colour, edgecolor=GREY))
+    text = brief(tokenizer.decode(node.tokens, skip_special_tokens=True), 28)
+    words = f"V {float(node.value):.2f}  A {node.advantage:+.2f}  {text}"
+    style = dict(va="center", fontsize=7, family="monospace", parse_math=False)
+    axis.text(left + 0.01, box.row, words, **style)
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
 def outcome(problem: str, response: str, finished: bool, answer: str | None) -> str:
     """Was the answer right? Programs of the toy carry their own; others need `answer`."""
     if answer is None and re.fullmatch(r"([a-z]=[a-z0-9+*-]+;)+\?[a-z]", problem):
@@ -122,7 +338,7 @@ def parse(argv: list[str]):
     parser.add_argument("--problem", required=True, help="the problem's text")
     parser.add_argument("--response", help="file with the response; without it one is sampled")
     parser.add_argument("--answer", help="the right answer, to say whether the response has it")
-    parser.add_argument("--plot", metavar="FILE", help="draw the curve, e.g. fci.png")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curve and the step attention")
     parser.add_argument(
         "--delta", type=int, default=4, help="attention counts from this many steps later on"
     )
@@ -152,9 +368,9 @@ def main(argv: list[str]) -> None:
         tokens, finished = completion.tokens, completion.finished
     if not tokens:
         raise UserError("the response is empty: there is nothing to score")
-    steps = score_steps(model, tokenizer, prompt, tokens, args)
+    steps = score_steps(model, tokenizer, prompt, tokens, args.delta, args.rho, args.seed)
     became = outcome(args.problem, response_texts(tokenizer, [tokens])[0], finished, args.answer)
-    steps.title = "\n".join([fill(shorten(plain(args.problem), 160), 80), plain(became)])
+    steps.title = f"{title_of(args.problem)}\n{plain(became)}"
     for k, (text, y) in enumerate(zip(steps.texts, steps.fci)):
         mark = "<- branch" if k in steps.chosen else ""
         print(f"step {k:>3}   FCI {y:.4f}  {mark:9}  {plain(' '.join(text.split()))[:90]}")
@@ -166,7 +382,7 @@ def main(argv: list[str]) -> None:
         )
     if args.plot:
         plot_scores(args.plot, steps)
-        print(f"curve: {args.plot}")
+        print(f"picture: {args.plot}")
 
 
 if __name__ == "__main__":
