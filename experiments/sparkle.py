@@ -1,6 +1,6 @@
 r"""sparkle.py: what does training improve? Two questions of SPARKLE (arXiv 2506.04723), on the toy.
 
-    python experiments/sparkle.py                                   # the toy: a few minutes
+    python experiments/sparkle.py                                   # the toy: a minute or two
     python experiments/sparkle.py --models before=toy/model grpo=runs/A/last --name mine
     python experiments/sparkle.py --report --name mine              # tables and figure again
 
@@ -267,7 +267,7 @@ def parse(argv: list[str]):
     add("--problems", default="toy:8:200:6", help="toy:VARIABLES:COUNT:SEED")
     add("--count", type=int, default=0, help="only the first COUNT problems; 0: all")
     add("--name", default="toy", help="of the results: results/sparkle/NAME.json, .md, .png")
-    add("--samples", type=int, default=4, help="responses for each problem and k")
+    add("--samples", type=int, default=8, help="responses for each problem and k")
     add("--temperature", type=float, default=1.0, help="of sampling")
     add("--max_response", type=int, default=110, help="tokens, the given steps included")
     add("--seed", type=int, default=0, help="of sampling")
