@@ -40,6 +40,7 @@ COMMANDS = [
     "tools.plan",
     "tools.report",
     "experiments/methods.py",
+    "experiments/sparkle.py",
     "experiments/what_fci_finds.py",
     "toy/build.py",
     "bench/exchange.py",
@@ -621,6 +622,15 @@ CASES = [
         "experiments/methods.py",
         "--folder {w}/file",
         "--folder {w}/file: cannot be written (Not a directory)",
+    ),
+    ("experiments/sparkle.py", "--samples x", "--samples: invalid int value: 'x'"),
+    ("experiments/sparkle.py", "--models toy/model", "--models toy/model: write NAME=DIR"),
+    ("experiments/sparkle.py", "--problems {w}/good.jsonl", "good.jsonl: only the toy's programs"),
+    ("experiments/sparkle.py", "--folder {w}/file", "{w}/file/toy.json: cannot be read"),
+    (
+        "experiments/sparkle.py",
+        "--models a={w}/nothing --name nothing",
+        "--model {w}/nothing: cannot be loaded",
     ),
     ("experiments/what_fci_finds.py", "--quik", "unrecognized arguments: --quik"),
     (

@@ -66,6 +66,7 @@ REDUCED = [  # in this order; what a command is replaced by
     (r"--suite paper --out", "--suite paper --k 1 --max_response 20 --out"),
     (r"toy:8:100:2", "toy:8:4:2"),
     (r"toy:10:100:2", "toy:10:4:2"),
+    (r"--steps 8 --eval_every 8", SMALL),
     (r"bench/fci\.py", "bench/fci.py --lengths 64 --steps 8 --repeats 1"),
     (r"for s in 0 1 2", "for s in 0 1"),
     (r" runs/toy-seed2", ""),
@@ -77,6 +78,10 @@ REDUCED = [  # in this order; what a command is replaced by
     (r"methods\.py  +#", "methods.py --report --folder small #"),
     (r"what_fci_finds\.py", "what_fci_finds.py --quick"),
     (r"forks\.py", "forks.py --problems toy:6:4:5 --group 2 --folder small"),
+    (
+        r"sparkle\.py(?: --models[^\n#]*)?",
+        "sparkle.py --problems toy:6:4:5 --samples 1 --folder small",
+    ),
 ]
 NOT_RUN = {  # a line of the block: why
     "git clone ... && cd attnrl": (

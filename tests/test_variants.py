@@ -2,7 +2,9 @@
 example and its commands run there, and the run's log shows that the rule acted. Without the diff,
 both fail."""
 
+import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -10,6 +12,8 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,7 @@ import attnrl
 from fci import separator_tokens, split_steps
 from runtime.cli import stop_on_user_error
 from runtime.models import load_model
+from runtime.rollout import request_seed
 from runtime.scoring import Sequence, score
 from runtime.stream import ProblemStream
 from toy.programs import toy_set
@@ -32,14 +37,16 @@ SMALL = (
     " --log_samples 99"
 )
 TOY = f"{SMALL} --problems toy:6:50:1 --test_problems toy:6:5:2"
+TWICE = "--problems toy:6:8:1 --steps 4"  # eight problems, asked twice
 OPTIONS = {
     "A branching rule": TOY,
     "An advantage estimator": f"{TOY} --grpo_samples 8 --temperature 1.6",  # lengths differ
-    # eight problems, asked twice in four steps
-    "A sampler rule": f"{TOY} --problems toy:6:8:1 --steps 4 --group_size 2 --branch_points 1"
-    " --ads_batch false",
+    "A sampler rule": f"{TOY} {TWICE} --group_size 2 --branch_points 1 --ads_batch false",
     "An own task": SMALL,
     "A bonus for the format": TOY.replace("toy:6", "toy:10"),  # for which it has not enough skill
+    "Problems drawn": f"{TOY} {TWICE} --group_size 4 --branch_points 1 --ads_batch false",
+    "A squared loss": f"{TOY} --mini_batch 999",  # a single update
+    "Fewer samples": f"{TOY} {TWICE} --grpo_samples 8",
 }
 NAMES = list(OPTIONS)
 
@@ -136,11 +143,11 @@ def run_page(
 
 
 # --------------------------------------------------------------------------------------------------
-# Of all five
+# Of all eight
 # --------------------------------------------------------------------------------------------------
-def test_the_page_has_the_five_walk_throughs():
+def test_the_page_has_the_eight_walk_throughs():
     assert list(VARIANTS) == NAMES
-    assert PAGE.read_text(encoding="utf-8").count("```diff") == 5
+    assert PAGE.read_text(encoding="utf-8").count("```diff") == 8
 
 
 def test_what_counts_as_a_changed_line():
@@ -178,13 +185,14 @@ def test_the_command_is_refused_without_the_diff(name, tmp_path, capsys, monkeyp
         attnrl.main([*command[2:], *OPTIONS[name].split(), "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert re.search(
-        "invalid choice: '(fci_entropy|rloo)'|--skip_settled|no such problem file"
+        "invalid choice: '(fci_entropy|rloo|direct)'|no such problem file"
+        "|--skip_settled|--cures_tau|--esrl"
         "|--reward bonus:reward: cannot be imported",
         capsys.readouterr().err,
     )
 
 
-def test_all_five_also_apply_one_after_the_other(tmp_path):
+def test_all_eight_also_apply_one_after_the_other(tmp_path):
     fork(tmp_path / "attnrl", *(variant.diff for variant in VARIANTS.values()))
 
 
@@ -269,16 +277,17 @@ def test_a_run_passes_over_settled_problems(forked):
 
 
 @pytest.mark.full
-def test_what_the_sampler_rule_remembers_survives_a_resume(forked):
+@pytest.mark.parametrize("name", ["A sampler rule", "Problems drawn", "Fewer samples"])
+def test_what_a_rule_remembers_survives_a_resume(name, forked):
     """Killed after step 2 and resumed: the same log, byte for byte, as without."""
-    folder = forked("A sampler rule")
-    run_page(folder, "A sampler rule", "whole", "--save_every", "1", "--keep", "9")
+    folder = forked(name)
+    run_page(folder, name, "whole", "--save_every", "1", "--keep", "9")
     shutil.copytree(folder / "whole", folder / "again", symlinks=True)
     for step in folder.glob("again/step-*"):
         if int(step.name.split("-")[1]) > 2:
             shutil.rmtree(step)
     every = ["--save_every", "1", "--keep", "9"]
-    run_page(folder, "A sampler rule", "again", *every, "--resume", "auto")
+    run_page(folder, name, "again", *every, "--resume", "auto")
     for file in ("samples.jsonl", "last/model.safetensors"):
         same_file(folder / "again" / file, folder / "whole" / file)
 
@@ -320,6 +329,88 @@ def test_a_run_is_paid_for_the_format(forked):
                 assert end["reward"] == paid and end["boxed"] == bool(box)
                 seen.append(paid)
     assert len(set(seen)) >= 2 and metrics[1]["grading/unboxed"] == seen.count(0.0)
+
+
+@pytest.mark.full
+def test_a_run_draws_problems_by_their_posterior(forked):
+    """The same draws from the texts' rewards and the run's random numbers, by the inverse of the
+    exponential distribution."""
+    metrics, samples = run_page(forked("Problems drawn"), "Problems drawn")
+    batches = [[s for s in samples if s["step"] == m["step"]] for m in metrics[1:]]
+    counts = {number: [1, 1] for number in range(8)}  # right, wrong
+    for m, batch in enumerate(batches):
+        # batch m is drawn before batch m - 1 is finished
+        for s in batches[m - 2] if m >= 2 else []:
+            for r in s["responses"]:
+                counts[s["number"]][r["reward"] != 1] += 1
+        rng, times = random.Random(request_seed(0, m + 1)), {}
+        for number, (right, wrong) in counts.items():
+            p = right / (right + wrong)
+            times[number] = -math.log(1 - rng.random()) / math.exp(math.sqrt(p * (1 - p)) / 0.1)
+        assert [s["number"] for s in batch] == sorted(times, key=times.__getitem__)[:4]
+    assert len(batches) == 4 and len(set(map(tuple, counts.values()))) >= 3
+
+
+def blocks(responses: list[dict]) -> list[list[tuple[Fraction, int, bool]]]:
+    """Of each leaf its blocks: (V(its end) - V(its start), tokens, trained here?), from the rewards
+    below each state. A shared block is trained with the leaf that sampled it."""
+    ends = [(r, [r, *r["continuations"]]) for r in responses]
+    every = [Fraction(end["reward"]) for _, below in ends for end in below]
+    root, leaves = sum(every) / len(every), []
+    for r, below in ends:
+        chain, state, start = [], root, 0
+        cuts = sorted({c["at"] for c in r["continuations"]})
+        for cut in [*cuts, len(r["tokens"])]:
+            # leaves that go through the end of this block; the last block is the response's own
+            through = [e for e in below if e.get("at", len(r["tokens"])) >= cut]
+            value = sum(Fraction(e["reward"]) for e in through) / len(through)
+            chain.append((value - state, cut - start, True))
+            state, start = value, cut
+            known = [(gain, length, False) for gain, length, _ in chain]
+            for c in [c for c in r["continuations"] if c["at"] == cut]:
+                leaves.append([*known, (Fraction(c["reward"]) - state, len(c["tokens"]), True)])
+        leaves.append(chain)
+    return leaves
+
+
+@pytest.mark.full
+def test_a_run_is_trained_on_the_squared_distance_from_the_advantages(forked):
+    """The first step's loss: its policy is the one that sampled, so every log-ratio is 0, and a
+    step costs A^2 / 2."""
+    metrics, samples = run_page(forked("A squared loss"), "A squared loss")
+    assert metrics[1]["train/updates"] == 1 and len(samples) == 4
+    total, tokens, inner = 0.0, 0, 0
+    for leaf in [leaf for s in samples for leaf in blocks(s["responses"])]:
+        if not any(gain for gain, _, trained in leaf if trained):
+            continue  # --ads_drop
+        inner += len(leaf) > 1
+        for gain, parts in groupby(leaf, key=lambda block: block[0]):
+            sizes = [(length, trained) for _, length, trained in parts]
+            ours = sum(length for length, trained in sizes if trained)
+            total += float(gain) ** 2 / 2 * ours / sum(length for length, _ in sizes)
+            tokens += ours
+    assert inner >= 4 and tokens == metrics[1]["train/tokens"]
+    assert metrics[1]["train/policy_loss"] == pytest.approx(total / tokens, abs=1e-5)
+    assert metrics[1]["train/policy_loss"] > 0 == metrics[1]["train/clip_fraction"]
+
+
+@pytest.mark.full
+def test_a_run_samples_less_and_hotter_what_is_mastered(forked):
+    """Numbers of responses by what the problem's last ones were graded; the engine's log-probs are
+    the learner's only where nothing was sampled hotter."""
+    metrics, samples = run_page(forked("Fewer samples"), "Fewer samples")
+    rates: dict[int, float] = {}
+    fewer = 0
+    for m in metrics[1:]:
+        batch = [s for s in samples if s["step"] == m["step"]]
+        known = [rates.get(s["number"], 0.0) for s in batch]
+        for s, z in zip(batch, known):
+            assert len(s["responses"]) == max(2, math.floor(8 * math.exp(-z) + 0.5))
+            fewer += len(s["responses"]) < 8
+        assert (m["logprob_gap/mean"] > 1e-3) == any(known)
+        for s in batch:
+            rates[s["number"]] = statistics.fmean(r["reward"] for r in s["responses"])
+    assert fewer >= 4
 
 
 def credit(text: str, steps: list[str]) -> float:
