@@ -1,18 +1,19 @@
-"""bench/busy.py: a step of the toy alone, beside a busy process, and two runs at once; with
-OMP_WAIT_POLICY=passive and without.
+"""bench/busy.py: a step of the toy alone, beside a busy process, and two runs at once; with threads
+that wait as ours do, that sleep at once, and that wait as OpenMP's do.
 
     python bench/busy.py                       # about half an hour on 2 cores
     python bench/busy.py --steps 1 --rounds 1 --batch_size 2
 
 PyTorch's threads wait for each other at the end of every operation. OpenMP lets waiting threads
 spin, which gains microseconds where each has a core, and takes the core from whoever works where
-they share one. With "passive" they sleep. runtime/__init__.py asks for that before torch is
-imported; "without" imports torch first and leaves the variable unset, as it was before.
+they share one. "ours" is what runtime/__init__.py asks for before torch is imported: spin briefly,
+then sleep. "passive" is OMP_WAIT_POLICY=passive alone: sleep at once. "without" imports torch first
+and leaves all variables unset.
 
 Each run is a process of its own: it makes a first step, waits until the others are as far, and then
 makes the steps that count, the same ones in every run (lr 0, one seed). The busy process is an
-endless loop. Cases take turns; seconds are medians over all steps that count. The last ratio is
-what sleeping costs on a machine with nothing else to do: run this with nothing beside it.
+endless loop. Cases take turns; seconds are medians over all steps that count. Run this with nothing
+beside it: the last ratio is what sleeping costs on a machine with nothing else to do.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from measure import ROOT, command, cost, gain, positive, record
 
 from runtime.cli import UserError, stop_on_user_error
 
-PASSIVE, WITHOUT = "passive", "without"
+OURS, PASSIVE, WITHOUT = POLICIES = "ours", "passive", "without"
 # torch first: OpenMP reads the variable when it is loaded, so what runtime sets comes too late
 TORCH_FIRST = "import sys, torch; sys.path.insert(0, 'bench'); import busy; busy.main()"
 ENDLESS = """
@@ -60,19 +61,23 @@ def run_steps(steps: int, batch_size: int) -> None:
 
 
 def words_of(policy: str, options: list[str]) -> list[str]:
-    """The command line of this script as one that asks for sleeping threads, or one that does
-    not."""
+    """The command line of this script, which asks for what ours do, or one that does not."""
     script = ["-c", TORCH_FIRST] if policy == WITHOUT else [__file__]
     return [sys.executable, *script, *options]
 
 
+def environment_of(policy: str) -> dict[str, str]:
+    free = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP"))}
+    # whoever sets the policy keeps it, so runtime adds nothing
+    return free | ({"OMP_WAIT_POLICY": "passive"} if policy == PASSIVE else {})
+
+
 def start_run(policy: str, args) -> subprocess.Popen:
     size = ["--steps", args.steps, "--batch_size", args.batch_size, "--threads", args.threads]
-    free = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP"))}
     return subprocess.Popen(
         words_of(policy, ["--child", *map(str, size)]),
         cwd=ROOT,
-        env=free,
+        env=environment_of(policy),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -108,7 +113,7 @@ def measure(case: str, policy: str, args) -> list[float]:
 
 
 def compare(args) -> None:
-    wanted = [(case, policy) for case in CASES for policy in (PASSIVE, WITHOUT)]
+    wanted = [(case, policy) for case in CASES for policy in POLICIES]
     seen: dict[tuple[str, str], list[float]] = {what: [] for what in wanted}
     for number in range(args.rounds):
         for case, policy in wanted[:: -1 if number % 2 else 1]:
@@ -123,17 +128,19 @@ def summary(step: dict[tuple[str, str], float], batch_size: int) -> tuple[list[d
     """Rows and ratios from the seconds of a step by (case, policy)."""
     rows = [
         {f"a step of {batch_size} problems": case}
-        | {f"{policy}, s": step[case, policy] for policy in (PASSIVE, WITHOUT)}
-        | {f"{p}, times alone": step[case, p] / step[ALONE, p] for p in (PASSIVE, WITHOUT)}
+        | {f"{policy}, s": step[case, policy] for policy in POLICIES}
+        | {f"{p}, times alone": step[case, p] / step[ALONE, p] for p in POLICIES}
         for case in CASES
     ]
-    alone, busy, two = (step[case, PASSIVE] for case in CASES)
+    alone, busy, two = (step[case, OURS] for case in CASES)
     ratios = [
         cost("step beside one busy process: alone", busy, alone, "s", 3),
         cost("step of two runs at once: alone", two, alone, "s", 2.5),
-        gain("step beside one busy process: without passive", busy, step[BUSY, WITHOUT], "s"),
-        gain("step of two runs at once: without passive", two, step[TWO, WITHOUT], "s"),
-        cost("step alone: without passive", alone, step[ALONE, WITHOUT], "s"),
+        gain("step beside one busy process: without", busy, step[BUSY, WITHOUT], "s"),
+        gain("step of two runs at once: without", two, step[TWO, WITHOUT], "s"),
+        cost("step beside one busy process: passive", busy, step[BUSY, PASSIVE], "s"),
+        gain("step alone: passive", alone, step[ALONE, PASSIVE], "s"),
+        cost("step alone: without", alone, step[ALONE, WITHOUT], "s"),
     ]
     return rows, ratios
 

@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
+from what_fci_finds import bootstrap_weights, correlations, points, shown, table
 
 from fci import StepAttention, scoring_mode, separator_tokens, split_steps
 from recipes.word_problems import word_problems
@@ -49,7 +50,6 @@ from runtime.models import load_model
 from runtime.rollout import Request, TransformersEngine, request_seed
 from runtime.scoring import Sequence, score
 from tools.view import BLUE, GREEN, GREY, ORANGE
-from what_fci_finds import bootstrap_weights, correlations, points, shown, table
 
 DELTAS = (1, 2, 4)
 TRUTHS = ("influence T", "influence D", "earliness", "shortness")
@@ -309,9 +309,7 @@ def print_words(found: dict) -> None:
             [
                 str(l),
                 *(
-                    " / ".join(
-                        f"{by[t][0]:.2f}" if by[t] else "-" for t in shown_of.values()
-                    )
+                    " / ".join(f"{by[t][0]:.2f}" if by[t] else "-" for t in shown_of.values())
                     for by in row
                 ),
             ]

@@ -39,23 +39,23 @@ from runtime.cli import Parser, UserError, reason, stop_on_user_error
 
 MOST = 20  # people of a problem
 SMALLEST, LARGEST = 2, 50  # 1 would be "1 coins"
-TRAIN_NAMES = (
-    "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul Rosa Sam"
-    " Tina Victor Wendy Adam Bella Chris Diana Eric Fiona George Helen Ivan"
-).split()
-TEST_NAMES = (
-    "Laura Mark Nina Oscar Petra Ralph Sofia Tom Vera Will Alice Bruno Clara Daniel Elena Frank"
-    " Gina Hugo Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe"
-).split()
-TRAIN_THINGS = "coins books apples cards stamps shells pens marbles".split()
-TEST_THINGS = "beads stickers oranges buttons stones flowers".split()
+NAMES = {  # of training, of the test
+    False: "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul"
+    " Rosa Sam Tina Victor Wendy Adam Bella Chris Diana Eric Fiona George Helen Ivan",
+    True: "Laura Mark Nina Oscar Petra Ralph Sofia Tom Vera Will Alice Bruno Clara Daniel Elena"
+    " Frank Gina Hugo Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe",
+}
+THINGS = {
+    False: "coins books apples cards stamps shells pens marbles",
+    True: "beads stickers oranges buttons stones flowers",
+}
 
 
 def word_problem(people: int, rng: random.Random, test: bool = False) -> dict:
     """One problem as a row (see above)."""
     while True:
-        names = rng.sample(TEST_NAMES if test else TRAIN_NAMES, people)
-        thing = rng.choice(TEST_THINGS if test else TRAIN_THINGS)
+        names = rng.sample(NAMES[test].split(), people)
+        thing = rng.choice(THINGS[test].split())
         said, steps, values, depends = statements(names, thing, rng, test)
         if all(SMALLEST <= value <= LARGEST for value in values):
             break

@@ -178,7 +178,7 @@ class Watch:
             leave()
 
 def leave():
-    print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+    print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"), flush=True)
     os._exit(0)
 
 command, sys.argv = sys.argv[1], [sys.argv[1], "--help"]
@@ -192,7 +192,7 @@ finally:
 
 
 def policy_when_torch_is_imported(command, **environment) -> str:
-    free = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    free = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     words = [sys.executable, "-c", WATCH, command]
     done = subprocess.run(words, capture_output=True, text=True, env=free | environment)
     return done.stdout.splitlines()[-1]
@@ -200,46 +200,51 @@ def policy_when_torch_is_imported(command, **environment) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_command_asks_for_sleeping_threads_before_torch_is_imported(command):
-    assert policy_when_torch_is_imported(command) == "passive"
+    assert policy_when_torch_is_imported(command) == "passive 1000"
 
 
 def test_whoever_has_set_the_policy_keeps_it():
     measured = ROOT / "bench" / "measure.py"
-    assert policy_when_torch_is_imported(measured, OMP_WAIT_POLICY="active") == "active"
+    assert policy_when_torch_is_imported(measured, OMP_WAIT_POLICY="active") == "active None"
+    assert policy_when_torch_is_imported(measured, OMP_WAIT_POLICY="passive") == "passive None"
+    assert policy_when_torch_is_imported(measured, GOMP_SPINCOUNT="7") == "passive 7"
 
 
 def test_the_watch_sees_a_command_that_asks_too_late(tmp_path):
     late = tmp_path / "late.py"
     late.write_text(f"import sys, torch\nsys.path.append({str(ROOT)!r})\nimport runtime\n")
-    assert policy_when_torch_is_imported(late) == "None"
+    assert policy_when_torch_is_imported(late) == "None None"
 
 
 def test_ratios_of_a_busy_machine_by_hand():
     busy = load("busy")
-    both = ("passive", "without")
-    step = {("alone", p): s for p, s in zip(both, (2.0, 1.0))}
-    step |= {("beside one busy process", p): s for p, s in zip(both, (5.0, 40.0))}
-    step |= {("two runs at once", p): s for p, s in zip(both, (6.0, 30.0))}
+    policies = ("ours", "passive", "without")
+    step = {("alone", p): s for p, s in zip(policies, (2.0, 3.0, 1.0))}
+    step |= {("beside one busy process", p): s for p, s in zip(policies, (5.0, 4.0, 40.0))}
+    step |= {("two runs at once", p): s for p, s in zip(policies, (6.0, 6.0, 30.0))}
     rows, ratios = busy.summary(step, 8)
-    assert [row["passive, times alone"] for row in rows] == [1, 2.5, 3]
+    assert [row["ours, times alone"] for row in rows] == [1, 2.5, 3]
     assert [row["without, times alone"] for row in rows] == [1, 40, 30]
     assert [(r["is"], r["ratio"], r["reached"]) for r in ratios] == [
         ("cost", 2.5, "yes"),
         ("cost", 3, "no"),
         ("gain", 8, None),
         ("gain", 5, None),
+        ("cost", 1.25, None),
+        ("gain", 1.5, None),
         ("cost", 2, None),
     ]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("policy, spins", [("passive", "0"), ("without", "300000")])
-def test_what_openmp_was_told_in_a_run_with_and_without(policy, spins):
+@pytest.mark.parametrize(
+    "policy, spins", [("ours", "1000"), ("passive", "0"), ("without", "300000")]
+)
+def test_what_openmp_was_told_in_a_run(policy, spins):
     """OpenMP prints its own settings when it is loaded; 300,000 turns are its default."""
     busy = load("busy")
     words = busy.words_of(policy, ["--help"])
-    rest = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    rest |= {"OMP_DISPLAY_ENV": "verbose"}
+    rest = busy.environment_of(policy) | {"OMP_DISPLAY_ENV": "verbose"}
     done = subprocess.run(words, cwd=ROOT, env=rest, capture_output=True, text=True)
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
     assert done.returncode == 0 and "--batch_size" in done.stdout
@@ -252,5 +257,5 @@ def test_a_run_waits_for_the_others_and_a_busy_process_ends():
     with busy.busy_process() as endless:
         assert endless.poll() is None
     assert endless.poll() is not None
-    seconds = busy.measure("two runs at once", "passive", args)
+    seconds = busy.measure("two runs at once", "ours", args)
     assert len(seconds) == 4 and all(s > 0 for s in seconds)

@@ -101,7 +101,7 @@ def test_there_is_no_circle():
 
 
 def python_files() -> list[Path]:
-    folders = ("runtime", "tools", "toy", "bench", "experiments", "tests")
+    folders = ("runtime", "tools", "toy", "bench", "experiments", "recipes", "tests")
     return [*ROOT.glob("*.py"), *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
 
 

@@ -48,9 +48,7 @@ def test_fci_by_layer_is_eq_5_and_eq_6_over_one_layer(kind):
         for delta in in_words.DELTAS:
             terms = [max(1, steps - k - delta) for k in range(steps)]
             expected = np.array([fci_by_definition(layer[None], s, delta) for layer in alpha])
-            by_sum, by_count = (
-                found[f"{name}, Delta {delta}"] for name in ("FCI", "FCI by count")
-            )
+            by_sum, by_count = (found[f"{name}, Delta {delta}"] for name in ("FCI", "FCI by count"))
             assert np.allclose(by_sum[:, 1:], expected[:, 1:], atol=1e-5)
             assert np.allclose(by_count[:, 1:], expected[:, 1:] / terms[1:], atol=1e-5)
 

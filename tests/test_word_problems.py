@@ -1,6 +1,6 @@
 r"""test_word_problems.py: recipes/word_problems.py against a second reading of its texts.
 
-    python -m pytest tests/test_word_problems.py
+python -m pytest tests/test_word_problems.py
 """
 
 import json
@@ -16,9 +16,10 @@ from runtime.cli import UserError
 from runtime.data import load_problems
 
 STATEMENT = re.compile(
-    r"(?P<name>\w+) has (?:(?P<number>\d+) (?P<thing>\w+)\.|(?P<by>\d+) (?P<way>more|fewer) \w+ than"
-    r" (?P<other>\w+)\.|twice as many \w+ as (?P<half>\w+)\.|as many \w+ as (?P<one>\w+) and"
-    r" (?P<two>\w+) together\.)"
+    r"(?P<name>\w+) has (?:(?P<number>\d+) (?P<thing>\w+)\."
+    r"|(?P<by>\d+) (?P<way>more|fewer) \w+ than (?P<other>\w+)\."
+    r"|twice as many \w+ as (?P<half>\w+)\."
+    r"|as many \w+ as (?P<one>\w+) and (?P<two>\w+) together\.)"
 )
 
 

