@@ -5,6 +5,7 @@
 # make lint       ruff and mypy
 # make bench      timings and memory against the alternatives; bench/results.json (about 40 minutes)
 # make bench-trl  a GRPO step here and in TRL's GRPOTrainer, in .venv-trl
+# make smollm2    a real model learns: SmolLM2-135M on word problems, about three hours on 2 cores
 # Each sets up its environment first. For a GPU:
 #     python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
 
@@ -23,6 +24,23 @@ NO_HANG = -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true
 
 demo: .venv/ready
 	.venv/bin/python attnrl.py
+
+SMOLLM2 = runs/smollm2
+
+# Killed? The same again goes on where it was.
+smollm2: .venv/ready
+	.venv/$(PIP) '.[gguf]'
+	.venv/bin/python recipes/smollm2/fetch.py $(SMOLLM2)/model
+	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/warm.jsonl --count 2000 --people 4-8
+	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/train.jsonl --count 2000 --people 5-10 --seed 2
+	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/test.jsonl --count 100 --people 5-10 --test
+	test -f $(SMOLLM2)/warm/config.json || .venv/bin/python recipes/sft.py \
+		--model $(SMOLLM2)/model --problems $(SMOLLM2)/warm.jsonl --out $(SMOLLM2)/warm \
+		--steps 90 --dtype bf16
+	.venv/bin/python attnrl.py --preset small --model $(SMOLLM2)/warm --out $(SMOLLM2)/attnrl \
+		--problems $(SMOLLM2)/train.jsonl --test_problems $(SMOLLM2)/test.jsonl \
+		--steps 24 --batch_size 6 --lr 1e-5 --kl_coef 0 --max_response 220 --dtype bf16 \
+		--eval_every 6 --resume auto
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q -m "not full" --durations=5 $(BOTH_CORES) $(NO_HANG)
@@ -70,4 +88,4 @@ bench-trl: .venv-trl/ready
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch .venv-vllm/ready
 
-.PHONY: demo test test-vllm test-full lint bench bench-trl
+.PHONY: demo smollm2 test test-vllm test-full lint bench bench-trl

@@ -340,7 +340,7 @@ def draw_words(path: Path, found: dict, title: str) -> None:
     right.set_xlabel("layer")
     right.set_title("single layers")
     for axis in (left, right):
-        axis.set_ylim(-1, 1)
+        axis.set_ylim(-1.05, 1.05)
         axis.axhline(0, color=GREEN, lw=0.8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")

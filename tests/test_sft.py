@@ -56,7 +56,7 @@ def test_the_loss_is_the_mean_over_solution_tokens_of_the_whole_batch():
         zero_grad=lambda: model.zero_grad(), step=lambda: None
     )  # what the optimizer would see
     loss = sft.update(TokenLogprobs(model), optimizer, batch)
-    assert loss == pytest.approx(float(total) / tokens, rel=1e-5)
+    assert loss == pytest.approx(total.item() / tokens, rel=1e-5)
     for p, gradient in zip(model.parameters(), expected):  # clipped to length 1
         assert torch.allclose(p.grad, gradient / max(1.0, norm), atol=1e-5)
 
