@@ -39,14 +39,37 @@ from runtime.cli import Parser, UserError, reason, stop_on_user_error
 
 MOST = 20  # people of a problem
 SMALLEST, LARGEST = 2, 50  # 1 would be "1 coins"
-NAMES = {  # of training, of the test
-    False: "Anna Ben Carla David Emma Felix Grace Henry Iris Jack Kate Leo Maria Noah Olga Paul"
-    " Rosa Sam Tina Victor Wendy Adam Bella Chris Diana Eric Fiona George Helen Ivan",
-    True: "Laura Mark Nina Oscar Petra Ralph Sofia Tom Vera Will Alice Bruno Clara Daniel Elena"
-    " Frank Gina Hugo Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe",
+NAMES = {  # of training (few are learnt by heart instead of being copied), of the test
+    False: """
+    Abigail Adam Adrian Agnes Albert Alfred Amanda Amir Amy Andrea Andrew Angela Anita Anna
+    Anton Arthur Astrid Audrey Barbara Beatrice Bella Ben Bernard Bianca Brandon Brenda Brian
+    Camila Carl Carla Carmen Caroline Cecilia Charles Charlotte Chloe Chris Christina Claire
+    Claude Colin Connor Daisy David Dean Deborah Dennis Derek Diana Dominic Donald Dora Dorothy
+    Douglas Dylan Edgar Edith Edward Eileen Eli Elisa Ellen Elliot Elsa Emil Emily Emma Eric
+    Erica Ernest Esther Ethan Eva Evan Evelyn Felix Fiona Flora Florence Francis Fred Gabriel
+    George Gerald Gilbert Gloria Gordon Grace Greg Greta Gustav Hannah Harold Harry Harvey
+    Heather Hector Helen Henry Herbert Hilda Holly Howard Ian Igor Ingrid Irene Iris Isaac
+    Isabel Ivan Ivy Jack Jacob James Jamie Jane Janet Jason Jasmine Jasper Jean Jeff Jenna Jerry
+    Jessica Jill Joan Joel John Jonas Joseph Joyce Judith June Justin Karen Kate Keith Kelly
+    Kevin Kim Kurt Lars Leah Leo Leon Lily Lisa Logan Louis Lucas Lucy Luna Lydia Mabel Magnus
+    Maggie Marco Margaret Maria Marie Marion Martha Martin Mary Mason Matilda Matt Max Maya
+    Megan Mia Michael Milan Mildred Miles Milo Molly Monica Morris Nadia Naomi Nathan Neil Nelly
+    Nicholas Noah Noel Norman Olga Oliver Olivia Omar Oscar Owen Pamela Patricia Paul Paula
+    Pearl Penny Percy Philip Phoebe Priya Quinn Rachel Ralph Ray Rebecca Regina Rita Roger
+    Roland Roman Ronald Rosa Rose Ruby Rudolf Rupert Ruth Ryan Sally Sam Samira Sandra Sean
+    Selma Sheila Silvia Simon Stanley Stella Steve Susan Sven Sylvia Tamara Tanya Tara Terry
+    Thelma Thomas Tina Toby Todd Tracy Trevor Tristan Ursula Valerie Victor Vincent Viola Violet
+    Vivian Wade Wallace Walter Wanda Wayne Wendy Wesley Wilma Yusuf Yvonne Zach Zara
+    """,
+    True: """
+    Laura Mark Nina Petra Sofia Tom Vera Will Alice Bruno Clara Daniel Elena Frank Gina Hugo
+    Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe Rosie Peter
+    """,
 }
 THINGS = {
-    False: "coins books apples cards stamps shells pens marbles",
+    False: "coins books apples cards stamps shells pens marbles dolls plums rings hats kites"
+    " boxes keys eggs cups maps lemons balls toys bricks candles ribbons nuts leaves pears pins"
+    " socks tickets",
     True: "beads stickers oranges buttons stones flowers",
 }
 

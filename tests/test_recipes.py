@@ -1,0 +1,62 @@
+"""test_recipes.py: recipes/smollm2: its page and `make smollm2` are the same commands, and each is
+one that its script takes.
+
+    python -m pytest tests/test_recipes.py
+"""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from fixtures import ROOT
+from launch import run
+
+from attnrl import parse_config
+
+PAGE = (ROOT / "recipes" / "smollm2" / "README.md").read_text(encoding="utf-8")
+
+
+def commands() -> list[str]:
+    """Of the page's block that is to be typed."""
+    return [line.split(" #")[0].strip() for line in PAGE.split("```")[3].strip().splitlines()]
+
+
+def test_make_runs_what_the_page_says():
+    done = subprocess.run(
+        ["make", "-n", "smollm2", "-o", ".venv/ready"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = re.sub(r"\\\n\s*", "", done.stdout)
+    made = [line.split("|| ")[-1].strip() for line in said.splitlines() if "python" in line]
+    typed = [line for line in commands() if line.startswith("python")]
+
+    def words(line: str) -> list[str]:
+        return sorted(line.replace(".venv/bin/", "").split())
+
+    assert [words(line) for line in made] == [words(line) for line in typed]
+    assert len(typed) == 6 and commands()[0].startswith("pip install gguf accelerate")
+
+
+def test_the_training_command_is_one_that_attnrl_takes():
+    config = parse_config(commands()[-1].split()[2:])
+    assert (config.dtype, config.steps, config.delta, config.kl_coef) == ("bf16", 24, 1, 0.0)
+
+
+def test_a_directory_that_is_there_is_not_fetched_again(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    out, _ = run("recipes/smollm2/fetch.py", tmp_path)
+    assert "there already" in out and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_gsm_symbolic_says_what_it_needs_or_writes_rows(tmp_path):
+    file = tmp_path / "gsm.jsonl"
+    words = [sys.executable, "recipes/smollm2/gsm_symbolic.py", str(file), "--count", "3"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 2:
+        assert "pip install reasoning-gym" in done.stderr and not file.exists()
+        pytest.skip("the package reasoning-gym is not here")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 3 and all(row["problem"] and row["solution"] for row in rows)
+    assert all(str(row["answer"]) in row["solution"] for row in rows)
