@@ -36,10 +36,10 @@ smollm2: .venv/ready
 	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/test.jsonl --count 100 --people 5-10 --test
 	test -f $(SMOLLM2)/warm/config.json || .venv/bin/python recipes/sft.py \
 		--model $(SMOLLM2)/model --problems $(SMOLLM2)/warm.jsonl --out $(SMOLLM2)/warm \
-		--steps 100 --dtype bf16
+		--steps 140 --dtype bf16
 	.venv/bin/python attnrl.py --preset small --model $(SMOLLM2)/warm --out $(SMOLLM2)/attnrl \
 		--problems $(SMOLLM2)/train.jsonl --test_problems $(SMOLLM2)/test.jsonl \
-		--steps 24 --batch_size 6 --lr 1e-5 --kl_coef 0 --max_response 220 --dtype bf16 \
+		--steps 24 --batch_size 6 --lr 1e-5 --kl_coef 0 --max_response 300 --dtype bf16 \
 		--token_budget 4096 --eval_every 6 --save_every 2 --resume auto
 
 test: .venv/ready

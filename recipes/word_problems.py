@@ -10,10 +10,10 @@ A problem of four people, its statements shuffled:
 
 and its solution, a paragraph for each person, then the box:
 
-    Anna has 4 coins.               depends on nothing
-    Leo has 4 + 3 = 7 coins.        on step 0 (Anna)
-    Emma has 2 * 7 = 14 coins.      on step 1 (Leo)
-    Ben has 4 + 14 = 18 coins.      on steps 0 and 2
+    Anna has 4 coins.                                           depends on nothing
+    Leo has 3 more coins than Anna: 4 + 3 = 7.                  on step 0 (Anna)
+    Emma has twice as many coins as Leo: 2 * 7 = 14.            on step 1 (Leo)
+    Ben has as many coins as Anna and Emma together: 4 + 14 = 18.  on 0 and 2
     \boxed{18}
 
 A row has "problem", "answer", "solution", and for experiments/what_fci_finds.py "steps" (the
@@ -98,9 +98,9 @@ def statements(names: list[str], thing: str, rng: random.Random, test: bool) -> 
     said, steps, values = [], [], []
     for name, kind, needs in zip(names, kinds, depends):
         others = [(names[k], values[k]) for k in needs]
-        statement, worked, value = relation(kind, name, thing, others, rng)
-        said.append(statement)
-        steps.append(f"{name} has {worked} {thing}.")
+        text, worked, value = relation(kind, thing, others, rng)
+        said.append(f"{name} has {text}.")
+        steps.append(f"{name} has {text}{worked}.")
         values.append(value)
     return said, steps, values, depends
 
@@ -129,26 +129,24 @@ def is_for_tests(kinds: list[str], depends: list[list[int]]) -> bool:
     return zlib.crc32(repr((kinds, depends)).encode()) % 5 == 0
 
 
-def relation(kind: str, name: str, thing: str, others: list, rng) -> tuple[str, str, int]:
-    """(what the problem says, the worked number, the number) of one person, from those of the
-    others, who have a name and a number."""
+def relation(kind: str, thing: str, others: list, rng) -> tuple[str, str, int]:
+    """(what the problem says that somebody has, how it is worked out, how many it is), from the
+    others that are named, who have a name and a number."""
     number = rng.randrange(2, 10)
     if kind == "number":
-        return f"{name} has {number} {thing}.", str(number), number
+        return f"{number} {thing}", "", number
     other, known = others[0]
     if kind == "more":
-        text, worked = f"{number} more {thing} than {other}", f"{known} + {number}"
+        text, sign = f"{number} more {thing} than {other}", "+"
     elif kind == "fewer":
-        text, worked = f"{number} fewer {thing} than {other}", f"{known} - {number}"
-        number = -number
+        text, sign = f"{number} fewer {thing} than {other}", "-"
     elif kind == "twice":
-        text, worked, number = f"twice as many {thing} as {other}", f"2 * {known}", known
+        text, sign, number, known = f"twice as many {thing} as {other}", "*", known, 2
     else:
         second, number = others[1]
-        text = f"as many {thing} as {other} and {second} together"
-        worked = f"{known} + {number}"
-    value = known + number
-    return f"{name} has {text}.", f"{worked} = {value}", value
+        text, sign = f"as many {thing} as {other} and {second} together", "+"
+    value = {"+": known + number, "-": known - number, "*": known * number}[sign]
+    return text, f": {known} {sign} {number} = {value}", value
 
 
 def word_problems(people: str, count: int, seed: int, test: bool = False) -> Iterator[dict]:

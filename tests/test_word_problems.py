@@ -61,8 +61,9 @@ def test_texts_steps_and_dependencies_say_the_same(people, test):
         for step, needs in zip(row["steps"], row["depends"]):
             own = step.split()[0]
             assert {names[k] for k in needs} == named[own]
-            worked = re.fullmatch(r"\w+ has (.*) \w+\.", step)[1]
-            sum_, _, value = worked.rpartition("=")
+            said, _, worked = step.rstrip(".").partition(": ")
+            assert f"{said}." in row["problem"]  # what is worked out is said again
+            sum_, _, value = (worked or said.split()[2]).rpartition("=")
             assert int(value) == values[own] and (not sum_ or eval(sum_) == values[own])
         assert all(2 <= value <= 50 for value in values.values())
         asked = re.search(r"does (\w+) have\?$", row["problem"])[1]
