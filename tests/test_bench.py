@@ -166,8 +166,10 @@ def test_medians_leave_out_the_first_step_unless_there_is_no_other():
 # --------------------------------------------------------------------------------------------------
 COMMANDS = [
     *sorted((ROOT / "bench").glob("*.py")),
-    *sorted((ROOT / "experiments").glob("*.py")),
+    *sorted(p for p in (ROOT / "experiments").glob("*.py") if "__main__" in p.read_text()),
     ROOT / "toy" / "build.py",
+    ROOT / "recipes" / "sft.py",
+    ROOT / "recipes" / "smollm2" / "fetch.py",
 ]
 WATCH = """
 import os, runpy, sys

@@ -34,6 +34,7 @@ PAGES = [
     "docs/benchmarks.md",
     "docs/differences.md",
     "docs/faq.md",
+    "docs/what-fci-finds.md",
     "experiments/README.md",
     "toy/README.md",
     "bench/scale.md",
