@@ -13,7 +13,7 @@ and leaves all variables unset.
 Each run is a process of its own: it makes a first step, waits until the others are as far, and then
 makes the steps that count, the same ones in every run (lr 0, one seed). The busy process is an
 endless loop. Cases take turns; seconds are medians over all steps that count. Run this with nothing
-beside it: the last ratio is what sleeping costs on a machine with nothing else to do.
+beside it: the ratios "alone" are of a machine with nothing else to do.
 """
 
 import argparse

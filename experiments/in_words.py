@@ -32,7 +32,6 @@ problems.
 Left out: disruption (the toy's study), and steps of reasoning traces, which nobody has labelled.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +39,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
-from what_fci_finds import bootstrap_weights, correlations, points, shown, table
+from what_fci_finds import bootstrap_weights, correlations, influence_of, points, shown, table
 
 from fci import StepAttention, scoring_mode, separator_tokens, split_steps
 from recipes.word_problems import word_problems
-from runtime.cli import UserError, reason
+from runtime.cli import UserError
 from runtime.data import PROMPT_SUFFIX, encode_question, usable_suffix
+from runtime.files import read_rows
 from runtime.models import load_model
 from runtime.rollout import Request, TransformersEngine, request_seed
-from runtime.scoring import Sequence, score
+from runtime.scoring import Sequence, token_logprobs
 from tools.view import BLUE, GREEN, GREY, ORANGE
 
 DELTAS = (1, 2, 4)
@@ -71,13 +71,10 @@ class Worked:
     def influence(self) -> np.ndarray:
         """T and D, (2, steps): later steps that need a step, at all or directly."""
         n = len(self.steps)
-        direct = np.zeros((n, n), bool)  # (j, k): step j needs step k
+        uses = np.zeros((n, n), bool)  # (j, k): step j needs step k
         for j, needs in enumerate(self.depends):
-            direct[j, needs] = True
-        reached = direct.copy()
-        for j in range(n):  # in order: what step j needs is complete already
-            reached[j] |= reached[direct[j]].any(0)
-        return np.array([reached.sum(0), direct.sum(0)])
+            uses[j, needs] = True
+        return influence_of(uses)
 
 
 def read_worked(source: str) -> list[Worked]:
@@ -89,20 +86,10 @@ def read_worked(source: str) -> list[Worked]:
         rows = word_problems(parts[1], int(parts[2]), int(parts[3]), test=True)
         return [worked(row, f"{source}, problem {i}") for i, row in enumerate(rows, 1)]
     try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"--problems {source}: cannot be read ({reason(error)}); a file of rows with problem, "
-            f"steps, depends, or {FORM}"
-        ) from error
-    found = []
-    for number, line in enumerate(lines, 1):
-        where = f"{source}, line {number}"
-        try:
-            if line.strip():
-                found.append(worked(json.loads(line), where))
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from error
+        rows = list(read_rows(source))
+    except UserError as error:
+        raise UserError(f"--problems {error}; or write {FORM}") from error
+    found = [worked(row, f"{source}, {place}") for place, row in rows]
     if not found:
         raise UserError(f"{source}: no problem in it")
     return found
@@ -110,6 +97,8 @@ def read_worked(source: str) -> list[Worked]:
 
 def worked(row, where: str) -> Worked:
     """Raises UserError."""
+    if isinstance(row, ValueError):
+        raise UserError(f"{where}: {row}")
     fields = row if isinstance(row, dict) else {}
     problem, steps, depends = (fields.get(name) for name in ("problem", "steps", "depends"))
     if not isinstance(problem, str) or not problem.strip():
@@ -148,7 +137,6 @@ class LayerAttention(StepAttention):
         self.layers_of: dict[int, list[torch.Tensor]] = {delta: [] for delta in DELTAS}
 
     def collect(self, step_attention, columns: slice) -> None:
-        super().collect(step_attention, columns)
         steps = step_attention.shape[2]
         later = torch.arange(steps, device=step_attention.device)
         for delta, found in self.layers_of.items():
@@ -160,27 +148,25 @@ class LayerAttention(StepAttention):
                 found.append(best)
 
 
-def fci_by_layer(model, prompt: list[int], tokens: list[int], bounds: list[int]) -> dict:
-    """ "FCI, Delta 1" and "FCI by count, Delta 1" and so on -> (layers, steps)."""
-    ids = torch.tensor([prompt + tokens], device=model.device)
-    collector = LayerAttention(len(prompt), bounds, ids.shape[1], ids.device)
+def fci_by_layer(model, prompt: list[int], tokens: list[int], bounds: list[int]) -> tuple:
+    """("FCI, Delta 1" and "FCI by count, Delta 1" and so on -> (layers, steps); the entropies of
+    the tokens, from the same pass)."""
+    collector = LayerAttention(len(prompt), bounds, len(prompt) + len(tokens), model.device)
     with scoring_mode(model, collector):
-        model.base_model(input_ids=ids, use_cache=False)
+        _, entropies = token_logprobs(model, [[Sequence(prompt, tokens)]], 1.0)
     steps, found = len(bounds) - 1, {}
     for delta, layers in collector.layers_of.items():
         found[f"FCI, Delta {delta}"] = torch.stack(layers).double().cpu().numpy()
         terms = np.maximum(1, steps - np.arange(steps) - delta)
         found[f"FCI by count, Delta {delta}"] = found[f"FCI, Delta {delta}"] / terms
-    return dict(sorted(found.items(), key=lambda item: "count" in item[0]))
+    return dict(sorted(found.items(), key=lambda item: "count" in item[0])), entropies.tolist()
 
 
 def row_of(model, number: int, problem: Worked, prompt, tokens, bounds, rng) -> Row:
     """Scores and truth of one response whose steps line up with the problem's."""
     count = slice(1, len(problem.steps))
-    layers = {
-        name: found[:, count] for name, found in fci_by_layer(model, prompt, tokens, bounds).items()
-    }
-    entropies = score(model, [Sequence(prompt, tokens)])[0].entropies
+    found, entropies = fci_by_layer(model, prompt, tokens, bounds)
+    layers = {name: values[:, count] for name, values in found.items()}
     steps = [entropies[a:b] for a, b in zip(bounds, bounds[1:])][count]
     early, short = -np.arange(len(steps)), -np.diff(bounds)[count]
     transitive, direct = problem.influence()[:, count]

@@ -159,8 +159,13 @@ def true_influence(program: str) -> np.ndarray:
     lines = program.split(";")[:-1]
     # (j, k): line j mentions variable k
     uses = np.array([[name[0] in line[2:] for name in lines] for line in lines])
+    return influence_of(uses)
+
+
+def influence_of(uses: np.ndarray) -> np.ndarray:
+    """T and D, (2, n), from (j, k): step j needs step k, an earlier one."""
     depends = uses.copy()
-    for j in range(len(lines)):  # in order: what line j mentions is complete already
+    for j in range(len(uses)):  # in order: what step j needs is complete already
         depends[j] |= depends[uses[j]].any(0)
     return np.array([depends.sum(0), uses.sum(0)])
 

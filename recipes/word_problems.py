@@ -31,7 +31,7 @@ import json
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -172,6 +172,15 @@ def bounds_of(people: str) -> tuple[int, int]:
     return found
 
 
+def write_rows(file: Path, rows: Iterable[dict]) -> None:
+    """As JSONL. Raises UserError."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({reason(error)})") from error
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(
         "recipes/word_problems.py",
@@ -188,11 +197,7 @@ def main(argv: list[str]) -> None:
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
     rows = word_problems(args.people, args.count, args.seed, args.test)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    try:
-        args.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be written ({reason(error)})") from error
+    write_rows(args.out, rows)
     print(f"{args.count} problems of {args.people} people: {args.out}")
 
 

@@ -42,7 +42,7 @@ def test_fci_by_layer_is_eq_5_and_eq_6_over_one_layer(kind):
     twin = eager_twin(model)
     for _ in range(3):
         s = random_sequence(rng)
-        found = in_words.fci_by_layer(model, s.prompt_ids, s.tokens, s.bounds)
+        found, _ = in_words.fci_by_layer(model, s.prompt_ids, s.tokens, s.bounds)
         alpha = eager_attention(twin, s)
         steps = len(s.bounds) - 1
         for delta in in_words.DELTAS:
@@ -57,7 +57,7 @@ def test_more_steps_than_one_call_of_the_kernel_takes():
     """300 steps: the layers' scores are put together from two blocks of columns."""
     rng, model = random.Random(1), tiny_model("qwen2")
     tokens = [rng.randrange(40) for _ in range(300)]
-    found = in_words.fci_by_layer(model, [1, 2], tokens, list(range(301)))
+    found, _ = in_words.fci_by_layer(model, [1, 2], tokens, list(range(301)))
     scores = fci_scores(model, [1, 2], tokens, list(range(301)), delta=4)
     assert found["FCI, Delta 4"].shape == (3, 300)
     assert np.allclose(found["FCI, Delta 4"].max(0)[1:], scores[1:], atol=1e-6)

@@ -7,12 +7,12 @@ Templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.052
 that people know. Rows have "problem", "answer" and "solution", a worked one.
 """
 
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from runtime.cli import Parser, UserError, reason, stop_on_user_error
+from recipes.word_problems import write_rows
+from runtime.cli import Parser, UserError, stop_on_user_error
 
 
 def main(argv: list[str]) -> None:
@@ -29,20 +29,15 @@ def main(argv: list[str]) -> None:
     except ImportError as error:
         raise UserError("pip install reasoning-gym, then the same again") from error
     rows = reasoning_gym.create_dataset("gsm_symbolic", size=args.count, seed=args.seed)
-    lines = [
-        json.dumps(
-            {
-                "problem": row["question"],
-                "answer": row["answer"],
-                "solution": row["metadata"]["answer_cot"],
-            }
-        )
+    wanted = [
+        {
+            "problem": row["question"],
+            "answer": row["answer"],
+            "solution": row["metadata"]["answer_cot"],
+        }
         for row in rows
     ]
-    try:
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{args.out}: cannot be written ({reason(error)})") from error
+    write_rows(args.out, wanted)
     print(f"{args.count} problems: {args.out}")
 
 
