@@ -6,16 +6,14 @@ The loss is the mean over the solutions' tokens, end token included:
 
     L = - sum over solutions i, tokens t of log pi(y[i, t] | x[i], y[i, <t]) / number of such tokens
 
-Rows have "problem", asked as attnrl.py and eval.py ask it, and "solution". Batches are drawn
-without replacement. The learning rate rises for a 20th of the steps, then falls to 0. Passes hold
-sequences of similar length, so little is padding. --out gets the model, loss.jsonl, loss.png; from
-sft.pt a killed run goes on to the same weights. Left out: several ranks, validation (eval.py).
+Rows have "problem", asked as attnrl.py and eval.py ask it, and "solution". The learning rate rises
+for a 20th of the steps, then falls to 0. --out gets the model, loss.jsonl, loss.png; from sft.pt a
+killed run goes on to the same weights. Left out: several ranks, validation (eval.py).
 
     python -m pytest tests/test_sft.py
 """
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -40,7 +38,9 @@ def read_examples(source: str, tokenizer) -> list[Sequence]:
     """Prompts and solutions as tokens. Raises UserError."""
     suffix, examples = usable_suffix(tokenizer, PROMPT_SUFFIX), []
     for place, row in read_rows(source):
-        where, row = f"{source}, {place}", row if isinstance(row, dict) else {}
+        where, fault = f"{source}, {place}", row if isinstance(row, ValueError) else "not an object"
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: {fault}")
         for name in ("problem", "solution"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 raise UserError(f'{where}: the field "{name}" must be a text')
@@ -83,14 +83,14 @@ def train(args) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0)
     losses = resume(out, args, model, optimizer)
     rising, left = max(1, args.steps // 20), range(len(losses), args.steps)
-    for step in tqdm(left, unit="step", disable=None):
+    for step in tqdm(left, unit="step", mininterval=10):  # a log file gets it, too
         falling = 1 - (step - rising) / max(1, args.steps - rising)
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / rising, falling)
         losses.append(update(forward, optimizer, batch_of(step, examples, args)))
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"settings": vars(args), "losses": losses} | states, out / "sft.pt.new")
-            os.replace(out / "sft.pt.new", out / "sft.pt")  # a kill leaves the old file or the new
+            (out / "sft.pt.new").replace(out / "sft.pt")  # a kill leaves the old file or the new
     finish(out, model.eval(), tokenizer, losses)
 
 

@@ -5,6 +5,7 @@ python -m pytest tests/test_sft.py
 
 import json
 import random
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,9 +79,11 @@ def test_examples_end_in_the_end_token_and_faults_are_named(tmp_path):
         ({"problem": "1?"}, 'line 2: the field "solution" must be a text'),
         ({"problem": " ", "solution": "1"}, 'line 2: the field "problem" must be a text'),
         ({"problem": "1?", "solution": "1 " * 5000}, "line 2: .* over 4096 tokens"),
-        ([], 'line 2: the field "problem"'),
+        ([], "line 2: not an object"),
+        ("{'problem':", "line 2: not JSON in UTF-8"),
     ):
-        file.write_text(json.dumps(row) + "\n" + json.dumps(bad))
+        second = bad if isinstance(bad, str) else json.dumps(bad)
+        file.write_text(json.dumps(row) + "\n" + second)
         with pytest.raises(UserError, match=fault):
             sft.read_examples(str(file), tokenizer)
 
@@ -103,13 +106,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     def kill(*_):
         raise Killed
 
-    save, saves = sft.os.replace, []
+    save, saves = Path.replace, []
     monkeypatch.setattr(
-        sft.os, "replace", lambda a, b: kill() if saves else saves.append(save(a, b))
+        Path, "replace", lambda a, b: kill() if saves else saves.append(save(a, b))
     )
     with pytest.raises(Killed):
         train("killed")
-    monkeypatch.setattr(sft.os, "replace", save)
+    monkeypatch.setattr(Path, "replace", save)
     train("killed")
     whole, killed = (
         AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("whole", "killed")

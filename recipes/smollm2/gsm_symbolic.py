@@ -4,7 +4,7 @@
     python recipes/smollm2/gsm_symbolic.py gsm.jsonl --count 200
 
 Templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.05229): the benchmark
-that people know. Rows have "problem", "answer" and "solution", a worked one.
+that people know. Rows have "problem", "answer" and "solution", a worked one that ends in a box.
 """
 
 import sys
@@ -13,6 +13,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.word_problems import write_rows
 from runtime.cli import Parser, UserError, stop_on_user_error
+
+
+def problem_of(row: dict) -> dict:
+    """A row of ours: GSM8K's last line, "#### 288", becomes a box."""
+    worked, _, _ = row["metadata"]["answer_cot"].rpartition("####")
+    solution = f"{worked.strip()}\n\n\\boxed{{{row['answer']}}}"
+    return {"problem": row["question"], "answer": row["answer"], "solution": solution}
 
 
 def main(argv: list[str]) -> None:
@@ -27,17 +34,9 @@ def main(argv: list[str]) -> None:
     try:
         import reasoning_gym
     except ImportError as error:
-        raise UserError("pip install reasoning-gym, then the same again") from error
+        raise UserError(f"pip install reasoning-gym, then the same again ({error})") from error
     rows = reasoning_gym.create_dataset("gsm_symbolic", size=args.count, seed=args.seed)
-    wanted = [
-        {
-            "problem": row["question"],
-            "answer": row["answer"],
-            "solution": row["metadata"]["answer_cot"],
-        }
-        for row in rows
-    ]
-    write_rows(args.out, wanted)
+    write_rows(args.out, map(problem_of, rows))
     print(f"{args.count} problems: {args.out}")
 
 
