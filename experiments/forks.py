@@ -308,37 +308,45 @@ def parse(argv: list[str]):
         "Forking rules at equal tokens, on any model and problems, without training.",
         "python experiments/forks.py --problems toy:8:20:5 --name small",
     )
+    parser.add_argument("--points", type=int, default=2, help="N: forks a response")
+    parser.add_argument("--rho", type=float, default=0.2, help="of FCI's quantile")
+    args = parse_options(parser, argv, "forks", group=6, continuations=2)
+    if args.points < 1 or not 0 <= args.rho <= 1:
+        raise UserError("--points or --rho: not in its range")
+    return args
+
+
+def parse_options(parser: Parser, argv: list[str], results: str, group: int, continuations: int):
+    """What disruption.py has, too."""
     add = parser.add_argument
     add("--model", default=str(HERE.parent / "toy" / "model"), help="model directory")
     add("--problems", default="toy:8:500:5", help="problem file, or toy:8:500:5")
     add("--count", type=int, default=0, help="only the first COUNT problems; 0: all")
-    add("--name", default="toy", help="of the results: results/forks/NAME.jsonl, .md, .png")
-    add("--group", type=int, default=6, help="G: initial responses a problem")
-    add("--points", type=int, default=2, help="N: forks a response")
-    add("--continuations", type=int, default=2, help="T: at each fork")
+    add("--name", default="toy", help=f"of the results: results/{results}/NAME.jsonl, .png, tables")
+    add("--group", type=int, default=group, help="G: initial responses a problem")
+    add("--continuations", type=int, default=continuations, help="T: at each place")
     add("--delta", type=int, default=1, help="of FCI")
-    add("--rho", type=float, default=0.2, help="of FCI's quantile")
     add("--temperature", type=float, default=1.0, help="of sampling")
     add("--max_response", type=int, default=110, help="tokens")
     add("--max_prompt", type=int, default=1024, help="tokens; longer problems are left out")
     add("--prompt_suffix", default=PROMPT_SUFFIX, help="added to problems of a file")
     add("--reward", default="boxed", help="as in attnrl.py")
     add("--seed", type=int, default=0, help="of sampling")
-    add("--folder", type=Path, default=HERE / "results" / "forks", help="of the results")
+    add("--folder", type=Path, default=HERE / "results" / results, help="of the results")
     add("--report", action="store_true", help="tables and figure of what is there")
     args = parser.parse_args(argv)
-    for name in ("group", "points", "continuations", "delta", "max_response", "max_prompt"):
+    for name in ("group", "continuations", "delta", "max_response", "max_prompt"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if not 0 < args.temperature < 100 or not 0 <= args.rho <= 1 or args.count < 0 or args.seed < 0:
-        raise UserError("--temperature, --rho, --count or --seed: not in its range")
+    if not 0 < args.temperature < 100 or args.count < 0 or args.seed < 0:
+        raise UserError("--temperature, --count or --seed: not in its range")
     return args
 
 
 def settings_of(args) -> dict:
     names = "model problems group points continuations delta rho temperature max_response"
     names += " prompt_suffix reward seed"
-    values = {name: getattr(args, name) for name in names.split()}
+    values = {name: getattr(args, name) for name in names.split() if name in args}
     for name in ("model", "problems"):  # as they are called, not where they lie
         if not is_toy(str(values[name])):
             values[name] = Path(values[name]).name
@@ -372,8 +380,8 @@ def start(args, path: Path) -> list[dict]:
     return records
 
 
-def run(args, path: Path) -> list[dict]:
-    """Sample what is missing; a killed run goes on."""
+def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]]:
+    """What samples, the (number, problem) that are left, and the records that are there."""
     model, tokenizer, eos_ids = load_model(args.model, "cpu")
     if not is_toy(args.problems):
         args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
@@ -383,8 +391,14 @@ def run(args, path: Path) -> list[dict]:
     records = start(args, path)
     done = {record["number"] for record in records}
     left = [(n, p) for n, p in enumerate(problems) if n not in done]
-    pool = Pool(model, tokenizer, TransformersEngine(model, eos_ids), Reward(args.reward), args)
-    bar = tqdm(total=len(problems), initial=len(done), unit="problem", disable=None)
+    engine = TransformersEngine(model, eos_ids)
+    return Pool(model, tokenizer, engine, Reward(args.reward), args), left, records
+
+
+def run(args, path: Path) -> list[dict]:
+    """Sample what is missing; a killed run goes on."""
+    pool, left, records = begin(args, path)
+    bar = tqdm(total=len(left), unit="problem", disable=None)
     with bar, path.open("a", encoding="utf-8") as file:
         for a in range(0, len(left), CHUNK):
             fresh = sample_forks(pool, left[a : a + CHUNK])

@@ -473,28 +473,36 @@ def disrupt(study: Study, rows: list[Row], problems: list[Problem], seed: int = 
 def disruption_study(rows: list[Row]) -> dict:
     """Study 2: accuracy per class; drop per class and step index; classes compared at equal step
     index."""
-    weights = bootstrap_weights([r.problem for r in rows])
     # (rows, S) each
     (right, _), (disrupted, kept) = np.array([r.hits for r in rows]).transpose(1, 2, 0, 3) / SAMPLES
-    drop = right - disrupted
     fci, entropy = (
         np.array([r.scores[MEASURES.index(name)] for r in rows])
         for name in ("FCI, Delta 1", "mean entropy")
     )
-    top, high = (x >= np.quantile(x, 1 - RHO, axis=1, keepdims=True) for x in (fci, entropy))
+    weights = bootstrap_weights([r.problem for r in rows])
+    return by_class(weights, right, disrupted, kept, fci, entropy)
+
+
+def by_class(weights: np.ndarray, right, disrupted, kept, fci, entropy) -> dict:
+    """Study 2 from arrays (rows, S); NaN where a response has no such step."""
+    drop = right - disrupted
+    there = np.isfinite(drop)
+    top, high = (
+        there & (x >= np.nanquantile(x, 1 - RHO, axis=1, keepdims=True)) for x in (fci, entropy)
+    )
     shown = {"without": right, "with": disrupted, "drop": drop, "in format, with": kept}
-    masks = {"top 20 % FCI": top, "the rest": ~top, "top 20 % entropy": high}
+    masks = {"top 20 % FCI": top, "the rest": there & ~top, "top 20 % entropy": high}
     pairs = {"top 20 % FCI - the rest": top, "top 20 % entropy - all others": high}
+
+    def mean(x: np.ndarray, mask: np.ndarray) -> list[float] | None:
+        with np.errstate(invalid="ignore"):  # a response without a step of the class
+            of_row = np.where(mask, x, 0).sum(1) / mask.sum(1)
+        return estimate(weighted_mean(weights, of_row))
+
     return {
-        "classes": {
-            name: {
-                what: estimate(weighted_mean(weights, (x * mask).sum(1) / mask.sum(1)))
-                for what, x in shown.items()
-            }
-            for name, mask in masks.items()
-        },
+        "classes": {n: {what: mean(x, m) for what, x in shown.items()} for n, m in masks.items()},
         "by step": {name: drop_by_step(weights, drop, mask) for name, mask in masks.items()},
-        "matched": {name: matched_gaps(weights, drop, mask) for name, mask in pairs.items()},
+        "matched": {n: matched_gaps(weights, drop, m, there & ~m) for n, m in pairs.items()},
     }
 
 
@@ -508,17 +516,17 @@ def drop_by_step(weights: np.ndarray, drop: np.ndarray, mask: np.ndarray) -> dic
     }
 
 
-def matched_gaps(weights: np.ndarray, drop: np.ndarray, mask: np.ndarray) -> dict:
+def matched_gaps(weights: np.ndarray, drop, mask: np.ndarray, others: np.ndarray) -> dict:
     """The drop of the steps in a class less that of the others, at every step index that has both
     kinds; "all": the mean gap of the steps in the class."""
     found, total, count = {}, 0, 0
-    for k in np.flatnonzero(np.minimum(mask.sum(0), (~mask).sum(0)) >= 10):
+    for k in np.flatnonzero(np.minimum(mask.sum(0), others.sum(0)) >= 10):
         inside, outside = (
-            weighted_mean(weights, drop[:, k], which) for which in (mask[:, k], ~mask[:, k])
+            weighted_mean(weights, drop[:, k], which) for which in (mask[:, k], others[:, k])
         )
         n = int(mask[:, k].sum())
         found[str(k + 1)] = {
-            "n": [n, int((~mask[:, k]).sum())],
+            "n": [n, int(others[:, k].sum())],
             "gap": estimate(inside - outside),
         }
         total, count = total + n * (inside - outside), count + n
