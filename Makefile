@@ -34,7 +34,7 @@ smollm2: .venv/ready
 	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/warm.jsonl --count 2000 --people 4-8
 	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/train.jsonl --count 2000 --people 5-10 --seed 2
 	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/test.jsonl --count 100 --people 5-10 --test
-	test -f $(SMOLLM2)/warm/config.json || .venv/bin/python recipes/sft.py \
+	test -f $(SMOLLM2)/warm/tokenizer_config.json || .venv/bin/python recipes/sft.py \
 		--model $(SMOLLM2)/model --problems $(SMOLLM2)/warm.jsonl --out $(SMOLLM2)/warm \
 		--steps 140 --dtype bf16
 	.venv/bin/python attnrl.py --preset small --model $(SMOLLM2)/warm --out $(SMOLLM2)/attnrl \

