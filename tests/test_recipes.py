@@ -36,11 +36,12 @@ def test_make_runs_what_the_page_says():
         return sorted(line.replace(".venv/bin/", "").split())
 
     assert [words(line) for line in made] == [words(line) for line in typed]
-    assert len(typed) == 6 and commands()[0].startswith("pip install gguf accelerate")
+    assert len(typed) == 10 and commands()[0].startswith("pip install gguf accelerate")
 
 
 def test_the_training_command_is_one_that_attnrl_takes():
-    config = parse_config(commands()[-1].split()[2:])
+    [command] = [line for line in commands() if line.startswith("python attnrl.py")]
+    config = parse_config(command.split()[2:])
     assert (config.dtype, config.steps, config.delta, config.kl_coef) == ("bf16", 24, 1, 0.0)
 
 
