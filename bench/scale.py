@@ -110,10 +110,10 @@ FCI_COST = 1.18  # a scoring pass with FCI against one without: bench/fci.py, T 
 PROMPT, GPUS = 150, 8
 
 
-def seconds(shape: plan.Shape, config, mean: int) -> dict[str, float]:
-    """Seconds of one step's phases on each of 8 GPUs for responses of `mean` tokens; AttnRL's work
+def seconds(shape: plan.Shape, config, mean: int, gpus: int = GPUS) -> dict[str, float]:
+    """Seconds of one step's phases on each of `gpus` for responses of `mean` tokens; AttnRL's work
     without ADS."""
-    responses = config.batch_size * config.group_size / GPUS
+    responses = config.batch_size * config.group_size / gpus
     continued = responses * config.branch_points * config.continuations
     suffix = 0.6 * mean  # a branch point lies at 40 % of its response on average: assumption
     whole = PROMPT + mean
@@ -145,7 +145,7 @@ def seconds(shape: plan.Shape, config, mean: int) -> dict[str, float]:
         "two calls": sum(map(decode, sampled)) + prefill,
         "score": (responses * FCI_COST + continued) * one_pass / SCORE_SHARE,
         "train": (responses + continued) * one_pass * trained,
-        "tokens": GPUS * sum(sampled),
+        "tokens": gpus * sum(sampled),
     }
 
 
@@ -190,6 +190,34 @@ def model_cells(shape: plan.Shape, mean: int, longest: int) -> list[str]:
     ]
 
 
+def recipe_table() -> str:
+    """Markdown: hours of 100 steps of --preset small with vLLM, responses of 400 tokens."""
+    from transformers import Qwen2Config
+
+    from attnrl import PRESETS, Config
+
+    half = dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14)
+    half |= dict(num_key_value_heads=2, vocab_size=151_936)
+    models = {
+        "Qwen2.5-0.5B-Instruct": dict(num_hidden_layers=24, tie_word_embeddings=True, **half),
+        "Qwen2.5-1.5B-Instruct": dict(
+            num_hidden_layers=28, tie_word_embeddings=True, **plan.QWEN2["1.5B"]
+        ),
+        "DeepSeek-R1-Distill-Qwen-1.5B": dict(
+            num_hidden_layers=28, tie_word_embeddings=False, **plan.QWEN2["1.5B"]
+        ),
+    }
+    config = Config(**PRESETS["small"] | dict(engine="vllm", dtype="bf16"))
+    lines = ["| model | M tokens a step | one GPU: hours | eight: hours |", "|---|---|---|---|"]
+    for name, sizes in models.items():
+        shape = plan.count(Qwen2Config(**sizes))
+        found = [seconds(shape, config, 400, gpus) for gpus in (1, GPUS)]
+        hours = [(s["one call"] + s["score"] + s["train"]) / 36 for s in found]  # 100 steps
+        tokens = f"{found[0]['tokens'] / 1e6:.2f}"
+        lines.append(f"| {name} | {tokens} | {' | '.join(f'{h:.1f}' for h in hours)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = command(__doc__, "--problems 4 8 --steps 2")
     parser.add_argument(
@@ -198,11 +226,11 @@ def main() -> None:
     parser.add_argument("--problems", type=positive, nargs="+", default=[6, 12, 24, 48])
     parser.add_argument("--lengths", type=positive, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
-    parser.add_argument("--model", action="store_true", help="only the computed table")
+    parser.add_argument("--model", action="store_true", help="only the computed tables")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.model:
-        print(model_table())
+        print(f"{model_table()}\n\n{recipe_table()}")
     elif args.child:
         torch.set_num_threads(1)
         (found,) = median_steps(args.steps, [dict(batch_size=24)])
