@@ -117,7 +117,8 @@ def build(config: Config, display: Display) -> Parts:
     problems, test_problems = read_problems(config, policy, tokenizer, display.say)
     check_model(policy, path)
     packing = choose_packing(config, policy, device, display)
-    copied = config.engine == "vllm" or config.parallel == "fsdp"
+    # bf16 without FSDP2: the policy stays fp32, a copy in bf16 decodes 1.5 times as fast on a CPU
+    copied = config.engine == "vllm" or config.parallel == "fsdp" or config.dtype == "bf16"
     engine = start_engine(config, policy, eos_ids, problems, test_problems, copied, device)
     scorer = TokenLogprobs(policy)
     trained_policy, reference, frozen_reference = place(config, scorer, device), None, None
@@ -200,7 +201,8 @@ def longest_row(device: str, hidden: int) -> int:
 
 
 def start_engine(config: Config, policy, eos_ids, problems, test_problems, copied, device):
-    """vLLM, or the embedded engine: with the policy itself, or with a copy where it is cut up."""
+    """vLLM, or the embedded engine: with the policy itself, or with a copy where it is cut up or
+    where sampling is in bf16."""
     if config.engine == "vllm":
         lengths = [len(p.prompt_ids) + config.max_response for p in problems]
         lengths += [len(p.prompt_ids) + config.eval_max_response for p in test_problems]

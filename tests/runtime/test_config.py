@@ -116,14 +116,17 @@ def test_bf16_means_fsdp_on_gpus_and_autocast_on_a_cpu():
     assert parse_config(["--device", "cpu"]).dtype == "fp32"
 
 
-def test_a_step_in_bf16_on_a_cpu_keeps_fp32_weights_and_agrees_with_the_engine(tmp_path):
+def test_a_step_in_bf16_on_a_cpu_keeps_fp32_weights_and_samples_with_their_bf16_copy(tmp_path):
     run = set_up(*tiny(tmp_path), "--dtype", "bf16", "--device", "cpu")
     seen = []
     layer = run.policy.model.layers[0].self_attn.q_proj
+    copied = run.engine.model.model.layers[0].self_attn.q_proj
     layer.register_forward_hook(lambda *call: seen.append(call[2].dtype))
     before = layer.weight.detach().clone()
     result = attnrl.step(run, 1, None)
-    assert set(seen) == {torch.float32, torch.bfloat16}  # the engine samples, the learner scores
+    assert set(seen) == {torch.bfloat16}  # of the policy's products
     assert layer.weight.dtype == torch.float32 and not torch.equal(layer.weight, before)
+    assert torch.equal(copied.weight, layer.weight.bfloat16())  # after the update
+    assert 0 < run.monitor.sync_gap < 0.02
     assert 0 < run.monitor.record(Counter(), 0.05)["logprob_gap/mean"] < 0.02
     assert abs(result.stats.ratio - 1) < 0.05 and result.stats.updates > 0
