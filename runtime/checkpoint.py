@@ -30,6 +30,7 @@ on with another number of them; only the rounding differs then.
     python -m pytest tests/runtime/test_checkpoint.py
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -100,6 +102,38 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+HELD: dict[tuple[int, int], TextIO] = {}  # this process's runs
+
+
+def hold(folder: Path) -> None:
+    """Locks a run's folder until `release` or the end of this process: two that write to it would
+    mix their steps. Raises UserError if another process has it."""
+    try:
+        file = (folder / "config.json").open(encoding="utf-8")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        HELD[inode(file)] = file
+    except BlockingIOError as error:
+        if inode(file) not in HELD:  # not this process itself
+            raise UserError(
+                f"--out {folder}: another process is training there; wait for it or stop it, or"
+                " give another folder"
+            ) from error
+    except OSError as error:
+        if error.filename:  # else a file system without locks
+            raise UserError(f"--out {folder}: cannot be read ({error.strerror})") from error
+
+
+def release(folder: Path) -> None:
+    with (folder / "config.json").open(encoding="utf-8") as file:
+        if inode(file) in HELD:
+            HELD.pop(inode(file)).close()
+
+
+def inode(file: TextIO) -> tuple[int, int]:
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino
 
 
 def folder_of(step: int) -> str:

@@ -26,7 +26,7 @@ import torch
 import transformers
 
 from fci import separator_tokens, split_steps
-from runtime.checkpoint import flush
+from runtime.checkpoint import flush, hold, release
 from runtime.cli import UserError, first_line
 from runtime.dist import rank
 from runtime.metrics import Outcomes, batch_notices, empty_batch_lines, mean
@@ -128,6 +128,8 @@ def check_folder(config) -> None:
             f"--out {path}: is not empty, and has no config.json of a run to go on with; give"
             " another folder"
         )
+    if not rank():
+        hold(path)
 
 
 class RunFolder:
@@ -149,6 +151,7 @@ class RunFolder:
             # "x": the first of two gets it
             with (self.path / "config.json").open("w" if going_on else "x") as file:
                 file.write(json.dumps(settings, indent=2) + "\n")
+            hold(self.path)
         except OSError as error:
             raise UserError(
                 f"--out {self.path}: cannot be made a folder ({error.strerror})"
@@ -188,6 +191,8 @@ class RunFolder:
         self.draw("explorer", display.say)
         if self.tracker:
             self.tracker[2]()
+        if not rank():
+            release(self.path)
         display.close()
 
     def write_start(self, tested: dict, run) -> None:

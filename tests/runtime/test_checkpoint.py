@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures import ROOT, TOY_MODEL, lines, typed
-from launch import Launched, one_node, steps_done
+from launch import Launched, one_node, run, steps_done
 from toy_runs import (
     RUN,
     SEED,
@@ -507,6 +507,23 @@ def test_the_first_signal_stops_after_the_step_and_the_second_at_once(numbers, t
                 run.stdout()
             )
     leaves_at_once(folder, signal.SIGINT)
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path):
+    """The second one says so and leaves; the first goes on. When that was killed the folder is
+    free."""
+    folder = tmp_path / "run"
+    command = [*LONG, "--save_every", 1, "--out", folder, "--resume", "auto"]
+    with alone(*command) as first:
+        first.wait_until(lambda: steps_done(folder) > 0, "a step")
+        _, error = run("attnrl.py", *command, code=2)
+        assert f"--out {folder}: another process is training there" in error
+        before = steps_done(folder)
+        first.wait_until(lambda: steps_done(folder) > before, "another step")
+        first.process.kill()
+        first.wait(30)
+    with alone(*command) as first:
+        first.wait_until(lambda: "resumed from" in first.stdout(), "the next run")
 
 
 @pytest.mark.full
