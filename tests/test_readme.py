@@ -146,7 +146,7 @@ def test_the_table_of_timings_is_that_of_the_results():
     printed = output_of("bench/measure.py", "--markdown")
     assert printed.count("\n") > 10 and printed in page("docs/benchmarks.md")
     computed = output_of("bench/scale.py", "--model")
-    assert computed.count("\n") == 8 and computed in page("bench/scale.md")
+    assert computed.count("\n") == 14 and computed in page("bench/scale.md")
 
 
 def test_the_table_of_memory_is_the_computed_one():
