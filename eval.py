@@ -113,13 +113,13 @@ def held_out_accuracy(run) -> dict:
         groups = [samples[a : a + k] for a in range(0, len(samples), k)]
         solved = dist.everyone([avg_at_k([s.reward for s in group]) for group in groups])
         run.reward.counts = counts
-    outcomes, wrong = Outcomes(), ""
+    outcomes, wrong = Outcomes(), None
     for s in samples:
         outcomes.add(s.reward, s.boxed, s.finished, s.error)
-        wrong = wrong or ("" if is_correct(s.reward) else s.response)
+        wrong = wrong or (None if is_correct(s.reward) else (s.response, s.answers))
     ranks = dist.everyone([(outcomes, wrong)])
     outcomes = Outcomes.sum(share for share, _ in ranks)
-    run.monitor.tested(outcomes, next((text for _, text in ranks if text), ""), config)
+    run.monitor.tested(outcomes, next((one for _, one in ranks if one), None), config)
     return {
         "test_accuracy": fmean(solved),
         "test_faults": outcomes.ungraded,

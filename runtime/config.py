@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from runtime.cli import Parser, UserError
 from runtime.data import PROMPT_SUFFIX, is_toy
+from runtime.files import check_there
 from runtime.models import pick_device
 from tree import BRANCH_RULES
 
@@ -374,6 +375,9 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
     own = [
         n for n in ("model", "problems", "test_problems") if n in typed and is_own(config, n, toy)
     ]
+    for name in () if config.dry_run else ("problems", "test_problems"):
+        if name in own:
+            check_there(getattr(config, name))
     if own and "preset" not in typed:
         raise UserError(
             f"--{own[0]} {getattr(config, own[0])}: name the settings, for the defaults are the"

@@ -36,15 +36,21 @@ def read_rows(source: str) -> Rows:
         return read_hub(source)
     if os.path.isdir(source):
         return read_saved_folder(Path(source))
-    if not os.path.isfile(source):  # Path's raises where a folder may not be read
-        raise UserError(
-            f"{source}: no such problem file; give a .jsonl, .json, .csv or .parquet file, a "
-            "folder of datasets.save_to_disk, hf:OWNER/NAME:SPLIT, or toy:8:2000:1"
-        )
+    check_there(source)
     suffix, packed = kind_of(source)
     if suffix in READERS and not (packed and READERS[suffix] is read_table):
         return READERS[suffix](Path(source))
     raise UserError(f"{source}: {why_not(suffix, packed)}")
+
+
+def check_there(source: str) -> None:
+    """Raises UserError for a file that does not exist."""
+    # Path's raises where a folder may not be read
+    if not (source.startswith("hf:") or os.path.isdir(source) or os.path.isfile(source)):
+        raise UserError(
+            f"{source}: no such problem file; give a .jsonl, .json, .csv or .parquet file, a "
+            "folder of datasets.save_to_disk, hf:OWNER/NAME:SPLIT, or toy:8:2000:1"
+        )
 
 
 def kind_of(name: str | Path) -> tuple[str, bool]:

@@ -169,14 +169,24 @@ class Outcomes:
             found.append(f"cut off before an answer: raise --{length}")
         if self.ungraded >= tenth:
             found.append("could not be graded: see grading/* in metrics.jsonl")
+        if not self.right and self.wrong >= tenth:
+            found.append(
+                "nothing is right: no response can teach. Take easier problems, another --reward,"
+                " or warm the model up first (recipes/sft.py)"
+            )
         return found
 
 
-def outcome_lines(outcomes: Outcomes, example: str, reward: str, length: str) -> list[str]:
+Example = tuple[str, list[str]] | None  # a response that is not right, and the right answers
+
+
+def outcome_lines(outcomes: Outcomes, example: Example, reward: str, length: str) -> list[str]:
     """Why is the reward what it is? Counts, one real response shortened, what would change it."""
     lines = [str(outcomes)]
     if example:
-        lines.append(f"one that is not right: {shortened(example)}")
+        text, answers = example
+        right = shortened(" or ".join(answers), 40)
+        lines.append(f"one that is not right: {shortened(text)} (right: {right})")
     return lines + outcomes.advice(reward, length)
 
 
@@ -307,9 +317,9 @@ def batch_notices(config, groups: list, sequences: list) -> list[str]:
 
 def empty_batch_lines(config, groups: list, text_of) -> list[str]:
     """Why did no leaf of the batch teach anything? text_of(tokens): the text of a response."""
-    outcomes, example = Outcomes(), ""
-    for response in (r for group in groups for r in group.responses):
+    outcomes, example = Outcomes(), None
+    for group, response in ((g, r) for g in groups for r in g.responses):
         outcomes.add(response.reward, response.boxed, response.finished)
         if not example and not is_correct(response.reward):
-            example = text_of(response.tokens)
+            example = text_of(response.tokens), group.problem.answers
     return outcome_lines(outcomes, example, config.reward, "max_response")

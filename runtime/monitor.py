@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime import dist
 from runtime.cli import UserError, first_line
-from runtime.metrics import FAULTS, Gap, Outcomes, outcome_lines
+from runtime.metrics import FAULTS, Example, Gap, Outcomes, outcome_lines
 
 LEVELS = ("debug", "info", "warning")
 
@@ -60,8 +60,8 @@ class Display:
             self.tested = f", test {100 * m['test_accuracy']:.1f} %"
         self.say(
             f"step {m['step']:>4}   reward {m['initial/reward']:.3f}   {m['problems']:>3} problems,"
-            f" {m['sequences']:>4} sequences trained   {m['generated_tokens'] / 1e6:6.2f} M tokens "
-            f"  {m['seconds/step']:5.1f} s{test}"
+            f" {m['sequences']:>4} sequences trained   {millions(m['generated_tokens']):>6} M"
+            f" tokens   {m['seconds/step']:5.1f} s{test}"
         )
         split = [
             f"{key.removeprefix('seconds/')} {m[key]:.2f} s"
@@ -88,6 +88,11 @@ class Display:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def millions(tokens: int) -> str:
+    """0.72; small numbers with three decimals: 0.003"""
+    return f"{tokens / 1e6:.{2 if tokens >= 10_000 else 3}f}"
 
 
 class Monitor:
@@ -117,9 +122,8 @@ class Monitor:
             yield
         self.seconds[name] += time.perf_counter() - started
 
-    def tested(self, outcomes: Outcomes, example: str, config) -> None:
-        """Keep what the newest evaluation found; `explanation` says it. example: a response that is
-        not right, "" if all are."""
+    def tested(self, outcomes: Outcomes, example: Example, config) -> None:
+        """Keep what the newest evaluation found; `explanation` says it."""
         length = "eval_max_response"
         self.explanation = outcome_lines(outcomes, example, config.reward, length)
 

@@ -302,6 +302,7 @@ CASES = [
     ("attnrl.py", "--lr inf", "--lr inf"),
     ("attnrl.py", "--lr 1e999", "--lr inf"),
     ("attnrl.py", "--lr ten", "--lr"),
+    ("attnrl.py", "--problems {w}/none.jsonl", "{w}/none.jsonl: no such problem file"),
     ("attnrl.py", "--kl_coef nan", "--kl_coef nan"),
     ("attnrl.py", "--temperature nan", "--temperature nan"),
     ("attnrl.py", "--temperature -1", "--temperature -1.0: must be above 0"),

@@ -39,6 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from fci import indicator_width
 from runtime.cli import Parser, UserError, first_line, stop_on_user_error
+from runtime.data import is_toy
 from runtime.dist import DTYPES, decoder_layers
 from runtime.scoring import HEAD_CHUNK
 
@@ -348,6 +349,34 @@ def run_line(config) -> str:
     )
 
 
+def data_line(config) -> str:
+    """Where the problems are; nothing is read."""
+
+    def named(source: str) -> str:
+        known = is_toy(source) or source.startswith("hf:") or os.path.exists(source)
+        return source if known else f"{source} (no such file here)"
+
+    held_back = f"{100 * config.test_fraction:g} % of them, held back"
+    tested = named(config.test_problems) if config.test_problems else held_back
+    return f"{named(config.problems)}, evaluated on {tested} (not read by a plan)"
+
+
+def cpu_line(config, shape: Shape) -> str:
+    """A machine without a GPU: would this run fit into its memory?"""
+    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    line = f"the machine at hand has no GPU and {here:.0f} GiB: "
+    config = replace(config, parallel="ddp", dtype="fp32", cpu_offload=False)
+    most = peak(config, shape, 1, here)[0]
+    if most <= here:
+        return line + f"on its CPU the run takes at most about {most:.1f} GiB: fits"
+    line += f"on its CPU the run may take {most:.1f} GiB: DOES NOT FIT"
+    while (budget := config.token_budget // 2) >= row_tokens(config)[0]:
+        config = replace(config, token_budget=budget)
+        if (less := peak(config, shape, 1, here)[0]) <= here:
+            return line + f"; --token_budget {budget} takes {less:.1f}"
+    return line
+
+
 def machine_line(config, ranks: int, gpu_gib: float) -> str:
     checkpointing = "on" if config.activation_checkpointing else "off"
     offload = ", cpu offload" if config.cpu_offload else ""
@@ -397,7 +426,7 @@ def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple 
         "model": [config.model, sizes],
         "machine": [machine_line(config, ranks, gpu_gib)],
         "engine": [engine_line(config, shape, gpu_gib)],
-        "data": [f"{config.problems}, evaluated on {config.test_problems} (not read here)"],
+        "data": [data_line(config)],
         "a step": step_lines(config, ranks),
         "the run": [run_line(config)],
         "memory": memory_lines(config, shape, ranks, gpu_gib),
@@ -405,6 +434,8 @@ def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple 
         "disk": [disk_line(config, shape)],
         "command": [launch(argv, ranks)],
     }
+    if config.engine != "vllm" and not torch.cuda.is_available():
+        parts["machine"].append(cpu_line(config, shape))
     lines = []
     for name, texts in parts.items():
         lines += [f"{name:10}{texts[0]}", *(f"{'':10}{text}" for text in texts[1:])]

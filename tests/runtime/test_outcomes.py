@@ -83,14 +83,22 @@ def test_outcomes_by_hand():
 
 def test_the_option_that_would_change_it_is_named():
     lines = outcome_lines(
-        Outcomes(unboxed=13, unboxed_cut=13), "Sure! " * 99, "boxed", "max_response"
+        Outcomes(unboxed=13, unboxed_cut=13), ("Sure! " * 99, ["7", "VII"]), "boxed", "max_response"
     )
     assert lines[0].startswith("of 26 responses 0 right, 26 without")
-    assert lines[1].startswith("one that is not right: Sure! Sure!") and len(lines[1]) < 200
+    assert lines[1].startswith("one that is not right: Sure! Sure!") and len(lines[1]) < 210
+    assert lines[1].endswith("Sure! (right: 7 or VII)")
     assert "--prompt_suffix" in lines[2] and "--reward boxed_or_number" in lines[2]
     assert "--max_response" in lines[3]
-    assert len(outcome_lines(Outcomes(right=99, unboxed=1), "", "boxed", "max_response")) == 1
-    assert "--reward" not in outcome_lines(Outcomes(unboxed=1), "", "number", "max_response")[1]
+    assert len(outcome_lines(Outcomes(right=99, unboxed=1), None, "boxed", "max_response")) == 1
+    assert "--reward" not in outcome_lines(Outcomes(unboxed=1), None, "number", "max_response")[1]
+
+
+def test_a_model_that_solves_nothing_needs_a_warm_up():
+    hint = "recipes/sft.py"
+    assert hint in outcome_lines(Outcomes(wrong=8, unboxed=2), None, "boxed", "x")[-1]
+    assert hint not in str(outcome_lines(Outcomes(wrong=8, right=1), None, "boxed", "x"))
+    assert hint not in str(outcome_lines(Outcomes(right=8), None, "boxed", "x"))
 
 
 @given(st.text(max_size=400))

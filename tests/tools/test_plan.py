@@ -199,6 +199,37 @@ def test_a_directory_without_weights_is_planned_fast_and_in_little_memory(tmp_pa
     assert "7,615,616,512 parameters" in text
 
 
+def test_a_machine_without_a_gpu_is_told_whether_its_own_memory_is_enough(tmp_path, monkeypatch):
+    """A 1.5B model, fp32: with 1000, 60 and 20 GiB. A vLLM plan is for GPUs only."""
+    model = config_only(tmp_path, "1.5B")
+    monkeypatch.setattr(plan.torch.cuda, "is_available", lambda: False)
+    pages = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 0}
+    monkeypatch.setattr(plan.os, "sysconf", pages.get)
+    said = []
+    for gib in (1000, 60, 20):
+        pages["SC_PHYS_PAGES"] = gib * 2**30 // 4096
+        sizes = dict(max_prompt=256, max_response=256, token_budget=8192)
+        config = settings(model=model, engine="transformers", **sizes)
+        said.append(plan.describe(config, ranks=1).splitlines()[3].strip())
+    assert said[0].startswith("the machine at hand has no GPU and 1000 GiB: on its CPU the run")
+    assert said[0].endswith("GiB: fits")
+    most = float(said[0].split(" about ")[1].split()[0])
+    assert f"may take {most} GiB: DOES NOT FIT; --token_budget " in said[1]
+    budget, _, less = said[1].split("--token_budget ")[1].partition(" takes ")
+    assert int(budget) in (4096, 2048, 1024, 512) and float(less) <= 60 < most
+    assert said[2].endswith("DOES NOT FIT")
+    assert "no GPU" not in plan.describe(settings(model=model), ranks=1)
+
+
+def test_a_plan_says_which_files_are_not_here():
+    """It does not read them: they may be on the machine that is planned for."""
+    config = settings(problems="no.jsonl", test_problems="", test_fraction=0.1)
+    said = "no.jsonl (no such file here), evaluated on 10 % of them, held back (not read by a plan)"
+    assert plan.data_line(config) == said
+    config = settings(problems="toy:8:2:1", test_problems=__file__)
+    assert plan.data_line(config) == f"toy:8:2:1, evaluated on {__file__} (not read by a plan)"
+
+
 @pytest.mark.parametrize(
     "broken", ["no-such-model", "/no/such/model", "empty", "no json", "unknown", "no decoder"]
 )
