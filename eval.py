@@ -214,7 +214,7 @@ def add_sampling_options(group) -> None:
     add("prompt_suffix", str, None, f"{suffix} one the model was trained with, else the paper's")
     add("problem_column", str, "", "column of the problem (a.b: inside a); default: usual names")
     add("answer_column", str, "", "column of the answer; default: usual names")
-    add("date", str, "", "for chat templates that write a date, as 2026-01-31; default: today")
+    add("date", str, "", "for chat templates that use one, as 2026-01-31; default: today")
     add("seed", int, 0, "the same command with the same seed gives the same samples")
 
 
