@@ -126,8 +126,8 @@ def publish(target: Path, write) -> None:
     except Exception as error:  # for a full disk safetensors, torch and json raise different types
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(
-            f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and"
-            " the same command with --resume auto goes on from them"
+            f"{target}: cannot be written ({first_line(error)}); older checkpoints are complete,"
+            " and the same command with --resume auto resumes from them"
         ) from error
 
 
@@ -198,7 +198,7 @@ def save(folder: Path, step: int, run, upcoming, best: tuple[float, int], keep: 
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise UserError(
             f"step {step}: {damaged[0]} and {len(damaged) - 1} more tensors of the policy are not"
-            " finite; no checkpoint is written of it, the older ones are whole"
+            " finite; this step is not saved, older checkpoints are complete"
         )
 
     def write(fresh: Path):
@@ -273,7 +273,7 @@ def check_unchanged(path: Path, run) -> set[str]:
     if changed and not run.config.resume_changed:
         raise UserError(
             f"--resume auto: {path} was written with other settings"
-            f" ({'; '.join(changed.values())}); use those, or go on with the new ones by"
+            f" ({'; '.join(changed.values())}); use those, or resume with the new ones by"
             " --resume_changed true"
         )
     return set(changed)

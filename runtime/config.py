@@ -376,7 +376,7 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
     ]
     if own and "preset" not in typed:
         raise UserError(
-            f"--{own[0]} {getattr(config, own[0])}: name the settings, for the defaults are the"
+            f"--{own[0]} {getattr(config, own[0])}: name the settings, the defaults are the"
             " toy's: --preset small (models of up to about 1B on one GPU or a CPU), --preset paper,"
             " or --preset toy to keep them"
         )
@@ -387,7 +387,7 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
         )
     for name in ("model", "problems"):
         if not getattr(config, name):
-            raise UserError(f"--{name}: --preset {config.preset} has none; name yours")
+            raise UserError(f"--{name}: --preset {config.preset} has none; give yours")
 
 
 def is_own(config: Config, name: str, toy: dict) -> bool:

@@ -185,7 +185,7 @@ def read_saved_folder(folder: Path) -> Rows:
         many = "|".join(sorted(state.parent.name for state in folder.glob("*/state.json")))
         raise UserError(f"{folder}: holds several splits; give one: {folder}/{many}")
     if not os.path.isfile(folder / "state.json"):
-        raise UserError(f"{folder}: no such problem file; it is a folder, and none of save_to_disk")
+        raise UserError(f"{folder}: no such problem file; it is a folder, but not of save_to_disk")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [file["filename"] for file in state["_data_files"]]

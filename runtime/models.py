@@ -71,7 +71,7 @@ def check_path(path: str) -> None:
         raise UserError(
             f"--model {path}: is a GGUF file; save it as a directory first: pip install gguf"
             " accelerate, then AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), set"
-            " config.quantization_config aside, save_pretrained(DIR); the tokenizer alike"
+            " config.quantization_config aside, save_pretrained(DIR); the same for the tokenizer"
         )
     # not a hub name (OWNER/NAME) either, so the hub need not be asked
     if os.path.isfile(path) or not (
@@ -116,14 +116,14 @@ def check_parts(path: str, model, tokenizer, lacking: list[str]) -> None:
     if rotary := rotary_kinds(config) & LENGTH_DEPENDENT:
         raise UserError(
             f"--model {path}: its rotary embeddings depend on the length of the sequence"
-            f" ({', '.join(sorted(rotary))}), so sampling and scoring would disagree; attnrl lacks"
-            " them"
+            f" ({', '.join(sorted(rotary))}), so sampling and scoring would disagree;"
+            " attnrl does not support them"
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if others := kinds - SOFTMAX_LAYERS:
         raise UserError(
             f"--model {path}: has layers without softmax attention ({', '.join(sorted(others))}),"
-            " which attnrl lacks"
+            " which attnrl does not support"
         )
     if lacking:  # transformers would use random numbers instead
         raise UserError(
@@ -179,7 +179,7 @@ def check_model(model, path: str) -> None:
     except Exception as error:  # from a model that is built in another way
         raise UserError(
             f"--model {path}: cannot be used: {type(model).__name__} does not compute four tokens"
-            " the way attnrl asks (a plain decoder under transformers' attention registry):"
+            " in the way attnrl needs (a plain decoder under transformers' attention registry):"
             f" {type(error).__name__}, {first_line(error)}"
         ) from error
     if not found.isfinite().all():

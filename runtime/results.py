@@ -71,8 +71,8 @@ class Results:
         whole = [self.samples[i : i + k] for i in range(0, len(self.samples) - k + 1, k)]
         if not whole:
             raise UserError(
-                f"{self.path}: no question has its {k} samples yet; the eval.py command that wrote"
-                " it goes on"
+                f"{self.path}: no question has its {k} samples yet; repeat the eval.py command that"
+                " wrote it"
             )
         found = {json.dumps([group[0].problem, *group[0].answers]): group for group in whole}
         if len(found) < len(whole):
@@ -119,7 +119,7 @@ def parse_sample(row: dict, place: int, results: Results) -> Sample:
             raise ValueError(f"the field {f.name!r} is no {kind}")
     one, k = Sample(**{f.name: row[f.name] for f in fields(Sample)}), results.settings["k"]
     if one.sample != place % k:
-        raise ValueError(f"sample {one.sample}, where sample {place % k} must stand (k = {k})")
+        raise ValueError(f"sample {one.sample}, but sample {place % k} is expected here (k = {k})")
     if one.sample and (one.problem, one.answers) != (
         results.samples[-1].problem,
         results.samples[-1].answers,
@@ -153,9 +153,7 @@ def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) ->
         )
     for i, one in enumerate(results.samples):
         if expected[i : i + 1] != [(one.problem, one.sample)]:
-            raise UserError(
-                f"{path}, line {i + 2}: not the problem whose turn it is; were lines removed?"
-            )
+            raise UserError(f"{path}, line {i + 2}: not the expected problem; were lines removed?")
     return results
 
 

@@ -289,7 +289,7 @@ def find_steps(path: Path) -> dict[int, list[tuple[int, int, int]]]:
                 offset += len(line)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not there; an explorer needs a run of this version of attnrl"
+            f"{path}: does not exist; an explorer needs a run of this version of attnrl"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error

@@ -388,7 +388,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(
-            UserError, match="run/step-000003: cannot be written .*; older checkpoints are whole"
+            UserError, match="run/step-000003: cannot be written .*; older checkpoints are complete"
         ):
             resume(run)
     finally:
