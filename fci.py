@@ -98,7 +98,7 @@ def split_steps(tokens: list[int], separators: Separators) -> list[int]:
 def cut_at_newlines(tokens: list[int], separators: Separators, newlines: int) -> list[int]:
     r"""Bounds of steps that end at a run of at least `newlines` newlines ("\n" or "\r\n").
 
-    A run may be part of one token or spread over several, so it is searched in the joined text. The
+    A run may be part of one token or spread over several, so the search is in the joined text. The
     bounds still index the sampled tokens; no text is tokenised again. A step includes its
     separator: it ends with the token that contains the last newline of the run, whatever else that
     token contains. White space or special tokens alone are not a step: they belong to the next

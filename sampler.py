@@ -14,7 +14,7 @@ Equations (AttnRL):
              are wanted, B'' were kept
 
 If a batch is empty or FCI collapses, the run says so (runtime/metrics.py). Left out: filters on
-difficulties other than z = 1 (they made the results of the paper's ablation worse).
+difficulties other than z = 1 (they were worse in the paper's ablation).
 
     python -m pytest tests/test_sampler.py
 """
