@@ -355,8 +355,8 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
         started.append(f"--{name} {chosen}")
     another = next(f"--preset {name}" for name in presets if f"--preset {name}" not in started)
     parser.description = (
-        f"{parser.description} The defaults below are those of {' '.join(started)}; for those of"
-        f" another one, give its name: {another} --help."
+        f"{parser.description} The defaults below are those of {' '.join(started)}; to see"
+        f" those of another one, name it, as in {another} --help."
     )
     config = Config(**vars(parser.parse_args(argv)))
     typed = {name for name in vars(config) if is_given(argv, name)}
