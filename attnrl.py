@@ -4,10 +4,10 @@
     python attnrl.py --method treerl                    # a baseline, or an ablation: see METHODS
     python attnrl.py --preset paper --model DIR --dry_run        # memory and tokens of that run
 
-`step` is one training step. Each part stands in the file of its name:
+`step` is one training step. These files implement its parts:
 
     runtime/rollout.py   ONE generation call: continuations of batch m, initial responses of m + 1
-    runtime/scoring.py   a pass over each: behaviour log-probs, entropies; FCI by fci.py
+    runtime/scoring.py   a forward pass over each: behaviour log-probs, entropies; FCI by fci.py
     runtime/grading.py   right or wrong?
     sampler.py           which problems of batch m + 1 are expanded, how many trees; batch sizes
     tree.py              branch points of batch m + 1; values and advantages of batch m
@@ -15,10 +15,10 @@
 
 One-step off-policy: the initial responses of batch m + 1 are sampled before the update on batch m,
 so they are one update older than their continuations. Each token keeps the log-prob of the policy
-that sampled it. With --one_step_off_policy false they get a call of their own, after the update.
+that sampled it. With --one_step_off_policy false a second call samples them, after the update.
 
-Left out here: how parts are built (runtime/setup.py), settings (runtime/config.py), what is written
-(runtime/runlog.py, runtime/checkpoint.py) and shown (runtime/monitor.py, tools/view.py).
+Not in this file: building the parts (runtime/setup.py), settings (runtime/config.py), the files of
+a run (runtime/runlog.py, runtime/checkpoint.py), displays (runtime/monitor.py, tools/view.py).
 """
 
 import runtime  # isort: split
@@ -54,7 +54,7 @@ from runtime.stream import ProblemStream
 SYNCHRONOUS = dict(one_step_off_policy=False)
 NO_ADS = dict(ads_filter="none", ads_expansion=False, ads_batch=False, ads_drop=False)
 PRL = NO_ADS | SYNCHRONOUS | dict(advantage="prl", kl_coef=0.0)
-METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
+METHODS: dict[str, dict] = {  # each is AttnRL with a few settings changed
     "attnrl": {},
     "atb_ads_nofilter": dict(ads_filter="none"),
     "atb_ads_noexpand": dict(ads_expansion=False),
@@ -71,11 +71,11 @@ METHODS: dict[str, dict] = {  # each is AttnRL but for a few settings
 TOY_MODEL = str(Path(__file__).parent / "toy" / "model")
 TOY_DATA = dict(model=TOY_MODEL, problems="toy:8:4000:1", test_problems="toy:8:100:2")
 TOY_RUN = dict(steps=20, batch_size=24, eval_every=4, eval_temperature=1.0)
-# A tiny policy that knows but slips: 50 times the paper's learning rate. Responses have 9 steps:
-# Delta = 1 leaves FCI 7 of them to choose from, the paper's 4 would leave 4.
+# The tiny policy knows the task but slips: 50 times the paper's learning rate. Responses have 9
+# steps: with Delta = 1, 7 of them can have an FCI above 0; with the paper's 4, only 4.
 TOY_METHOD = dict(max_response=110, delta=1, lr=5e-5, kl_coef=0.0, mini_batch=256)
-# Up to about 1B, on one GPU or a CPU: answers of 5 to 15 steps (docs/methods.md says why)
-SMALL_DATA = dict(model="", problems="", test_problems="", max_prompt=512)  # yours
+# For models up to about 1B, on one GPU or a CPU; answers of 5 to 15 steps (why: docs/methods.md)
+SMALL_DATA = dict(model="", problems="", test_problems="", max_prompt=512)  # you give them
 SMALL_RUN = dict(steps=100, batch_size=16, eval_samples=4, token_budget=8192, rollout_tokens=32768)
 SMALL_METHOD = dict(max_response=1024, delta=1, lr=5e-6, mini_batch=96)
 PAPER_RUN = dict(eval_samples=32, eval_every=20, save_every=10)
@@ -88,7 +88,7 @@ PRESETS: dict[str, dict] = {  # the same for all methods
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Preset and method first, then the options that were given. Raises UserError."""
+    """Settings of the preset, then the method, then the given options. Raises UserError."""
     return parse_settings(argv, PRESETS, METHODS)
 
 
@@ -97,13 +97,13 @@ def parse_config(argv: list[str]) -> Config:
 class Group:
     """One problem with its responses, which carry their branch points and continuations."""
 
-    index: int  # in the whole batch, of which each rank has every world-th group
-    number: int  # of the problem in its set
+    index: int  # position in the whole batch, of which each rank has every world-th group
+    number: int  # position of the problem in the problem set
     problem: Problem
     responses: list[tree.Response] = field(default_factory=list)
-    branches: int = 0  # continuations per branch point, if not the usual number
+    branches: int = 0  # continuations per branch point; 0: config.continuations
     filtered: bool = False  # an easy problem that the filter kept from expansion
-    easy_mean: float = 0.0  # what the filter compared it with
+    easy_mean: float = 0.0  # the mean FCI that the filter compared it with
 
     def trees(self) -> int:
         """How many of its responses are expanded."""
@@ -112,7 +112,7 @@ class Group:
 
 @dataclass
 class Batch:
-    """The problems of one step, this rank's share of them."""
+    """This rank's share of the problems of one training step."""
 
     step: int  # the training step it is for
     groups: list[Group]
@@ -120,16 +120,16 @@ class Batch:
 
 @dataclass
 class Rollout(Request):
-    """A request that knows whose it is."""
+    """A generation request, and the problem and response that it belongs to."""
 
     group: Group
     parent: Any = None  # the tree.Response that it continues; None: an initial response
-    at: int = 0  # the number of the parent's tokens that it keeps
+    at: int = 0  # how many of the parent's tokens it keeps
 
 
 @dataclass
 class Run(Parts):
-    """All that lasts longer than a step: the parts of runtime/setup.py, and what changes."""
+    """The state of a run: the parts from runtime/setup.py, and what changes between steps."""
 
     learner: Learner  # the optimizer, and the frozen reference of the KL term
     stream: ProblemStream  # the order of problems
@@ -139,12 +139,12 @@ class Run(Parts):
 
 @dataclass
 class StepResult:
-    """What one step leaves behind."""
+    """What `step` returns."""
 
     groups: list[Group]  # of all ranks
     sequences: list[tree.TrainingSequence]  # one per leaf that is trained
     stats: TrainStats
-    upcoming: Batch | None  # the next step's, half-finished
+    upcoming: Batch | None  # the next step's batch, half-finished
 
 
 def setup(config: Config, display: Display) -> Run:
@@ -171,23 +171,23 @@ def setup(config: Config, display: Display) -> Run:
 def step(run: Run, number: int, batch: Batch | None) -> StepResult:
     """Training step `number`: sample, grow trees, update the policy.
 
-    batch: its problems with initial responses and branch points, sampled along with the step
-    before. None: nothing was (at the first step, and always in synchronous training).
+    batch: its problems, with the initial responses and branch points from the step before. None:
+    there are none yet (at the first step, and always in synchronous training).
     """
     config = run.config
     run.monitor.start_step()
     if batch is None:
         batch = new_batch(run, number)
         sample(run, None, batch)
-    # one-step off-policy: the next batch's initial responses ride along in this batch's call
+    # one-step off-policy: this batch's call also samples the next batch's initial responses
     ahead = config.one_step_off_policy and number < config.steps
     upcoming = new_batch(run, number + 1) if ahead else None  # its size was fixed a step ago
     sample(run, batch, upcoming)
-    # from here on every rank holds all groups, so trees and metrics are the same on all
+    # from here on every rank holds all groups, so all ranks compute the same trees and metrics
     with run.monitor.phase("exchange"):
         groups = dist.everyone(batch.groups)
     sequences = [s for group in groups for s in leaves(config, group)]  # one per leaf
-    if config.ads_drop:  # those without any advantage have nothing to teach
+    if config.ads_drop:  # if all advantages are 0, there is no policy gradient
         sequences = tree.drop_zero(sequences)
     stats = update_policy(run, number, sequences)
     if config.ads_batch:  # Eq. 10: the size of a later batch
@@ -219,8 +219,8 @@ def sample(run: Run, batch: Batch | None, upcoming: Batch | None) -> None:
 
 
 def request(config: Config, batch: Batch, group: Group, *place: int, parent=None, at=0) -> Rollout:
-    """Prefix and continuation together keep the length limit. The seed is a rollout's place in the
-    run, so its tokens do not depend on what else is sampled."""
+    """One request. The length limit holds for prefix + continuation. The seed depends only on the
+    rollout's place in the run, so its tokens do not depend on what else is sampled."""
     prompt = group.problem.prompt_ids + (parent.tokens[:at] if parent else [])
     seed = request_seed(config.seed, batch.step, group.index, *place)
     length = config.max_response - at
@@ -234,7 +234,7 @@ def initial_rollouts(config: Config, batch: Batch) -> list[Rollout]:
 
 
 def continuation_rollouts(config: Config, batch: Batch) -> list[Rollout]:
-    """T per branch point."""
+    """T continuations per branch point."""
     return [
         request(config, batch, group, i, at, t, parent=response, at=at)
         for group in batch.groups
@@ -245,7 +245,7 @@ def continuation_rollouts(config: Config, batch: Batch) -> list[Rollout]:
 
 
 def add_responses(run: Run, sampled: list[tuple[Rollout, Completion]]) -> None:
-    """Scoring pass 1: initial responses get old log-probs, entropies, FCI and rewards."""
+    """Scoring pass 1: initial responses get behaviour log-probs, entropies, FCI and rewards."""
     branching = run.config.branches()
     responses, sequences = [], []
     for rollout, c in sampled:
@@ -281,7 +281,7 @@ def add_continuations(run: Run, sampled: list[tuple[Rollout, Completion]]) -> No
 
 
 def plan(run: Run, batch: Batch) -> None:
-    """Adaptive sampling and attention-based tree branching: who is expanded, how often, where."""
+    """Adaptive sampling and attention-based tree branching: which responses to expand and where."""
     config = run.config
     if not config.branches():
         return
@@ -336,17 +336,17 @@ def update_policy(run: Run, number: int, sequences: list[tree.TrainingSequence])
 
 # -------- The loop -------------------------------------------------------------------------------
 def train(config: Config, stop=lambda: False) -> Path:
-    """A whole run, or the rest of it; returns its folder.
+    """Start a run, or resume it; returns its folder.
 
-    stop() is asked after every step; True on any rank: save, and leave.
+    stop() is called after every step. If it is True on any rank, the run saves and ends.
     """
     check_folder(config)
     display = Display(config.steps, config.log_level, config.quiet)
     run = setup(config, display)
-    # a batch that was half-finished when the run stopped goes on with what it has
+    # if a batch was half-finished when the run stopped, its part is not sampled again
     done, best, groups = checkpoint.restore(run.checkpoint, run, Group)
     batch = None if groups is None else Batch(done + 1, groups)
-    folder = RunFolder(config, display.say)  # after that: a run that is refused touches nothing
+    folder = RunFolder(config, display.say)  # only now: a refused run changes nothing
     started = time.perf_counter() - folder.forget_after(done if run.checkpoint else -1)
     if not run.checkpoint:
         tested = held_out_accuracy(run)
@@ -376,7 +376,7 @@ def train(config: Config, stop=lambda: False) -> Path:
 def main(argv: list[str]) -> None:
     config = parse_config(argv)
     if config.dry_run:
-        from tools.plan import print_plan  # here: a training run needs neither of the two
+        from tools.plan import print_plan  # here: training does not need it
 
         return print_plan(config, argv)
     folder = train(config, stop_on_signals())

@@ -1,16 +1,17 @@
-"""baselines.py: what is not AttnRL. The advantages and steps of the methods it is compared with.
+"""baselines.py: the methods that AttnRL is compared with. Their advantages, steps and losses.
 
     GRPO   A = (R - mean) / (std + 1e-6) over the responses of a problem, unbiased std (the AttnRL
            paper writes it, without the 1e-6, in the text before its Eq. 1)
     PRL    A(t in step k) = A_GRPO - (1 / eta) * sum over u >= last token of step k of
            log [pi_old(u) / pi_ref(u)]    (arXiv 2601.10201)
     FRPO   PRL with steps of one token and eta = 100 (the second version of that paper)
-    DATPO  A(block) = r + V(its end) - V(its start); r: of a leaf's last block only; every block is
-           trained once; forking points and branches a point by 1 - V(root)    (arXiv 2609.08650)
+    DATPO  A(block) = r + V(its end) - V(its start), with r only for the last block of a leaf; every
+           block is trained once; 1 - V(root) scales the number of forking points, and of branches
+           per point    (arXiv 2609.08650)
 
-TreeRL needs nothing here: it is the tree of tree.py with another branching rule. A method of your
-own is a function from (prompt, responses) to training sequences, as these are. Left out of DATPO:
-its bonus for diverse siblings.
+TreeRL needs nothing here: it is the tree of tree.py with another branching rule. To add a method,
+write a function from (prompt, responses) to training sequences, like those below. Left out of
+DATPO: its bonus for diverse siblings.
 
     python attnrl.py --method grpo
     python -m pytest tests/test_baselines.py
@@ -28,8 +29,8 @@ from tree import Node, Response, TrainingSequence, build_tree, leaf_ends
 
 
 def flattening(config) -> Callable[..., list[TrainingSequence]]:
-    """(prompt, responses) -> training sequences, of the methods whose advantage is not AttnRL's.
-    config: runtime.config.Config."""
+    """The function (prompt, responses) -> training sequences of a method whose advantage is not
+    AttnRL's. config: runtime.config.Config."""
     scale = config.scale_rewards
     choices: dict[str, Callable] = {
         "grpo": partial(grpo_sequences, scale=scale),
@@ -43,12 +44,12 @@ def flattening(config) -> Callable[..., list[TrainingSequence]]:
 def grpo_sequences(
     prompt_ids: list[int], responses: list[Response], scale: str = "std"
 ) -> list[TrainingSequence]:
-    """GRPO: no tree, one advantage a response. Equal rewards (or a single response) give exactly
+    """GRPO: no tree, one advantage per response. Equal rewards (or a single response) give exactly
     zero. scale: "none" does not divide by the standard deviation (Dr.GRPO, arXiv 2503.20783)."""
     rewards = [r.reward for r in responses]
     if any(not math.isfinite(r) for r in rewards):
         raise ValueError(f"a reward must be a finite number, got {rewards}")
-    mean = statistics.mean(rewards)  # exact, so that equal rewards differ from their mean by 0
+    mean = statistics.mean(rewards)  # exact: equal rewards differ from their mean by 0
     std = statistics.stdev(rewards) if len(rewards) > 1 else 0.0
     divisor = std + 1e-6 if scale == "std" else 1.0
     sequences = []
@@ -62,12 +63,13 @@ def grpo_sequences(
 def prl_sequences(
     prompt_ids: list[int], responses: list[Response], eta: float = 200.0, scale: str = "std"
 ) -> list[TrainingSequence]:
-    """PRL: what the entropy-regularised objective adds to GRPO's advantage, the same for all
-    tokens of a step, is how far the policy has left the initial one (log-ratios, nats) from the
-    step's last token on. Equal rewards leave a signal here. Steps are the responses' `bounds`."""
+    """PRL: the entropy-regularised objective adds a term to GRPO's advantage: how far the policy
+    has moved from the initial one (sum of log-ratios, nats), from the step's last token on. It is
+    the same for all tokens of a step, and not zero for equal rewards. Steps are the responses'
+    `bounds`."""
     sequences = grpo_sequences(prompt_ids, responses, scale)
     for response, sequence in zip(responses, sequences):
-        ahead, rest = 0.0, []  # of every token: the sum from it to the end
+        ahead, rest = 0.0, []  # for every token, the sum from it to the end
         for old, ref in zip(reversed(response.logprobs), reversed(response.ref_logprobs)):
             ahead += old - ref
             rest.append(ahead)
@@ -81,8 +83,8 @@ def prl_sequences(
 
 
 def datpo_sizes(rate: float, points: int, branches: int) -> tuple[int, int]:
-    """DATPO: (forking points a response, continuations a point) of a problem whose initial
-    responses are right at this rate; none where all are right.
+    """DATPO: (forking points per response, continuations per point) of a problem with this rate of
+    right initial responses; none if all are right.
 
     >>> datpo_sizes(0.0, 2, 2), datpo_sizes(0.5, 2, 2), datpo_sizes(1.0, 2, 2)
     ((2, 2), (1, 1), (0, 0))
@@ -91,9 +93,9 @@ def datpo_sizes(rate: float, points: int, branches: int) -> tuple[int, int]:
 
 
 def datpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
-    """DATPO: a block is a node of the tree, and V the mean of the leaves below it. A block's
-    advantage is V(its node) - V(the parent), of a leaf's last block r - V(the parent). Every block
-    is trained once: in later leaves its tokens have weight 0, which takes them out of the loss."""
+    """DATPO: a block is a node of the tree, and V the mean reward of the leaves below it. A block's
+    advantage is V(its node) - V(its parent), for the last block of a leaf r - V(its parent). Every
+    block is trained once: in later leaves its tokens have weight 0, so they are not in the loss."""
     sequences: list[TrainingSequence] = []
     trained: set[int] = set()
 
@@ -122,7 +124,7 @@ def datpo_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tr
 
 
 def add_prl_inputs(run, responses: list[Response], sequences: list) -> None:
-    """What PRL wants to know of new responses: the initial policy's log-probs, and its own steps.
+    """Give new responses what PRL needs: log-probs under the initial policy, and PRL's steps.
     run: attnrl.Run; sequences: the responses after their prompts."""
     config = run.config
     for r, own in zip(responses, run.score(run.reference, sequences)):
@@ -131,8 +133,8 @@ def add_prl_inputs(run, responses: list[Response], sequences: list) -> None:
 
 
 def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int = 256) -> list[int]:
-    r"""Bounds of PRL's steps: `length` tokens each, or closed by a "newline" or a "blank" line,
-    whichever `ends` says.
+    r"""Bounds of PRL's steps. They end after `length` tokens each, at a newline or at a blank line:
+    `ends` is "length", "newline" or "blank".
 
     >>> tokens, table = [0, 1, 0, 1, 1, 0], Separators({0: b"Add", 1: b"\n"})
     >>> prl_steps(tokens, table, "newline"), prl_steps(tokens, table, "blank")
@@ -147,11 +149,11 @@ def prl_steps(tokens: list[int], separators: Separators, ends: str, length: int 
 def gspo_loss(
     logp, old_logp, advantage, lengths: list[int], *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """GSPO (arXiv 2507.18071): one ratio a sequence, exp(mean of logp - old_logp over its tokens),
-    clipped as such; every token has that ratio with its own advantage. Shapes as in ppo_loss.
+    """GSPO (arXiv 2507.18071): one ratio per sequence, exp(its mean of logp - old_logp).
+    It is clipped, and used for all tokens with their own advantages. Shapes as in ppo_loss.
     dual_clip: not used.
 
-    Two tokens of ratio e^0.2 and 1 have both e^0.1 = 1.105:
+    Two tokens with the ratios e^0.2 and 1 both get e^0.1 = 1.105:
     >>> old, one = torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1.0])
     >>> gspo_loss(torch.tensor([0.2, 0.0]), old, one, [2])[0]
     tensor([-1.1052, -1.1052])
@@ -167,7 +169,7 @@ def cispo_loss(
     logp, old_logp, advantage, lengths=None, *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """CISPO (MiniMax-M1, arXiv 2506.13585): -sg(clip(r)) A logp. The clip bounds a token's weight,
-    and no token loses its gradient; `clipped` is True where it bounds. dual_clip: not used."""
+    and no token loses its gradient; `clipped`: True where the bound acts. dual_clip: not used."""
     ratio = torch.exp((logp - old_logp).detach().clamp(-20, 20))
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     return -bounded * advantage * logp, bounded != ratio
@@ -177,8 +179,8 @@ LOSSES = {"gspo": gspo_loss, "cispo": cispo_loss}  # --loss, but for ppo
 
 
 def mask_cut_off(sequences: list[TrainingSequence], responses: list[Response]) -> None:
-    """DAPO's overlong filtering (arXiv 2503.14476): tokens of responses that were cut off at the
-    length limit leave the loss. Their rewards still count in the others' advantages."""
+    """DAPO's overlong filtering (arXiv 2503.14476): responses that were cut off at the length limit
+    are left out of the loss. Their rewards still count in the advantages of the others."""
     for sequence, end in zip(sequences, leaf_ends(responses), strict=True):
         if not end.finished:
             sequence.weights = [0.0] * len(sequence.tokens)

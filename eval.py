@@ -1,12 +1,12 @@
-r"""eval.py: the evaluation of a model on problem sets, and of a policy while it is trained.
+r"""eval.py: evaluate a model on problem sets, and a policy during training.
 
     python eval.py --model DIR --problems FILE... --k 32      # avg@k, pass@k; a result file per set
     python eval.py --model DIR --suite paper --problems aime24=FILE ...    # the paper's benchmarks
     python eval.py --model DIR --ask "What is 2 + 3?" --answer 5           # one answer, streamed
 
-The same command with the same --out goes on with an evaluation that was stopped, and ends with the
-same files. Files, statistics and tables are runtime/results.py. `eval.grade(response, answers)` is
-the grader, for notebooks.
+To resume a stopped evaluation, give the same command with the same --out. The files end up as if it
+had not been stopped. For files, statistics and tables see runtime/results.py. In notebooks,
+`eval.grade(response, answers)` is the grader.
 
     python -m pytest tests/test_eval.py
 """
@@ -55,7 +55,7 @@ from sampler import is_correct
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Evaluator:
-    """What makes graded samples of problems. max_tokens: of a response."""
+    """Samples responses to problems and grades them. max_tokens: per response."""
 
     engine: Any
     tokenizer: Any
@@ -65,8 +65,8 @@ class Evaluator:
     seed: int
 
     def sample(self, asked: list[tuple[Problem, int]]) -> list[Sample]:
-        """One Sample per (problem, its number). Seeds depend on (seed, problem, number) only:
-        evaluations are paired."""
+        """One Sample per (problem, number of the sample). Seeds depend only on (seed, problem,
+        number), so evaluations are paired."""
         requests = []
         for problem, i in asked:
             seed = request_seed(self.seed, zlib.crc32(problem.text.encode()), i)
@@ -96,10 +96,11 @@ class Evaluator:
 
 
 def held_out_accuracy(run) -> dict:
-    """avg@k of a run's policy on its held-out problems, and how many responses could not be graded.
+    """avg@k of a run's policy on its held-out problems, and how many responses were wrong, cut off,
+    without an answer or could not be graded.
 
-    The seeds are the same at every evaluation: paired, so with less noise. run: attnrl.Run. Every
-    rank must call it.
+    The seeds are the same at every evaluation: evaluations are paired, which reduces noise. run:
+    attnrl.Run. Every rank must call it.
     """
     config, counts, k = run.config, run.reward.counts, run.config.eval_samples
     length, temperature = config.eval_max_response, config.eval_temperature
@@ -132,8 +133,8 @@ def held_out_accuracy(run) -> dict:
 # --------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------
-# Settings of the paper; `samples` is the k of each benchmark. Its top-p is 1.0: engines sample from
-# the full distribution.
+# The paper's settings; `samples` is the k of each benchmark. The paper has top-p 1.0: our engines
+# always sample from the full distribution.
 SUITES: dict[str, dict[str, Any]] = {
     "paper": dict(
         temperature=0.6,
@@ -145,13 +146,13 @@ SUITES: dict[str, dict[str, Any]] = {
 # What --help shows
 FIRST = ["model", "problems", "ask", "answer", "suite"]
 FIRST += ["k", "temperature", "max_response", "reward", "out"]
-# responses that are sampled, graded and written together: what a killed evaluation loses
+# responses that are sampled, graded and written together: a killed evaluation loses at most these
 CHUNK = 256
 
 
 def parse(argv: list[str]):
-    """The settings: options given by hand, then the suite's, then (the prompt) the model's, then
-    the defaults. Raises UserError."""
+    """The settings. Given options come first, then the suite's, then (for the prompt suffix) the
+    model's, then the defaults. Raises UserError."""
     parser = Parser(
         "eval.py",
         "Evaluate a model, or ask a question.",
@@ -179,7 +180,7 @@ def parse(argv: list[str]):
     for name, low in {"max_prompt": 1, "max_response": 1, "temperature": 0, "seed": 0}.items():
         check_range(name, getattr(args, name), low)
     if args.answer is not None and args.ask is None:
-        raise UserError("--answer: is for --ask; answers of --problems stand in their files")
+        raise UserError("--answer: is for --ask; the answers to --problems are in their files")
     args.sets = problem_sets(args) if args.problems else {}
     return args
 
@@ -191,10 +192,10 @@ def add_problem_options(group) -> None:
     one = group.add_mutually_exclusive_group(required=True)
     one.add_argument("--problems", nargs="+", metavar="[NAME=]FILE", help=files)
     one.add_argument("--ask", metavar="PROBLEM", help="print one sampled answer")
-    group.add_argument("--answer", help="the right one, to grade what --ask prints")
+    group.add_argument("--answer", help="the right answer, to grade what --ask prints")
     group.add_argument("--suite", choices=SUITES, help=f"the paper's settings for {suite}")
     group.add_argument(
-        "--subset", action="store_true", help="go on though benchmarks of the suite are missing"
+        "--subset", action="store_true", help="go on even if benchmarks of the suite are missing"
     )
     group.add_argument(
         "--drop_bad_rows", action="store_true", help="leave out bad rows instead of stopping"
@@ -210,39 +211,39 @@ def add_sampling_options(group) -> None:
     add("max_prompt", int, 1024, "tokens; longer problems are bad rows")
     add("max_response", int, None, "tokens; default 1024, or what the model has room for")
     suffix = "added to every problem that does not end in it; default: the suite's, else the"
-    add("prompt_suffix", str, None, f"{suffix} model's (how it was trained), else the paper's")
+    add("prompt_suffix", str, None, f"{suffix} one the model was trained with, else the paper's")
     add("problem_column", str, "", "column of the problem (a.b: inside a); default: usual names")
     add("answer_column", str, "", "column of the answer; default: usual names")
-    add("date", str, "", "of chat templates that write one, as 2026-01-31; default: today")
-    add("seed", int, 0, "the same seed and command: the same samples")
+    add("date", str, "", "for chat templates that use one, as 2026-01-31; default: today")
+    add("seed", int, 0, "the same command with the same seed gives the same samples")
 
 
 def add_other_options(group) -> None:
     def choose(name: str, default: str, choices, text: str) -> None:
         group.add_argument(f"--{name}", choices=choices, default=default, help=text)
 
-    out = "folder of NAME.jsonl per set; again: goes on; default runs/eval-NAME-DATE-TIME"
+    out = "folder of NAME.jsonl per set (if it exists: resume); default runs/eval-NAME-DATE-TIME"
     reward = "boxed, number, boxed_or_number, or module:function(response, answers) -> number"
     group.add_argument("--out", help=out)
     group.add_argument("--reward", default="boxed", help=reward)
     choose("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU if there is one")
     engines = ("transformers", "vllm")
-    choose("engine", "transformers", engines, "what samples (not for --ask)")
-    units = "loose: units are ignored; strict: if a side has one, both need the same"
+    choose("engine", "transformers", engines, "samples the responses (not for --ask)")
+    units = "loose: units are ignored; strict: if one answer has a unit, both need the same unit"
     choose("grade_units", "loose", ("loose", "strict"), units)
     choose("dtype", "fp32", sorted(DTYPES), "of forward passes")
 
 
 def check_range(name: str, value, low: float, high: float = sys.float_info.max) -> None:
-    """Raises UserError for a number outside; None is the default."""
+    """Raises UserError for a number outside this range; None is allowed."""
     if value is not None and not low <= value <= high:
         most = f", at most {high}" if high < sys.float_info.max else ""
         raise UserError(f"--{name} {value}: must be a number, at least {low}{most}")
 
 
 def problem_sets(args) -> dict[str, tuple[str, int]]:
-    """Name -> (source, k), in the suite's order. Raises UserError for names it lacks, and for
-    missing ones without --subset."""
+    """Name -> (source, k), in the suite's order. Raises UserError for names that are not in the
+    suite, and for missing benchmarks without --subset."""
     sets: dict[str, tuple[str, int]] = {}
     suite = args.samples if args.suite else {}
     for given in args.problems:
@@ -271,7 +272,7 @@ def problem_sets(args) -> dict[str, tuple[str, int]]:
 
 @dataclass
 class Work:
-    """One problem set: its result file, its settings, what is sampled."""
+    """One problem set: its result file, its settings, and the samples to draw."""
 
     path: Path
     settings: dict
@@ -279,8 +280,8 @@ class Work:
 
 
 def date_of(path: Path) -> str:
-    """The date with which a result file was begun: a chat template may write it into the prompts,
-    and an evaluation that goes on tomorrow asks as it did today. "": a new or damaged file."""
+    """The date on which a result file was begun. A chat template may write the date into prompts,
+    and an evaluation resumed on another day needs the same prompts. "": a new or damaged file."""
     try:
         with path.open(encoding="utf-8") as file:
             return str(json.loads(file.readline())["settings"].get("date", ""))
@@ -289,7 +290,7 @@ def date_of(path: Path) -> str:
 
 
 def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
-    """Raises UserError."""
+    """Read one problem set. Raises UserError."""
     source, k = args.sets[name]
     problems = load_problems(
         source,
@@ -326,7 +327,7 @@ def read_set(name: str, args, out: Path, model, tokenizer) -> Work:
 
 
 def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
-    """Sample and grade what the result files lack."""
+    """Sample and grade what is not yet in the result files."""
     name = args.suite or next(iter(args.sets))
     out = Path(args.out or f"runs/eval-{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not all(is_toy(source) for source, _ in args.sets.values()):
@@ -368,7 +369,7 @@ def complete(results: Results, work: Work, evaluator: Evaluator) -> None:
     bar = tqdm(total=total, initial=done, unit="response", desc=plain(work.path.stem), disable=None)
     with bar:
         while (done := len(results.samples)) < total:
-            # ends where it would without a stop: the same batches
+            # ends where it would end without a stop, so that batches are the same
             chunk = work.asked[done : done - done % CHUNK + CHUNK]
             append_samples(results, evaluator.sample(chunk))
             bar.update(len(chunk))
@@ -376,7 +377,7 @@ def complete(results: Results, work: Work, evaluator: Evaluator) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    # vLLM wants the GPU for itself: the model that was loaded only hands over its weights
+    # vLLM needs the whole GPU: load the model on the CPU, only to pass its weights on
     device = "cpu" if args.engine == "vllm" else args.device
     model, tokenizer, eos_ids = load_model(args.model, device)
     cast(model, args.dtype)

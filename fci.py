@@ -1,8 +1,8 @@
 """fci.py: cut a response into steps and score every step by the attention that later steps pay it.
 
-Forward Context Influence (FCI) is the compass of AttnRL (arXiv 2509.26628): a step that many later
-steps look back to is a step where another decision leads to another solution, so that is where
-`tree.py` branches. One forward pass over a complete response gives the scores of all its steps.
+Forward Context Influence (FCI) is the compass of AttnRL (arXiv 2509.26628): if many later steps
+attend to a step, another decision there leads to another solution, so `tree.py` branches there. One
+forward pass over a complete response gives the scores of all its steps.
 
 Equations (AttnRL), each at the line that computes it:
 
@@ -13,14 +13,14 @@ Equations (AttnRL), each at the line that computes it:
 
 The first step scores 0 (the authors' code), and so do the last Delta steps (Eq. 5 has no terms).
 
-How attention is averaged without storing it: a fused kernel computes alpha @ V and never shows
-alpha. Put the step indicator E in the place of V (E[s, k] = 1 if token s is in step k), and the
-same kernel returns alpha @ E: for every query the attention mass on every step. No T x T matrix
-exists for any head. transformers' attention registry hands our function the rotated queries and
-keys of every layer of any decoder, so no model code is copied or patched.
+How attention is averaged without storing it: a fused kernel computes alpha @ V and never returns
+alpha. With the step indicator E in the place of V (E[s, k] = 1 if token s is in step k), the same
+kernel returns alpha @ E: for every query, the attention mass on every step. No head stores a T x T
+matrix. transformers' attention registry gives our function the rotated queries and keys of every
+layer of any decoder, so no model code is copied or patched.
 
-Left out: attention whose probabilities are not the plain softmax (soft-capping, attention sinks);
-it is refused with a ValueError, because its scores would be silently wrong.
+Left out: attention that is not a plain softmax (soft-capping, attention sinks). It is refused with
+a ValueError, because the scores would be silently wrong.
 
     python -m tools.show_fci --model toy/model --delta 1 --problem "a=4;b=a-2;c=b+b;d=7;e=d+c;?e"
     python -m pytest tests/test_fci.py
@@ -45,19 +45,19 @@ ATTENTION_NAME = "attnrl_fci"
 # -------- Steps ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Separators:
-    """What the tokens of a vocabulary hold. `texts`: bytes, since a token may hold a part of a
-    character only; `special`: the ids of special tokens (end of sequence, chat marks)."""
+    """The text of every token of a vocabulary. `texts`: bytes, because a token may be only a part
+    of a character; `special`: the ids of special tokens (end of sequence, chat marks)."""
 
     texts: dict[int, bytes]
     special: frozenset[int] = frozenset()
 
     def read(self, tokens: list[int]) -> tuple[bytes, list[int]]:
-        """(text of the tokens one after the other, where in it the text of each token ends)."""
+        """(the joined text of the tokens, the offset in it at which each token ends)."""
         texts = [self.texts.get(t, b"") for t in tokens]  # padded vocabularies: ids without a text
         return b"".join(texts), list(accumulate(map(len, texts)))
 
     def blank(self, tokens: list[int]) -> bool:
-        """Are these white space or special tokens alone? So are no tokens at all."""
+        """True if there are only white space and special tokens, or no tokens at all."""
         text, _ = self.read([t for t in tokens if t not in self.special])
         return not text.decode(errors="replace").strip()
 
@@ -67,7 +67,7 @@ def separator_tokens(tokenizer) -> Separators:
     Llama-3) and <0x0A> by those with byte fallback (Llama-2), where "▁" is a space."""
     vocabulary = tokenizer.get_vocab()
     newline = [i for piece, i in vocabulary.items() if "Ċ" in piece][:1]
-    if "\n" in tokenizer.decode(newline):  # elsewhere "Ċ" is a letter of Maltese
+    if "\n" in tokenizer.decode(newline):  # elsewhere "Ċ" is a Maltese letter
         chars = {ord(char): byte for byte, char in bytes_to_unicode().items()}
         texts = {i: p.translate(chars).encode("latin-1", "replace") for p, i in vocabulary.items()}
     else:
@@ -82,8 +82,8 @@ def separator_tokens(tokenizer) -> Separators:
 
 def split_steps(tokens: list[int], separators: Separators) -> list[int]:
     r"""Bounds [0, ..., len(tokens)] of the steps of a response: step k is
-    tokens[bounds[k]:bounds[k + 1]]. Blank lines end them, or single newlines where the response
-    has no blank line; without either it is one step, which is never branched.
+    tokens[bounds[k]:bounds[k + 1]]. Steps end at blank lines, or at single newlines if there is no
+    blank line. A response without newlines is one step, which AttnRL never branches.
 
     >>> table = Separators({0: b"Add", 1: b"\n", 2: b".\r\n\r\n", 3: b"</s>"}, frozenset({3}))
     >>> split_steps([0, 1, 1, 1, 0, 1, 0, 2, 0, 1, 1, 3], table)
@@ -98,14 +98,14 @@ def split_steps(tokens: list[int], separators: Separators) -> list[int]:
 def cut_at_newlines(tokens: list[int], separators: Separators, newlines: int) -> list[int]:
     r"""Bounds of steps that end at a run of at least `newlines` newlines ("\n" or "\r\n").
 
-    The run may be a part of one token or spread over several, so it is looked for in their text;
-    but bounds index the tokens that were sampled, never a re-tokenised text. A step includes its
-    separator: it ends with the token that holds the last newline of the run, whatever else that
-    token holds. A piece of white space or special tokens alone is no step: it opens the next one,
-    or closes the last.
+    A run may be part of one token or spread over several, so the search is in the joined text. The
+    bounds still index the sampled tokens; no text is tokenised again. A step includes its
+    separator: it ends with the token that contains the last newline of the run, whatever else that
+    token contains. White space or special tokens alone are not a step: they belong to the next
+    step, or at the end to the last one.
     """
     text, ends = separators.read(tokens)
-    bounds, start = [0], 0  # start: of the piece that the next run closes
+    bounds, start = [0], 0  # start: of the piece that the next run ends
     for run in re.finditer(rb"(?:\r?\n){%d,}" % newlines, text):
         cut = bisect_left(ends, run.end()) + 1
         if not separators.blank(tokens[start:cut]):
@@ -119,26 +119,26 @@ def cut_at_newlines(tokens: list[int], separators: Separators, newlines: int) ->
 def without_answer(
     fci: list[float], tokens: list[int], bounds: list[int], separators: Separators
 ) -> tuple[list[float], int]:
-    """(scores, number of leading steps that may be branch points): for reasoning models the step of
-    the last "</think>" (one token or several) and those of the final answer after it score 0 and
-    never are (as in the authors' code)."""
+    """(scores, number of leading steps that may be branch points). In reasoning models the step
+    with the last "</think>" (one token or several) and the steps after it, the final answer, score
+    0 and are never branch points (as in the authors' code)."""
     count = len(bounds) - 1
     text, ends = separators.read(tokens)
     if (mark := text.rfind(b"</think>")) >= 0:
-        token = bisect_right(ends, mark)  # the one that holds the "<"
+        token = bisect_right(ends, mark)  # the one with the "<"
         count = sum(end <= token for end in bounds[1:])
     return fci[:count] + [0.0] * len(fci[count:]), count
 
 
 # -------- FCI inside the attention function ------------------------------------------------------
 def indicator_width(steps: int, depth: int) -> int:
-    """Columns of E in one call of the attention kernel, which wants V at least as wide as Q and K
+    """Columns of E in one call of the attention kernel, which needs V at least as wide as Q and K
     (`depth`), at most 256, and a multiple of 8: 300 steps take two calls of 152 columns."""
     return max(depth, 8 * math.ceil(steps / math.ceil(steps / 256) / 8))
 
 
 class StepAttention:
-    """Collects FCI for one padded batch while its forward pass runs: one call of `add` per layer.
+    """Computes FCI for one padded batch during its forward pass: every layer calls `add` once.
 
     prompt_lengths and bounds: one entry per row; width: padded length T. After the pass
     `fci[b, k]` is Eq. 6.
@@ -148,7 +148,7 @@ class StepAttention:
         self, prompt_lengths: list[int], bounds: list[list[int]], width: int, delta: int, device
     ):
         steps = max(len(row) for row in bounds) - 1
-        # (B, T), built on the CPU; the number `steps` means: in no step
+        # (B, T), built on the CPU; tokens that are in no step have the number `steps`
         step_of = torch.full((len(bounds), width), steps)
         for b, (start, row) in enumerate(zip(prompt_lengths, bounds)):
             numbers, sizes = torch.arange(len(row) - 1), torch.tensor(row).diff()
@@ -161,14 +161,14 @@ class StepAttention:
         index = torch.arange(steps, device=device)
         self.later = (index[:, None] >= index[None] + delta).float()  # (J, K): j >= k + Delta
         self.fci = torch.zeros(len(bounds), steps, device=device)
-        self.layers = 0  # that have called `add`
+        self.layers = 0  # how many have called `add`
 
     def add(self, module, query, key, attention_mask, **kwargs) -> None:
-        """query (B, H, T, D), key (B, Hkv, T, D) of one layer, rotated as the model uses them."""
+        """Add one layer: query (B, H, T, D), key (B, Hkv, T, D), rotated as the model uses them."""
         self.layers += 1
         depth, kv_heads, steps = key.shape[-1], key.shape[1], self.keys.shape[-1]
         width = indicator_width(steps, depth)
-        if width > depth:  # zeros change no logit; the scale is that of the model's own width
+        if width > depth:  # zeros change no logit; the scale stays that of the unpadded width
             query, key = (torch.nn.functional.pad(x, (0, width - depth)) for x in (query, key))
             kwargs["scaling"] = kwargs.get("scaling") or depth**-0.5
         for k in range(0, steps, width):
@@ -185,7 +185,7 @@ class StepAttention:
             self.collect(step_attention, slice(k, k + block))
 
     def collect(self, step_attention, columns: slice) -> None:
-        """step_attention (B, H, J, block): of one layer, on the steps that are `columns`."""
+        """step_attention (B, H, J, block): one layer's attention on the steps in `columns`."""
         # AttnRL Eq. 5: the sum over steps at least Delta later, (B, H, block)
         influence = (step_attention * self.later[:, columns]).sum(2)
         best = self.fci[:, columns]
@@ -198,7 +198,7 @@ _collector: StepAttention | None = None
 
 
 def fci_attention(module, query, key, value, attention_mask, **kwargs):
-    """Plain SDPA that also feeds the running StepAttention; an attention implementation."""
+    """An attention implementation: plain SDPA that also feeds the active StepAttention."""
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise ValueError("FCI is for plain softmax attention: no attention sinks, no soft-capping")
     output = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -208,17 +208,17 @@ def fci_attention(module, query, key, value, attention_mask, **kwargs):
 
 
 AttentionInterface.register(ATTENTION_NAME, fci_attention)
-# Without a mask function under the same name transformers passes no mask: sliding windows would
-# vanish silently.
+# Without a mask function under the same name transformers passes no mask, and sliding windows would
+# be lost silently.
 AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 @contextmanager
 def scoring_mode(model, collector: StepAttention | None = None):
-    """Run the model in evaluation mode, without gradients; with a collector through our attention.
+    """Evaluation mode, without gradients; with a collector, attention goes through `fci_attention`.
 
-    The model leaves as it came, also after an error. Raises ValueError for a model whose attention
-    cannot be reached.
+    At the end, and after an error, the model is put back as it was. Raises ValueError if no layer
+    of the model calls `fci_attention`.
     """
     global _collector
     config, modes = model.config, [(module, module.training) for module in model.modules()]
@@ -239,7 +239,7 @@ def scoring_mode(model, collector: StepAttention | None = None):
         _collector = None
         for module, mode in modes:
             module.training = mode
-        if collector is not None:  # last: transformers may refuse, where attention is not settable
+        if collector is not None:  # last: transformers may refuse to set it, with an error
             model.set_attn_implementation(before)
 
 
@@ -261,9 +261,9 @@ def fci_scores(
     """FCI of one response, one float per step (AttnRL Eq. 4-6), by one forward pass.
 
     bounds = [0, ..., len(response_ids)]; step k is response_ids[bounds[k]:bounds[k + 1]]. The first
-    step and the last `delta` steps score 0. Training scores many responses at once and wants their
-    log-probs from the same pass (runtime/scoring.py); a test holds the two equal.
-    Raises ValueError for other bounds and for an empty prompt.
+    step and the last `delta` steps score 0. Training scores many responses at once and takes their
+    log-probs from the same pass (runtime/scoring.py); a test checks that both give the same FCI.
+    Raises ValueError for invalid bounds and for an empty prompt.
     """
     prompt_ids, response_ids, bounds = list(prompt_ids), list(response_ids), list(bounds)
     if not prompt_ids:
@@ -274,5 +274,5 @@ def fci_scores(
     ids = torch.tensor([prompt_ids + response_ids], device=model.device)  # (1, T)
     collector = StepAttention([len(prompt_ids)], [bounds], ids.shape[1], delta, ids.device)
     with scoring_mode(model, collector):
-        model.base_model(input_ids=ids, use_cache=False)  # no output head: nobody asks for logits
+        model.base_model(input_ids=ids, use_cache=False)  # no output head: logits are not needed
     return step_scores(collector, 0, bounds)

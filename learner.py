@@ -1,8 +1,8 @@
 """learner.py: the off-policy update. Clipped PPO on tokens, a small KL to the reference, AdamW.
 
 Behaviour log-probs are per token and may come from different policies (a continuation's prefix is
-one update older than its suffix): PPO's ratio against the policy that really sampled each token is
-all the correction there is.
+one update older than its suffix). PPO's ratio compares with the policy that really sampled each
+token. There is no other off-policy correction.
 
 Equations (AttnRL Eq. 1 is the objective; Clip-Higher of DAPO, dual clip, k3 of Schulman):
 
@@ -11,11 +11,11 @@ Equations (AttnRL Eq. 1 is the objective; Clip-Higher of DAPO, dual clip, k3 of 
     kl      exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
 
 The mean is over ALL response tokens of the mini-batch. So the gradient does not depend on how the
-mini-batch is laid out in rows, cut into micro-batches and dealt out to ranks, and a long response
-weighs as much as its tokens.
+mini-batch is packed into rows, cut into micro-batches and split over ranks, and the weight of a
+response is proportional to its length.
 
-Each token's loss has a weight: 1, or less or more by truncated importance sampling (--tis_cap); a
-token of weight 0 is not trained, and leaves the mean.
+Each token's loss has a weight: 1, or the weight of truncated importance sampling (--tis_cap). A
+token of weight 0 is not trained, and not counted in the mean.
 
 Left out: entropy bonus, value function, several epochs over a batch (the paper uses none of them).
 
@@ -37,8 +37,8 @@ from tree import TrainingSequence
 def ppo_loss(
     logp, old_logp, advantage, lengths=None, *, clip_low=0.2, clip_high=0.28, dual_clip=3.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token (loss, clipped), all (N,). `clipped` is True where a clip took the gradient away.
-    lengths: tokens of each sequence, which other losses ask for (baselines.py).
+    """Per-token (loss, clipped), all (N,). `clipped` is True where a clip removed the gradient.
+    lengths: the number of tokens of each sequence, for other losses (baselines.py).
 
     r = e^0.5 = 1.65 is clipped to 1.28:
     >>> ppo_loss(torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0]))[0]
@@ -51,7 +51,7 @@ def ppo_loss(
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
     loss = -torch.minimum(plain, bounded)  # AttnRL Eq. 1, of one token
     clipped = bounded < plain
-    # dual clip: a token that became far MORE likely with A < 0 must not explode
+    # dual clip: bounds the loss of a token with A < 0 that became far MORE likely
     ceiling = -dual_clip * advantage
     exploded = (advantage < 0) & (loss > ceiling)
     return torch.where(exploded, ceiling, loss), clipped | exploded
@@ -59,7 +59,7 @@ def ppo_loss(
 
 def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference): never negative, low variance (Schulman's k3).
-    At most 10 (the authors' code): one token at e^15 would own the clipped gradient."""
+    At most 10 (the authors' code): one token at e^15 would dominate the clipped gradient."""
     difference = (ref_logp - logp).clamp(-20, 20)
     return (difference.exp() - difference - 1).clamp(max=10)
 
@@ -69,9 +69,9 @@ class Learner:
 
     policy and reference are causal models, or what dist.spread made of their TokenLogprobs. loss:
     (logp, old_logp, advantage), all (N,), and lengths -> (loss, clipped), both (N,). temperature:
-    that of sampling, for equal log-probs. packing: which sequences share a row
-    (runtime/packing.py). The policy is updated in evaluation mode: dropout would make its log-probs
-    differ from those that were sampled.
+    the sampling temperature, so that log-probs are the same. packing: which sequences share a row
+    (runtime/packing.py). The policy is updated in evaluation mode: with dropout, its log-probs
+    would differ from those of sampling.
     """
 
     def __init__(
@@ -97,9 +97,9 @@ class Learner:
         self, sequences: list[TrainingSequence], mini_batch: int, seed: int, lr: float | None = None
     ) -> TrainStats:
         """One epoch: an optimizer step per mini-batch of about `mini_batch` sequences. lr: the
-        learning rate of this training step (None: as it was).
+        learning rate of this training step (None: unchanged).
 
-        With several ranks every rank gives the same sequences, and works on its share of each
+        With several ranks, every rank passes the same sequences and works on its share of each
         mini-batch.
         """
         total = TrainStats()
@@ -110,12 +110,12 @@ class Learner:
         return TrainStats.mean(everyone([total]))
 
     def update(self, sequences: list[TrainingSequence], total: TrainStats) -> None:
-        """One optimizer step on one mini-batch; adds token sums to `total` (of this rank's share).
+        """One optimizer step on one mini-batch; adds this rank's token sums to `total`.
 
-        A gradient that is not finite is not used: one bad batch must not poison the weights and
-        AdamW's moments for ever.
+        A gradient that is not finite is not used: one bad batch would spoil the weights and AdamW's
+        moments for ever.
         """
-        seen = TrainStats()  # apart: a skipped update must not turn the whole step's log into NaN
+        seen = TrainStats()  # not `total`: a skipped update must not put NaN into the step's log
         self.optimizer.zero_grad()
         self.add_gradients(sequences, seen)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
@@ -131,24 +131,24 @@ class Learner:
         self.optimizer.zero_grad()
 
     def add_gradients(self, sequences: list[TrainingSequence], seen: TrainStats) -> None:
-        """The gradient of the token mean over a whole mini-batch, of which this rank computes its
-        share, a few rows at a time."""
+        """Add the gradient of the token mean over a whole mini-batch. Each rank computes its share,
+        a few rows at a time."""
         # the GLOBAL normaliser, known before the first micro-batch
         tokens = max(1, sum(s.trained for s in sequences))
         rows = [[sequences[i] for i in row] for row in self.packing(sequences)]
         share = [rows[i] for i in deal([width(row) for row in rows], world())[rank()]]
         batches = in_step(token_batches(share, self.token_budget))
         for number, batch in enumerate(batches, 1):
-            send_gradients(self.policy, number == len(batches))  # they cross the wire once
+            send_gradients(self.policy, number == len(batches))  # sent only with the last batch
             loss = self.micro_batch_loss([share[i] for i in batch], seen)
-            # DDP and FSDP2 average over ranks; wanted is the sum
+            # DDP and FSDP2 average over ranks; we need the sum
             (loss * world() / tokens).backward()
 
     def micro_batch_loss(self, rows: list[list], seen: TrainStats) -> torch.Tensor:
         """SUM of the token losses of a few rows (a scalar with gradient); adds to `seen`.
 
-        No rows (only keeping in step with other ranks): the passes are made all the same, and the
-        loss is 0.
+        With no rows (to keep in step with other ranks) the forward passes still run, and the loss
+        is 0.
         """
         logp, _ = token_logprobs(self.policy, rows, self.temperature, with_entropy=False)
         leaves = [s for row in rows for s in row]

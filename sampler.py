@@ -1,20 +1,20 @@
 """sampler.py: adaptive sampling (ADS): which problems to expand, how many trees, how many problems.
 
 Monte Carlo continuations are wasted on problems that the policy always or never solves: their
-leaves agree and nothing is learnt. ADS looks at the G initial responses first. The difficulty z of
-a problem is the fraction of them that are right.
+leaves all have the same reward, and nothing is learnt. ADS first looks at the G initial responses.
+The difficulty z of a problem is the fraction of them that are right.
 
 Equations (AttnRL):
 
     Eq. 8    filter: a problem with z = 1 is expanded only if its mean FCI is not below the average
-             of that statistic over z = 1 problems (all so far: the authors' code). Low attention
-             between steps is a solved routine; high attention may still go wrong.
+             of all z = 1 problems so far ("so far": the authors' code). With low attention between
+             steps, solving it is routine; with high attention, it may still go wrong.
     Eq. 9    trees = Round(exp(-z) * G): hard problems get more trees
     Eq. 10   B_m = Round(lam * B_{m-1} + (1 - lam) * (B' / B'') * B_{m-1}): B' training sequences
              are wanted, B'' were kept
 
-Emptiness and collapse are named (runtime/metrics.py), never silent. Left out: filters on other
-difficulties than z = 1 (the paper's ablation lost by them).
+If a batch is empty or FCI collapses, the run says so (runtime/metrics.py). Left out: filters on
+difficulties other than z = 1 (they were worse in the paper's ablation).
 
     python -m pytest tests/test_sampler.py
 """
@@ -26,15 +26,15 @@ from dataclasses import dataclass
 
 
 def round_half_up(x: float) -> int:
-    """Round as in the paper's formulas; Python's round() would take 0.5 and 2.5 to the even
-    neighbour."""
+    """Round as in the paper's formulas, with halves up. Python's round() rounds halves to the even
+    neighbour: 0.5 to 0, 2.5 to 2."""
     return math.floor(x + 0.5)
 
 
 # -------- Which problems, how many trees, which responses ----------------------------------------
 def is_correct(reward: float) -> bool:
-    """The default reward is 0 or 1; a graded reward of a fork counts as correct from one half
-    on."""
+    """The default reward is 0 or 1. If your reward has values in between, 0.5 and more counts as
+    correct."""
     return reward >= 0.5
 
 
@@ -44,13 +44,13 @@ def solve_rate(rewards: list[float]) -> float:
 
 
 def problem_fci(scores: list[list[float]]) -> float:
-    """A problem's mean FCI: over its responses, of the mean over their steps, zeros included."""
+    """A problem's mean FCI: the mean over responses of their mean over steps, zeros included."""
     return statistics.fmean(statistics.fmean(y) if y else 0.0 for y in scores)
 
 
 @dataclass
 class EasyFilter:
-    """The running mean of the FCI of all z = 1 problems so far: `count` of them, adding up to
+    """The running mean of the FCI of all z = 1 problems so far: `count` problems, with the sum
     `total`."""
 
     count: int = 0
@@ -60,14 +60,14 @@ class EasyFilter:
         """AttnRL Eq. 8 for one batch: which problems may be expanded. Problems with z < 1 are never
         filtered here.
 
-        The current batch enters the mean first (the authors' code), so the very first easy problem
-        is kept.
+        The mean includes the current batch (the authors' code), so the very first easy problem is
+        kept.
         """
-        # one NaN would close the filter for good
+        # one NaN in the mean would filter all later easy problems
         easy = [y for z, y in zip(rates, fcis) if z == 1 and math.isfinite(y)]
         self.count += len(easy)
         self.total += math.fsum(easy)
-        # isclose: n equal values may have a mean one rounding above them
+        # isclose: by rounding, the mean of n equal values may be slightly above them
         # AttnRL Eq. 8
         return [z < 1 or y >= self.mean or math.isclose(y, self.mean) for z, y in zip(rates, fcis)]
 
@@ -86,10 +86,10 @@ def tree_count(rate: float, group_size: int) -> int:
 
 
 def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[int]:
-    """Which responses are expanded: the minority outcome first (at z = 0.5 the wrong ones), then
-    random other ones.
+    """Which responses are expanded: first those with the rarer outcome (at z = 0.5 the wrong ones),
+    then random others.
 
-    Where all agree (z = 0 or 1) the choice is random. Indices in rising order.
+    If all outcomes are the same (z = 0 or 1), the choice is random. Indices are in rising order.
     """
     right = [i for i, r in enumerate(rewards) if is_correct(r)]
     wrong = [i for i, r in enumerate(rewards) if not is_correct(r)]
@@ -99,11 +99,11 @@ def choose_trees(rewards: list[float], count: int, rng: random.Random) -> list[i
     return sorted((first + then)[:count])
 
 
-# -------- How many problems a step ---------------------------------------------------------------
+# -------- How many problems per step -------------------------------------------------------------
 @dataclass
 class AdaptiveBatch:
-    """The number of problems B sampled a step, moved so that `target` (B') training sequences are
-    left of them."""
+    """The number of problems B sampled per step. It is adapted so that about `target` (B') training
+    sequences are kept."""
 
     size: float
     target: int
@@ -112,18 +112,18 @@ class AdaptiveBatch:
     lam: float = 0.9
 
     def problems(self) -> int:
-        """The size as a number of problems. `size` itself stays a fraction: rounded, with lambda
-        0.9, deviations under about 5 problems would never move it."""
+        """`size`, rounded. `size` itself is not rounded: with lambda = 0.9, deviations under about
+        5 problems would then never change it."""
         return round_half_up(self.size)
 
     def update(self, sampled: int, kept: int) -> float:
-        """Take in that `sampled` problems left `kept` (B'') training sequences; returns the new
-        size, within bounds.
+        """After a batch of `sampled` problems, of which `kept` (B'') training sequences were left:
+        returns the new size, within bounds.
 
         In the one-step off-policy pipeline the size of batch m+1 is fixed before batch m is
-        trained, so the newest pair known is one step older than `size`: (B' / B'') * sampled is
-        what would have met the target THEN, and the size moves a tenth of the way towards it.
-        Nothing kept: hold the size.
+        trained, so the newest known pair is one step older than `size`. THEN, (B' / B'') * sampled
+        problems would have met the target; the size moves a tenth of the way towards that number.
+        If nothing was kept, the size does not change.
         """
         if kept > 0:
             # AttnRL Eq. 10

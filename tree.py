@@ -2,10 +2,10 @@ r"""tree.py: where to branch, the tree of responses, values, advantages, trainin
 
 Pure Python and numpy, no model: everything here can be checked by hand.
 
-A problem's tree: a virtual root, whose children are the G initial responses. A branch point cuts a
-response's chain of tokens in two: what stands before it becomes an inner node, whose children are
-the rest of the response and every continuation that was sampled from there. Each leaf is one
-complete response and becomes one training sequence.
+The tree of a problem has a virtual root, whose children are the G initial responses. A branch point
+cuts a response in two: the tokens before it become an inner node, whose children are the rest of
+the response and all continuations sampled from this point. Each leaf is one complete response and
+becomes one training sequence.
 
           root                  r1 = [0 ......... 8)    right
          /    \                 c1, c2 replace r1[4:)   right, wrong
@@ -19,9 +19,9 @@ Equations (AttnRL):
     Eq. 3   A(s) = [(V(s) - V(root)) + (V(s) - V(parent(s)))] / sqrt(L(s)), the same for every
             token of node s (from TreeRL)
     Eq. 7   branch at the EARLIEST N steps among those whose FCI is in the top rho ("ATB"); we read
-            the printed Quantile(y, rho) as the (1 - rho) quantile, as the words around it say
+            the printed Quantile(y, rho) as the (1 - rho) quantile, as the text around it says
 
-Left out: trees deeper than initial responses plus one round of continuations (the paper's).
+Left out: trees with more than one round of continuations (the paper has one).
 
     python -m pytest tests/test_tree.py       # the example above, by hand, and the invariants
 """
@@ -50,7 +50,7 @@ class Continuation:
 
 @dataclass
 class Response:
-    """An initial response with what the scoring pass and the grader said of it."""
+    """An initial response, with the results of the scoring pass and of the grader."""
 
     tokens: list[int]
     logprobs: list[float]  # behaviour log-probs, one update older than those of continuations
@@ -58,14 +58,14 @@ class Response:
     entropies: list[float] = field(default_factory=list)  # nats, per token
     bounds: list[int] = field(default_factory=list)  # step k is tokens[bounds[k]:bounds[k + 1]]
     fci: list[float] = field(default_factory=list)  # per step
-    branchable: int = 0  # so many first steps may be branch points: none behind "</think>"
+    branchable: int = 0  # number of leading steps that may be branch points: none after "</think>"
     continuations: list[Continuation] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # truncated importance; empty: all 1
+    weights: list[float] = field(default_factory=list)  # truncated importance weights; empty: all 1
     ref_logprobs: list[float] = field(default_factory=list)  # PRL only: of the initial policy
     finished: bool = True  # False: cut off at the length limit
     boxed: bool = True  # is there an answer to grade?
     branch_points: list[int] = field(default_factory=list)  # token positions; empty: not expanded
-    attention: dict | None = None  # for the explorer, of problems that are logged
+    attention: dict | None = None  # for the explorer; only of problems that are logged
 
 
 @dataclass
@@ -77,19 +77,19 @@ class TrainingSequence:
     tokens: list[int]
     advantages: list[float]
     logprobs: list[float]
-    # of the tokens' losses; empty: all 1; 0: not trained, left out of the mean
+    # the weight of each token's loss; empty: all 1; 0: not trained, not counted in the mean
     weights: list[float] = field(default_factory=list)
 
     @property
     def trained(self) -> int:
-        """The number of its tokens that are."""
+        """The number of its tokens that are trained."""
         return sum(w != 0 for w in self.weights)
 
     def __post_init__(self):
         self.weights = self.weights or [1.0] * len(self.tokens)
         lengths = {len(x) for x in (self.tokens, self.advantages, self.logprobs, self.weights)}
         if len(lengths) > 1:
-            raise ValueError("a sequence needs one entry per response token in all of its lists")
+            raise ValueError("every list of a sequence needs one entry per response token")
 
 
 # -------- Branch points --------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def fci_threshold(fci: list[float], rho: float) -> float:
     """The score that makes a step a candidate: the (1 - rho) quantile of all steps' scores, zeros
     included."""
     threshold = float(np.quantile(fci, 1 - rho)) if fci else 0.0
-    # most steps score 0 (short responses): then any step with a score counts (the authors' code)
+    # if most steps score 0 (short responses), all steps above 0 are candidates (the authors' code)
     return threshold if threshold > 0 else min((y for y in fci if y > 0), default=math.inf)
 
 
@@ -106,14 +106,14 @@ def fci_branch_steps(
 ) -> list[int]:
     """AttnRL Eq. 7: the earliest n steps of high FCI, as step indices in rising order.
 
-    fci and starts (first token of each step) hold the branchable steps and all later ones, the
-    latter with score 0. min_gap: tokens between branch points, and before the first.
+    fci and starts (first token of each step) are of all steps; steps that may not be branch points
+    score 0. min_gap: the least number of tokens between branch points, and before the first.
     >>> fci_branch_steps([0, .1, .5, .2, .9, .8, 0, 0, 0, 0], starts=list(range(0, 100, 10)), n=2)
     [4, 5]
     """
     threshold, last = fci_threshold(fci, rho), 0
     chosen: list[int] = []
-    # "earliest": in order of position, not of score, because early steps decide
+    # "earliest": ordered by position, not by score, because early steps decide the solution
     for k, y in enumerate(fci):
         # AttnRL Eq. 7
         if len(chosen) < n and k > 0 and y >= threshold and starts[k] - last >= min_gap:
@@ -123,12 +123,12 @@ def fci_branch_steps(
 
 
 def usable(response: Response) -> range:
-    """Steps that may be branch points: not the first, which has nothing before it to keep."""
+    """Steps that may be branch points. The first may not: there is no prefix to keep."""
     return range(1, response.branchable)
 
 
 def by_fci(response: Response, n: int, rng, rho: float, min_gap: int, delta: int) -> list[int]:
-    """AttnRL: Eq. 7, filled up with the earliest other steps (the authors' code)."""
+    """AttnRL: Eq. 7; if that gives fewer than n steps, the earliest others too (authors' code)."""
     starts, allowed = response.bounds[:-1], usable(response)
     y = [score if k in allowed else 0.0 for k, score in enumerate(response.fci)]
     steps = fci_branch_steps(y, starts, n, rho, min_gap)
@@ -137,7 +137,7 @@ def by_fci(response: Response, n: int, rng, rho: float, min_gap: int, delta: int
 
 
 def by_fci_mean(response: Response, n: int, rng, rho: float, min_gap: int, delta: int) -> list[int]:
-    """The same with Eq. 5 as a mean: a sum has fewer terms the later its step, and so falls."""
+    """The same with Eq. 5 as a mean: the sum has fewer terms for later steps, so it falls."""
     later = range(len(response.fci) - delta, -delta, -1)  # steps that Eq. 5 sums over, for each k
     mean = [y / max(1, terms) for y, terms in zip(response.fci, later)]
     return by_fci(replace(response, fci=mean), n, rng, rho, min_gap, delta)
@@ -151,19 +151,19 @@ def by_step_entropy(response: Response, n: int, *_) -> list[int]:
 
 
 def by_entropy(response: Response, n: int, *_) -> list[int]:
-    """The authors' TreeRL: the n tokens of highest entropy, without the first and the last one."""
+    """The authors' TreeRL: the n tokens of highest entropy, except the first and the last token."""
     inner = range(1, len(response.tokens) - 1)
     return sorted(inner, key=lambda t: (-response.entropies[t], t))[:n]
 
 
 def equally_spaced(response: Response, n: int, *_) -> list[int]:
-    """n steps that cut the response's into n + 1 parts of nearly equal numbers."""
+    """n steps that cut the response into n + 1 parts with nearly equal numbers of steps."""
     steps = {i * response.branchable // (n + 1) for i in range(1, n + 1)}
     return [response.bounds[k] for k in steps if k in usable(response)]
 
 
 def earliest(response: Response, n: int, *_) -> list[int]:
-    """The first n steps after the very first: what FCI may come down to."""
+    """The n steps after the first one. A control: perhaps FCI only finds early steps."""
     return [response.bounds[k] for k in usable(response)[:n]]
 
 
@@ -188,17 +188,17 @@ BRANCH_RULES = {
 def choose_branch_points(
     response: Response, rule: str, n: int, rng: random.Random, rho=0.2, min_gap=0, delta=4
 ) -> list[int]:
-    """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer where
-    there are fewer choices. Only rules by FCI know rho, min_gap and delta; "entropy" may branch in
-    the answer after "</think>". The papers ask for neither."""
+    """Up to n distinct token positions `at`, 0 < at < len(tokens), in rising order; fewer if there
+    are fewer candidates. Only the FCI rules use rho, min_gap and delta; only "entropy" may branch
+    in the answer after "</think>". The papers set no limits for the other rules."""
     return sorted(BRANCH_RULES[rule](response, n, rng, rho, min_gap, delta))
 
 
 # -------- Tree, values, advantages ---------------------------------------------------------------
 @dataclass
 class Node:
-    """A span of tokens shared by all leaves below it. Values are exact fractions: equal rewards
-    give exactly zero."""
+    """A span of tokens shared by all leaves below it. Values are exact fractions, so equal rewards
+    give advantages of exactly zero."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -214,7 +214,7 @@ def span(end: Response | Continuation, start: int, stop: int | None = None) -> N
 
 
 def leaf(end: Response | Continuation, start: int = 0) -> Node:
-    """What is left of `end` from token `start` on, with its reward."""
+    """A leaf: the tokens of `end` from `start` on, with its reward."""
     if not math.isfinite(end.reward):
         raise ValueError(f"a reward must be a finite number, got {end.reward}")
     node = span(end, start)
@@ -230,7 +230,7 @@ def response_chain(response: Response) -> Node:
         raise ValueError(f"a continuation starts inside its response: 0 < {cuts} < {length} fails")
     starts = [0, *cuts]
     node = leaf(response, starts[-1])
-    # from the end: what follows a cut is a child of what precedes
+    # from the end: the tokens after a cut become a child of those before it
     for start, cut in reversed(list(zip(starts, cuts))):
         branches = [leaf(c) for c in response.continuations if c.at == cut]
         inner = span(response, start, cut)
@@ -267,11 +267,10 @@ def set_advantages(node: Node, parent: Node, root: Node) -> None:
 
 # -------- Flattening -----------------------------------------------------------------------------
 def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[TrainingSequence]:
-    """One sequence per leaf. A continuation's shared prefix keeps the behaviour log-probs of the
-    response it came from.
+    """One sequence per leaf. The prefix of a continuation keeps the behaviour log-probs of the
+    response that it comes from.
 
-    Responses that were not expanded are leaves like any other and are trained (the authors' code
-    skips them).
+    Responses that were not expanded are leaves too, and are trained (the authors' code skips them).
     """
     sequences = []
 
@@ -297,8 +296,8 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
 
 
 def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
-    """The endings of the leaves, in the order of `tree_sequences`: of each response its own, then
-    those of its continuations, the latest branch point first."""
+    """The end of each leaf, in the order of `tree_sequences`: each response, followed by its
+    continuations, those from the latest branch point first."""
     ends: list[Response | Continuation] = []
     for r in responses:
         ends += [r, *sorted(r.continuations, key=lambda c: -c.at)]
@@ -306,8 +305,8 @@ def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
 
 
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:
-    """Without sequences whose advantages are all zero: their policy loss has no gradient and would
-    only dilute the token mean."""
+    """Leave out sequences whose advantages are all zero: their policy loss has no gradient and
+    would only dilute the token mean."""
     return [s for s in sequences if any(a * w for a, w in zip(s.advantages, s.weights))]
 
 

@@ -1,17 +1,17 @@
 """bench/against_trl.py: a GRPO step here and in TRL's GRPOTrainer, with the same model, prompts,
 lengths, optimizer steps.
 
-    make bench-trl          # an environment of its own, .venv-trl: the project's packages and trl
+    make bench-trl          # in a separate environment, .venv-trl: the project's packages and trl
 
-GRPO is what both can do. Per step: 24 programs x 8 completions sampled at temperature 1, graded
-right or wrong by the same string rule, advantages per group, one AdamW step on the token mean over
-all 192, no KL term. Neither computes log-probs of its samples anew before the update: with one
-update a batch TRL does without them, ours takes the engine's (--behaviour engine; a scoring pass,
-our default, is a sixth of a step more). TRL is set up as its documentation says for a plain run on
-a CPU; it makes one forward and backward pass per `--micro` completions, of which the fastest that
-was tried is the default. Rounds take turns, each in a fresh process; the first step of each is not
-counted. Peak memory is the process's, libraries included. Lines: the files that a reader has to go
-through who wants to know all that happens in a step (ours hold AttnRL as well).
+Both can do GRPO. Per step: 24 programs x 8 completions sampled at temperature 1, graded right or
+wrong by the same string rule, advantages per group, one AdamW step on the token mean over all 192,
+no KL term. Neither computes log-probs of its samples again before the update: with one update per
+batch TRL does not need them, and ours takes the engine's (--behaviour engine; our default, a
+scoring pass, makes a step a sixth longer). TRL is set up as its documentation says for a plain run
+on a CPU. It makes one forward and backward pass per `--micro` completions; the default is the
+fastest value that we tried. Rounds take turns, each in a fresh process; the first step of each is
+not counted. Peak memory is the process's, including libraries. Lines: the files that one must read
+to understand everything in a step (ours include AttnRL).
 """
 
 import argparse

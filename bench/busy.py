@@ -1,19 +1,19 @@
-"""bench/busy.py: a step of the toy alone, beside a busy process, and two runs at once; with threads
-that wait as ours do, that sleep at once, and that wait as OpenMP's do.
+"""bench/busy.py: a toy step alone, beside a busy process, and in two runs at once; with threads
+that wait as ours do, that sleep at once, or that wait by OpenMP's default.
 
     python bench/busy.py                       # about half an hour on 2 cores
     python bench/busy.py --steps 1 --rounds 1 --batch_size 2
 
-PyTorch's threads wait for each other at the end of every operation. OpenMP lets waiting threads
-spin, which gains microseconds where each has a core, and takes the core from whoever works where
-they share one. "ours" is what runtime/__init__.py asks for before torch is imported: spin briefly,
-then sleep. "passive" is OMP_WAIT_POLICY=passive alone: sleep at once. "without" imports torch first
-and leaves all variables unset.
+PyTorch's threads wait for each other at the end of every operation. In OpenMP, waiting threads
+spin. This saves microseconds if each thread has a core; if threads share a core, a waiting thread
+takes it from a working one. "ours" is the setting of runtime/__init__.py, made before torch is
+imported: spin briefly, then sleep. "passive" is OMP_WAIT_POLICY=passive alone: sleep at once.
+"without" imports torch first and leaves all variables unset.
 
-Each run is a process of its own: it makes a first step, waits until the others are as far, and then
-makes the steps that count, the same ones in every run (lr 0, one seed). The busy process is an
-endless loop. Cases take turns; seconds are medians over all steps that count. Run this with nothing
-beside it: the ratios "alone" are of a machine with nothing else to do.
+Each run is a separate process: it makes a first step, waits for the other runs, and then makes the
+steps that count, the same ones in every run (lr 0, one seed). The busy process is an endless loop.
+Cases take turns; seconds are medians over all steps that count. Run this on an idle machine: the
+ratios "alone" need one.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""bench/exchange.py: what it costs that every rank gets every finished group (dist.everyone), at
-the sizes of the paper's runs.
+"""bench/exchange.py: the cost of sending every finished group to every rank (dist.everyone), at the
+sizes of the paper's runs.
 
     torchrun --nproc_per_node 2 bench/exchange.py                 # 64 problems
     torchrun --nproc_per_node 2 bench/exchange.py --problems 8
 
 A problem has 6 responses of 8,192 tokens, each with 2 branch points of 2 continuations; every
-continuation ends where its response does, the worst case. Prints the bytes that each rank sends and
-receives, the seconds of the exchange (median of 3), and the peak memory of a rank.
+continuation is as long as the rest of its response, the worst case. Prints the bytes that each rank
+sends and receives, the seconds of the exchange (median of 3), and the peak memory of a rank.
 """
 
 import pickle

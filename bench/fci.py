@@ -1,7 +1,7 @@
-"""bench/fci.py: what FCI costs, next to a plain forward pass and to the other ways of reading
+"""bench/fci.py: the cost of FCI, compared with a plain forward pass and with other ways to read
 attention.
 
-    plain   forward pass with SDPA: the floor, what a scoring pass costs without FCI
+    plain   forward pass with SDPA: the lower bound, the cost of a scoring pass without FCI
     fci     the same pass with StepAttention (fci.py): alpha @ E instead of alpha
     rows    the same, but alpha (AttnRL Eq. 4) of 32 queries at a time is computed and averaged, by
             matrix products
@@ -12,11 +12,11 @@ attention.
 Two decoder layers of Qwen2-1.5B's shape (hidden 1536, 12 heads, 2 key-value heads, head dimension
 128, MLP 8960), random weights, batch 1, no output head. Seconds are medians of repeats that take
 turns in one process. A fresh process measures every peak of extra memory: the peak during one pass,
-less what was there before it (model included). Left out: the output head, which is the same for
-all; on a long batch over 150k words it hides FCI's share.
+minus the memory before it (including the model). Left out: the output head, which is the same for
+all; on a long batch with a vocabulary of 150k it hides FCI's share.
 
-Why fci.py does not do what `rows` does, whose cost does not grow with the steps: it is no faster,
-it would have to read the masks of sliding windows itself, and on a GPU it would write every
+The cost of `rows` does not grow with the number of steps. fci.py does not use it, because it is not
+faster, would have to read the masks of sliding windows itself, and on a GPU would write every
 attention weight to memory, which the fused kernel never does.
 
     python bench/fci.py                    # on the CPU, or on the GPU (in bf16) if there is one

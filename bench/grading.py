@@ -1,18 +1,18 @@
-r"""How often are graders wrong, and how long do they take: ours, raw math-verify, a string match.
+r"""bench/grading.py: errors and time of graders: ours, raw math-verify, a string match.
 
     python bench/grading.py FILE.jsonl [FILE.jsonl ...]
 
 A line of a file is one case: {"response": ..., "gold": ..., "expect": ...} with "correct", "wrong"
-or "incorrect"; any other expectation (such as "no_crash") is timed and not judged. "Refused" are
-right answers called wrong, "accepted" wrong ones called right.
+or "incorrect"; any other expectation (such as "no_crash") is only timed, not judged. "Refused" are
+right answers called wrong, "accepted" wrong answers called right.
 
-`--split FILE` reports the cases of one file in two parts: those that the rules of
-runtime/grading.py were written from, and those that nobody looked at (a quarter, chosen by two
-hashes: see `unseen`).
+`--split FILE` reports the cases of one file in two parts: those that were used to write the rules
+of runtime/grading.py, and those that nobody looked at (a quarter, chosen by two hashes: see
+`unseen`).
 
-- ours: Grader(workers=1), one case a call.
+- ours: Grader(workers=1), one case per call.
 - math-verify: verify(parse(gold in a box), parse(response)), as its README says, in a process with
-  2 GB that is killed after 30 s. What it does not survive counts as a refusal.
+  2 GB that is killed after 30 s. A case that ends the process counts as a refusal.
 - string match: the last number of the response against the last of the gold, as GSM8K graders do.
 """
 

@@ -1,12 +1,12 @@
-"""bench/longrun.py: does a long run leak? Many steps of the toy, watched from outside: memory, open
-files, processes.
+"""bench/longrun.py: does a long run leak? Measures memory, open files and processes of many toy
+steps, from outside.
 
     python bench/longrun.py                 # 300 steps, about half an hour on one core
     python bench/longrun.py --steps 30
 
-Every step is logged, every tenth evaluated and saved, so that the whole loop is watched. The slope
-is a least-squares line through the main process's memory (RSS) over the last two thirds of the
-steps: before that, caches fill.
+Every step is logged, every tenth evaluated and saved, so that the whole loop is measured. The slope
+is that of a least-squares line through the main process's memory (RSS) over the last two thirds of
+the steps: before that, caches fill.
 """
 
 import subprocess

@@ -1,10 +1,10 @@
-"""bench/measure.py: what all timings here share, and the table of all ratios.
+"""bench/measure.py: the common code of all timings here, and the table of all ratios.
 
     make bench                      # every script of the Makefile's list, then the table
     python bench/measure.py         # only the table, from results.json
 
-Both sides of a ratio come from one run and take turns, so that other load on the machine hits both
-alike; the median counts. A fresh process measures every peak of memory. results.json holds the
+Both sides of a ratio come from one run and take turns, so that other load on the machine affects
+both equally; the median counts. A fresh process measures every peak of memory. results.json has the
 machine, the versions, both sides of every ratio and the tables they come from, one entry per script
 and part.
 """

@@ -1,22 +1,21 @@
-"""bench/packing.py: what computing shared prefixes once buys. --packing true against --packing
+"""bench/packing.py: the gain from computing shared prefixes once: --packing true against --packing
 false.
 
     python bench/packing.py
 
 Both sides of a ratio come from one run and take turns; medians count.
 
-1. Update: one training step's leaves of the toy, sampled for real, in the mini-batches of its
-   preset; for AttnRL, and for GRPO, whose leaves share their prompts only. Seconds of
-   `Learner.train`, the largest difference of two gradients, tokens that the passes compute, and the
-   peak of memory, each in a fresh process.
+1. Update: the leaves of a real training step of the toy, in the mini-batches of its preset; for
+   AttnRL, and for GRPO, whose leaves only share their prompts. Seconds of `Learner.train`, the
+   largest difference of the two gradients, tokens that the passes compute, and the peak of memory,
+   each in a fresh process.
 2. Step: whole training steps of two runs that take turns (learning rate 0, so that lengths and
    accuracy stay the same).
 3. Word problems: an update of SmolLM2-135M-Instruct (--model; skipped if it is not there) on
-   prompts of about 150 tokens, responses of about 100, 30 leaves a problem: six trees with two
-   branch points early in the response, or 30 samples. Tokens are random: their number is what
-   costs.
-4. Tokens: the same counts for 64 problems in the paper's shape, a token for 40 of the paper's.
-   There rows stay causal where `pack` finds that the denser mask would cost more.
+   prompts of about 150 tokens, responses of about 100, 30 leaves per problem: six trees with two
+   branch points early in the response, or 30 samples. Tokens are random: only their number matters.
+4. Tokens: the same counts for 64 problems in the paper's shape, with one token for 40 of the
+   paper's. Rows stay causal if `pack` finds that the denser mask would cost more.
 """
 
 import argparse

@@ -1,19 +1,19 @@
-"""bench/pipeline.py: what sampling in one call buys. TreeRL one-step off-policy against TreeRL with
-two calls a step.
+"""bench/pipeline.py: the gain from sampling in one call: TreeRL one-step off-policy against TreeRL
+with two calls per step.
 
     python bench/pipeline.py
 
 Both have the same problems, the same number of responses and continuations, the same updates
 (adaptive sampling is off); their steps take turns in one process. Seconds are medians of a step, in
-all and by phase; "other" is what no phase accounts for; "idle" is the share of the two cores' time
-that the process did not use (grading runs in processes of its own). The calls of the engine are
-counted: one a step and one more in the first, against two a step. The paper's figure on its 8 GPUs:
+total and by phase; "other" is time outside all phases; "idle" is the share of the two cores' time
+that the process did not use (grading runs in other processes). The calls of the engine are counted:
+one per step and one more in the first, against two per step. The paper's figure on its 8 GPUs:
 -8 %.
 
-Two sizes. With 24 problems a step's hundreds of rows keep two cores busy, and twice as many rows
-cost twice as much: nothing is left to save. With 2 problems a decoding step costs the same whatever
-its few rows, as it does on a GPU that reads all weights for every step: there the second call's
-steps are what is saved.
+Two sizes. With 24 problems, the hundreds of rows of a step keep two cores busy, and twice as many
+rows cost twice as much: nothing can be saved. With 2 problems, a decoding step costs the same for
+any number of its few rows, as on a GPU that reads all weights for every step: here one call saves
+the decoding steps of the second call.
 """
 
 import statistics

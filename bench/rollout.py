@@ -1,20 +1,20 @@
-"""bench/rollout.py: tokens per second of the engines, against what one would call without them.
+"""bench/rollout.py: tokens per second of the engines, against the usual call without them.
 
     python bench/rollout.py                        # the transformers engine
     .venv-vllm/bin/python bench/rollout.py --vllm  # VLLMEngine against llm.generate
 
 1. The call of a real training step on the toy: continuations of one batch (prefixes of all lengths)
    and the initial responses of the next. `generate` gets the same requests in one left-padded
-   batch, as one would call it; it goes on until the last row is finished. Tokens up to the end
-   token count, for both.
+   batch, the usual way; it runs until the last row is finished. For both, tokens up to the end
+   token count.
 2. The same with initial responses only: 24 problems x 6 responses of 50 to 90 tokens, equal
-   prompts, nothing to skip but tails. And with programs of 4 to 9 variables, so that some responses
-   are twice as long as others.
-3. Continuations: 8 responses with 3 branch points each and 2 continuations a point, on a model of
-   two wide layers, where the prompt costs something; "without" computes the prefix of each request
-   anew. The table also counts the prefix tokens that were computed.
-4. vLLM on the toy's initial responses. What the engine adds to raw `llm.generate` is one
-   SamplingParams a request and the copying of results.
+   prompts, only the ends of rows can be skipped. And with programs of 4 to 9 variables, so that
+   some responses are twice as long as others.
+3. Continuations: 8 responses with 3 branch points each and 2 continuations per point, on a model
+   with two wide layers, so that the prompt has a cost; "without" computes the prefix of each
+   request again. The table also counts the prefix tokens that were computed.
+4. vLLM on the toy's initial responses. Beyond raw `llm.generate`, the engine makes one
+   SamplingParams per request and copies the results.
 """
 
 import random

@@ -1,15 +1,15 @@
-"""bench/scale.py: what a step costs as it grows, measured on the toy; and what one would cost on 8
-GPUs, computed.
+"""bench/scale.py: the cost of a step as it grows, measured on the toy; and the cost on 8 GPUs,
+computed.
 
     python bench/scale.py                # problems, response length, ranks: measured
     python bench/scale.py --model        # only the computed table of bench/scale.md (1.5B and 7B)
 
-A step is AttnRL's without adaptive sampling, so that work is constant: G = 6, N = 2, T = 2, lr 0.
-For the lengths the policy has no end token, so every response is as long as allowed, and a coin is
-the reward, so nearly all leaves are trained. For the ranks every process has one thread. Beside
-each measured step stands the straight line: the first row's seconds times problems, or tokens, or
-divided by ranks. A step leaves it for two reasons: attention grows with the square of the length,
-and a part of each step takes the same time whatever its size.
+The steps are AttnRL's without adaptive sampling, so that the work is constant: G = 6, N = 2, T = 2,
+lr 0. For the lengths, the policy has no end token, so every response is as long as allowed, and the
+reward is random, so nearly all leaves are trained. For the ranks, every process has one thread. The
+table shows each measured step beside a straight line: the first row's seconds times problems, or
+times tokens, or divided by ranks. There are two reasons for a difference: attention grows with the
+square of the length, and a part of each step takes the same time at any size.
 """
 
 import argparse

@@ -2,17 +2,17 @@
 
     python bench/update.py
 
-1. Padding: share of the passes' tokens that is padding, with `token_batches` of runtime/scoring.py
-   (rows of similar length, at most 5 % padding a pass), with passes of sorted rows filled up to the
-   budget, and in the order in which the sequences come, 8 a pass. Lengths: a toy step's leaves; and
-   192 responses of log-normal length, mean about 2,900 tokens and at most 8,192, which is what
-   reasoning models look like.
-2. Speed: one optimizer step on 192 of those leaves, `Learner.update` against a plain loop: 8
-   sequences a pass in the order they come, all logits, log_softmax, gather. Trained tokens per
+1. Padding: share of padding in the tokens of the passes: with `token_batches` of
+   runtime/scoring.py (rows of similar length, at most 5 % padding per pass); with passes of sorted
+   rows filled up to the budget; and in the original order, 8 sequences per pass. Lengths: the
+   leaves of a toy step; and 192 responses of log-normal length, mean about 2,900 tokens and at most
+   8,192, as reasoning models have.
+2. Speed: one optimizer step on 192 leaves of the toy, `Learner.update` against a plain loop: 8
+   sequences per pass in the original order, all logits, log_softmax, gather. Trained tokens per
    second, and the largest difference between the two gradients.
 3. Memory: forward and backward pass over one sequence of T tokens, vocabulary 151,936 (Qwen's), one
-   narrow layer, so that the logits are what costs: `TokenLogprobs` (1,024 positions at a time)
-   against all logits at once.
+   narrow layer, so that the logits need most of the memory: `TokenLogprobs` (1,024 positions at a
+   time) against all logits at once.
 """
 
 import argparse

@@ -4,18 +4,18 @@ problems.
     python experiments/disruption.py --model DIR --problems FILE --name mine
     python experiments/disruption.py --report --name mine         # tables and figure again
 
-Of each problem one right response is taken (the first of G samples), and each of its steps in turn:
-the response is kept up to the end of that step, and its rest is sampled anew, T times with the step
+For each problem it takes one right response (the first of G samples). For each step of it, the
+response is kept up to the end of the step and the rest is sampled again: T times with the step
 hidden (attention to it is zero after the softmax, in all layers and heads, for all new tokens) and
-T times without, with the same random numbers. The drop in accuracy is what that step was worth.
+T times without, with the same random numbers. The drop in accuracy measures what the step is worth.
 
 Classes, as in the paper: the top 20 % of a response's steps by FCI, the rest, the top 20 % by mean
-entropy. FCI is high early, and an early step has more behind it that can go wrong, so classes are
-also compared at equal step index. The first step (FCI 0 by definition) and that of the answer are
-left out. Intervals: 95 %, bootstrap over problems.
+entropy. Early steps have a high FCI, and after an early step more can go wrong. So classes are also
+compared at equal step index. The first step (FCI 0 by definition) and the answer's step are left
+out. Intervals: 95 %, bootstrap over problems.
 
-How a step is hidden, and every number of the report: what_fci_finds.py, which does the same on the
-toy. Left out: wrong responses, which have nothing to lose.
+what_fci_finds.py does the same on the toy; it explains how a step is hidden, and every number of
+the report. Left out: wrong responses, which have nothing to lose.
 """
 
 import json
@@ -51,7 +51,7 @@ def first_right(group: list[Response]) -> Response | None:
 
 
 def requests_of(args, number: int, prompt: list[int], r: Response) -> list[study.CutRequest]:
-    """(steps, samples, [without, with]), flat."""
+    """Requests in the order (steps, samples, [without, with]), flat."""
     requests = []
     for k in range(1, r.branchable - 1):
         end = r.bounds[k + 1]
@@ -66,7 +66,7 @@ def requests_of(args, number: int, prompt: list[int], r: Response) -> list[study
 
 
 def disrupt(pool: forks.Pool, engine, number: int, problem: Problem) -> dict:
-    """The record of one problem: nothing but its number where no response is right."""
+    """The record of one problem; only its counts if no right response has a step to hide."""
     [group] = forks.initial_responses(pool, [(number, problem)])
     record = {"number": number, "right": sum(is_correct(r.reward) for r in group)}
     if (r := first_right(group)) is None:
@@ -97,7 +97,7 @@ def disrupt(pool: forks.Pool, engine, number: int, problem: Problem) -> dict:
 # Report
 # --------------------------------------------------------------------------------------------------
 def padded(rows: list[list[float]]) -> np.ndarray:
-    """(rows, the most steps); NaN where a row has no such step."""
+    """An array (rows, largest number of steps), with NaN after the end of a row."""
     found = np.full((len(rows), max(map(len, rows))), np.nan)
     for line, row in zip(found, rows):
         line[: len(row)] = row
@@ -105,7 +105,7 @@ def padded(rows: list[list[float]]) -> np.ndarray:
 
 
 def compare(records: list[dict], samples: int) -> dict:
-    """What study.by_class says of the responses that have a step to hide. Raises UserError."""
+    """study.by_class of the responses that have a step to hide. Raises UserError."""
     rows = [r for r in records if r.get("fci")]
     if not rows:
         raise UserError("no response is right and has three steps: nothing to hide")
@@ -152,7 +152,7 @@ def parse(argv: list[str]):
 
 
 def run(args, path: Path) -> list[dict]:
-    """Sample what is missing; a killed run goes on."""
+    """Sample the problems that are missing; a killed run is resumed."""
     pool, left, records = forks.begin(args, path)
     engine = study.DisruptedEngine(pool.model, pool.engine.eos_ids)
     with path.open("a", encoding="utf-8") as file:

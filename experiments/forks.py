@@ -4,25 +4,25 @@ r"""forks.py: where should a response be forked? Every rule, at equal tokens, wi
     python experiments/forks.py --model DIR --problems FILE --name mine
     python experiments/forks.py --report --name mine                # tables and figure again
 
-From every problem's initial responses, the same for all rules, T continuations are sampled at EVERY
-step, once. Each rule of tree.BRANCH_RULES that chooses steps reads this pool, and is charged the
-tokens that it would have sampled; only token entropy, which forks inside steps, samples its own.
+All rules have the same initial responses. At EVERY step of them, T continuations are sampled once.
+Each rule of tree.BRANCH_RULES that chooses steps reads this pool, and pays for the tokens that it
+would have sampled. Only token entropy, which forks inside steps, has separate samples.
 
-Equal tokens: of each problem all rules get the same budget, what the cheapest of them needs to fork
-all responses at N points. A rule buys whole forks, response by response, in one order for all. The
-fork with which it would overspend counts by the share that it can pay: a measure is interpolated
-between the forest without it and with it. So rules that fork early, whose continuations are long,
-get fewer forks.
+Equal tokens: on each problem all rules have the same budget, the tokens that the cheapest rule
+needs to fork all responses at N points. A rule buys whole forks, response by response, in the same
+order for all rules. If it can pay only a share of the next fork, measures are interpolated by that
+share between the forest without this fork and with it. So rules that fork early, and have long
+continuations, get fewer forks.
 
 Measures of a problem under a rule (leaves: initial responses and the continuations it bought):
 
     solved      is there a right leaf?
-    rescued     the same, of problems without a right initial response
-    disagree    share of forked responses whose leaves (own ending, own continuations) disagree
-    variance    of V between the children of a fork, mean over forks: what the fork could tell apart
+    rescued     the same, for problems without a right initial response
+    disagree    share of forked responses whose leaves (its end, its continuations) disagree
+    variance    of V between the children of a fork, mean over forks: what the fork distinguishes
     per 1,000   summed variance per 1,000 sampled tokens: what a token of exploration buys
-    forks       that were paid for
-    kept        share of a continuation's tokens that are its response's
+    forks       number of forks bought
+    kept        share of a continuation's tokens that come from its response
 
 Differences from `fci` are paired by problem; intervals are 95 %, bootstrap over problems
 (runtime/results.py). Left out: training with them (experiments/methods.py).
@@ -66,7 +66,7 @@ CHUNK = 8  # problems that are sampled, graded and written together
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Pool:
-    """What samples and grades."""
+    """Samples and grades."""
 
     model: object
     tokenizer: object
@@ -119,8 +119,8 @@ def chosen_points(args, number: int, responses: list[Response]) -> dict[str, lis
 
 
 def sample_forks(pool: Pool, problems: list[tuple[int, Problem]]) -> list[dict]:
-    """One record a problem: its responses, what each rule chose, and the pool: of each (response,
-    position) the lengths and rewards of T continuations."""
+    """One record per problem: its responses, what each rule chose, and the pool: for each
+    (response, position), the lengths and rewards of T continuations."""
     args, groups = pool.args, initial_responses(pool, problems)
     points = [chosen_points(args, n, group) for (n, _), group in zip(problems, groups)]
     places, asked = [], []
@@ -154,19 +154,19 @@ Fork = tuple[int, int, list]  # response, position, [[tokens, reward], ...]
 
 
 def forks_of(record: dict, rule: str) -> list[Fork]:
-    """All that a rule would buy, in the order in which it buys."""
+    """All forks that a rule would buy, in the order of buying."""
     order = list(range(len(record["responses"])))
     random.Random(record["number"]).shuffle(order)
     return [(i, at, record["pool"][f"{i},{at}"]) for i in order for at in record["points"][rule][i]]
 
 
 def cost(forks: list[Fork]) -> int:
-    """Sampled tokens."""
+    """The sampled tokens of these forks."""
     return sum(tokens for _, _, ends in forks for tokens, _ in ends)
 
 
 def measures(record: dict, forks: list[Fork]) -> dict[str, float]:
-    """Of the forest that these forks make; NaN: not defined."""
+    """The measures of the forest with these forks; NaN: not defined."""
     initial = [is_correct(reward) for _, reward, _ in record["responses"]]
     right = any(initial) or any(is_correct(r) for _, _, ends in forks for _, r in ends)
     disagree, variances = [], []
@@ -192,8 +192,8 @@ def measures(record: dict, forks: list[Fork]) -> dict[str, float]:
 
 
 def at_budget(record: dict, rule: str, budget: int) -> dict[str, float]:
-    """The measures of a rule that may sample `budget` tokens: forks as long as they can be paid;
-    the next one by the share that it can."""
+    """The measures of a rule that may sample `budget` tokens: whole forks as long as it can pay
+    them, then a share of the next one."""
     forks = forks_of(record, rule)
     whole: list[Fork] = []
     while len(whole) < len(forks) and cost(forks[: len(whole) + 1]) <= budget:
@@ -203,7 +203,7 @@ def at_budget(record: dict, rule: str, budget: int) -> dict[str, float]:
         more = measures(record, forks[: len(whole) + 1])
         share = (budget - cost(whole)) / cost(forks[len(whole) : len(whole) + 1])
         for name, value in found.items():
-            if np.isnan(value):  # no fork could be paid whole
+            if np.isnan(value):  # the budget pays no whole fork
                 found[name] = more[name]
             else:
                 found[name] = value + share * (more[name] - value)
@@ -317,7 +317,7 @@ def parse(argv: list[str]):
 
 
 def parse_options(parser: Parser, argv: list[str], results: str, group: int, continuations: int):
-    """What disruption.py has, too."""
+    """Options that disruption.py has, too."""
     add = parser.add_argument
     add("--model", default=str(HERE.parent / "toy" / "model"), help="model directory")
     add("--problems", default="toy:8:500:5", help="problem file, or toy:8:500:5")
@@ -333,7 +333,7 @@ def parse_options(parser: Parser, argv: list[str], results: str, group: int, con
     add("--reward", default="boxed", help="as in attnrl.py")
     add("--seed", type=int, default=0, help="of sampling")
     add("--folder", type=Path, default=HERE / "results" / results, help="of the results")
-    add("--report", action="store_true", help="tables and figure of what is there")
+    add("--report", action="store_true", help="only tables and figure of the existing results")
     args = parser.parse_args(argv)
     for name in ("group", "continuations", "delta", "max_response", "max_prompt"):
         if getattr(args, name) < 1:
@@ -347,14 +347,14 @@ def settings_of(args) -> dict:
     names = "model problems group points continuations delta rho temperature max_response"
     names += " prompt_suffix reward seed"
     values = {name: getattr(args, name) for name in names.split() if name in args}
-    for name in ("model", "problems"):  # as they are called, not where they lie
+    for name in ("model", "problems"):  # the name, not the path
         if not is_toy(str(values[name])):
             values[name] = Path(values[name]).name
     return values
 
 
 def read_records(path: Path) -> tuple[dict, list[dict]]:
-    """(settings, records) of a results file; half a last line is dropped. Raises UserError."""
+    """(settings, records) of a results file; drops an incomplete last line. Raises UserError."""
     try:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
         head, *records = map(json.loads, lines)
@@ -366,7 +366,7 @@ def read_records(path: Path) -> tuple[dict, list[dict]]:
 
 
 def start(args, path: Path) -> list[dict]:
-    """What is there already of this experiment. Raises UserError if it had other settings."""
+    """The existing records of this experiment. Raises UserError if it had other settings."""
     settings, records = read_records(path)
     if settings and settings != settings_of(args):
         other = [k for k, v in settings_of(args).items() if settings.get(k) != v]
@@ -381,7 +381,7 @@ def start(args, path: Path) -> list[dict]:
 
 
 def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]]:
-    """What samples, the (number, problem) that are left, and the records that are there."""
+    """The pool, the (number, problem) pairs that are left, and the existing records."""
     model, tokenizer, eos_ids = load_model(args.model, "cpu")
     if not is_toy(args.problems):
         args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
@@ -396,7 +396,7 @@ def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]
 
 
 def run(args, path: Path) -> list[dict]:
-    """Sample what is missing; a killed run goes on."""
+    """Sample the problems that are missing; a killed run is resumed."""
     pool, left, records = begin(args, path)
     bar = tqdm(total=len(left), unit="problem", disable=None)
     with bar, path.open("a", encoding="utf-8") as file:

@@ -4,32 +4,32 @@ r"""in_words.py: does FCI find the steps that matter, in a model that reads natu
     python experiments/what_fci_finds.py --model DIR --problems words:6:100:2 --sampled 4
     python experiments/what_fci_finds.py --model DIR --problems FILE.jsonl
 
-what_fci_finds.py comes here where problems are not the toy's: words:PEOPLE:COUNT:SEED of
-recipes/word_problems.py, or a file of rows {"problem", "steps", "depends"} (which that script
-writes, too): the steps of a solution, and of each step the earlier ones that it needs.
+what_fci_finds.py calls this module for problems other than the toy's: words:PEOPLE:COUNT:SEED of
+recipes/word_problems.py, or a file of rows {"problem", "steps", "depends"} (which that script also
+writes): the steps of a solution, and for each step the earlier steps that it needs.
 
-Responses are the solutions themselves ("teacher forced": any model can be asked, also one that
-could not solve them). With --sampled N they are N samples of the model for each problem; kept are
-those with one paragraph for every step that begins with the step's first word, in the same order.
+Responses are the solutions themselves ("teacher forced", so the model need not be able to solve
+them). With --sampled N they are N samples of the model for each problem. A sample is kept if it has
+one paragraph for every step, in the same order, each with the first word of its step.
 
-Every rule's score of a step is compared with what is true of it:
+Every rule's score of a step is compared with facts about the step:
 
-    influence    later steps that depend on it, directly or through others (T; D: directly)
-    earliness    how early it stands
+    influence    how many later steps depend on it, directly or through others (T); directly (D)
+    earliness    how early in the response it is
     shortness    how few tokens it has
     influence without earliness
-                 from each rank of either side the mean rank of all steps at that place in a
-                 response of that many steps is taken away, and what is left is correlated, all
-                 responses pooled. What depends on the place alone cannot enter
+                 from each rank, of scores and of facts, subtract the mean rank of all steps at the
+                 same place in responses with as many steps; correlate the rest, all responses
+                 pooled. So what depends only on the place has no effect
 
 by Spearman's rho within a response, averaged over responses. Scores: FCI (AttnRL Eq. 5 and 6) and
 FCI by count (Eq. 5 divided by its number of terms), each for Delta 1, 2 and 4; the mean and the
-largest entropy of a step's tokens (DATPO's rule, TreeRL's); earliest; shortest; random. Equally
-spaced steps, a rule as well, have no score. FCI also layer by layer: Eq. 6 over one layer's heads.
-The first step (FCI 0 by definition) and the answer's are left out. Intervals: 95 %, bootstrap over
+largest entropy of a step's tokens (DATPO's rule, TreeRL's); earliest; shortest; random. The rule
+of equally spaced steps has no score. FCI also layer by layer: Eq. 6 over one layer's heads. The
+first step (FCI 0 by definition) and the answer's step are left out. Intervals: 95 %, bootstrap over
 problems.
 
-Left out: disruption (the toy's study), and steps of reasoning traces, which nobody has labelled.
+Left out: disruption (see the toy's study), and steps of reasoning traces, which have no labels.
 """
 
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ FORM = "words:PEOPLE:COUNT:SEED, for example words:10:40:1"
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Worked:
-    """A problem with its solution's steps, and what each needs."""
+    """A problem with the steps of its solution, and the steps that each needs."""
 
     problem: str
     steps: list[str]
@@ -69,7 +69,7 @@ class Worked:
     source: str
 
     def influence(self) -> np.ndarray:
-        """T and D, (2, steps): later steps that need a step, at all or directly."""
+        """T and D, (2, steps): number of later steps that need a step at all, or directly."""
         n = len(self.steps)
         uses = np.zeros((n, n), bool)  # (j, k): step j needs step k
         for j, needs in enumerate(self.depends):
@@ -78,7 +78,7 @@ class Worked:
 
 
 def read_worked(source: str) -> list[Worked]:
-    """Raises UserError that names file, line and field."""
+    """Read problems. Raises a UserError that names file, line and field."""
     if source.startswith("words:"):
         parts = source.split(":")
         if len(parts) != 4 or not all(p.isdigit() for p in parts[2:]) or not int(parts[2]):
@@ -96,7 +96,7 @@ def read_worked(source: str) -> list[Worked]:
 
 
 def worked(row, where: str) -> Worked:
-    """Raises UserError."""
+    """A problem from a row. Raises UserError."""
     if isinstance(row, ValueError):
         raise UserError(f"{where}: {row}")
     fields = row if isinstance(row, dict) else {}
@@ -149,8 +149,8 @@ class LayerAttention(StepAttention):
 
 
 def fci_by_layer(model, prompt: list[int], tokens: list[int], bounds: list[int]) -> tuple:
-    """("FCI, Delta 1" and "FCI by count, Delta 1" and so on -> (layers, steps); the entropies of
-    the tokens, from the same pass)."""
+    """({"FCI, Delta 1", "FCI by count, Delta 1", ...: (layers, steps)}, the entropies of the tokens
+    from the same pass)."""
     collector = LayerAttention(len(prompt), bounds, len(prompt) + len(tokens), model.device)
     with scoring_mode(model, collector):
         _, entropies = token_logprobs(model, [[Sequence(prompt, tokens)]], 1.0)
@@ -163,7 +163,7 @@ def fci_by_layer(model, prompt: list[int], tokens: list[int], bounds: list[int])
 
 
 def row_of(model, number: int, problem: Worked, prompt, tokens, bounds, rng) -> Row:
-    """Scores and truth of one response whose steps line up with the problem's."""
+    """Scores and facts of one response whose steps correspond to the problem's."""
     count = slice(1, len(problem.steps))
     found, entropies = fci_by_layer(model, prompt, tokens, bounds)
     layers = {name: values[:, count] for name, values in found.items()}
@@ -182,7 +182,7 @@ def row_of(model, number: int, problem: Worked, prompt, tokens, bounds, rng) -> 
 
 
 def lines_up(text: str, problem: Worked) -> bool:
-    """One paragraph for each step, which begins with its first word, and the answer's."""
+    """Is there one paragraph for each step, with its first word, and one for the answer?"""
     *steps, _ = [part.split() for part in text.strip().split("\n\n")]
     first = [step[:1] for step in steps]
     return first == [step.split()[:1] for step in problem.steps]
@@ -191,7 +191,7 @@ def lines_up(text: str, problem: Worked) -> bool:
 def responses(model, tokenizer, eos_ids, worked: list[Worked], prompts, args) -> list[tuple]:
     """(number of its problem, tokens): the solutions, or what the model samples."""
     if not args.sampled:
-        answer = "\n\nThat is the answer."  # a step that nothing is asked of
+        answer = "\n\nThat is the answer."  # a last step, which is not scored
         texts = ["\n\n".join(p.steps) + answer for p in worked]
         return [(i, tokenizer(t, add_special_tokens=False).input_ids) for i, t in enumerate(texts)]
     limit = 2 * max(len(tokenizer("\n\n".join(p.steps)).input_ids) for p in worked)
@@ -253,8 +253,8 @@ def study(args, figure: Path) -> tuple[dict, list[str]]:
 
 
 def compare_all(args) -> dict:
-    """Everything that is shown: "rules" and "layers": name -> title of a column -> [estimate, low,
-    high] (of a layer: its estimate), or None."""
+    """All results. "rules" and "layers": name -> title of a column -> [estimate, low, high] (for a
+    layer only [estimate]), or None."""
     rows, kept = rows_of(args, read_worked(args.problems))
     weights = bootstrap_weights([r.problem for r in rows])
     cells = [100 * len(r.truth["earliness"]) + np.arange(len(r.truth["earliness"])) for r in rows]

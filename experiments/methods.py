@@ -6,22 +6,22 @@ intervals and figures.
                                               # one: about 2 hours
     python experiments/methods.py --report    # tables and figures again, without running anything
 
-Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so "after 30 steps"
-compares nothing. Every run goes on until an evaluation lies beyond the budget of generated tokens
-T; its accuracy AT T is read off the straight line between the evaluations before and after T. The
+Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so a comparison "after
+30 steps" means nothing. Every run continues until an evaluation is beyond the budget of generated
+tokens T; its accuracy AT T is interpolated linearly between the evaluations before and after T. The
 same is done for wall-clock (training without evaluations), at the time in which the fastest run of
-the setting got to its end, and for optimizer steps: methods differ in how many training sequences a
-generated token yields, and at a constant learning rate more optimizer steps get farther.
-Evaluations ask every run the same questions with the same seeds.
+the setting reached its end, and for optimizer steps: methods get different numbers of training
+sequences from a generated token, and at a constant learning rate more optimizer steps change the
+policy more. Evaluations ask every run the same questions with the same seeds.
 
 Intervals: 95 %, Student's t over seeds. Differences are paired by seed (the seed fixes the order of
-the problems), so what the problems have in common cancels out: mean and interval of d_s = accuracy
-of the method - accuracy of AttnRL at seed s.
+the problems), so the common effect of the problems cancels: mean and interval of d_s = accuracy of
+the method - accuracy of AttnRL at seed s.
 
 Files: results/SETTING/METHOD-SEED.json (settings and the metrics of every step), tables.md,
-figures/*.png, and the runs themselves in runs/experiments/, which --resume auto goes on with after
-a kill. The two settings were frozen before the methods were compared; experiments/README.md lists
-all that were tried.
+figures/*.png, and the run folders in runs/experiments/, from which --resume auto continues after a
+kill. The two settings were frozen before the methods were compared; experiments/README.md lists all
+settings that were tried.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from tools.view import BLUE, GREEN, PINK, read_metrics
 
 HERE = Path(__file__).resolve().parent
 
-# What all runs of a setting share, besides the toy preset; the method is the only difference.
+# Common options of all runs, besides the toy preset; in a setting only the method differs.
 SHARED = "--lr 2e-5 --eval_every 3 --eval_samples 4 --steps 100000 --keep 1 --log_samples 0"
 SETTINGS = {
     "toy8": "--problems toy:8:4000:1 --test_problems toy:8:200:2 --max_response 110",
@@ -58,7 +58,7 @@ BOTH = ["grpo", "prl", "treerl", "treerl_off", "datpo", "atb", "attnrl"]  # on b
 ABLATIONS = ["atb_drop_easy", "atb_ads_nofilter", "atb_ads_noexpand"]  # on the last setting
 RULES = ["atb_step_entropy", "atb_fixed", "atb_earliest"]  # there, too: atb with another --branch
 METHODS = [*BOTH, *ABLATIONS, *RULES]
-ORDER = ("grpo", "treerl", "atb", "attnrl")  # as the paper finds them, worst first
+ORDER = ("grpo", "treerl", "atb", "attnrl")  # in the paper's order, worst first
 # Okabe and Ito
 DRAWN = {"grpo": "#E69F00", "prl": PINK, "treerl": GREEN, "atb": "#56B4E9", "attnrl": BLUE}
 DRAWN |= {"datpo": "#000000"}
@@ -95,8 +95,8 @@ T975 = [0, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 # Running
 # --------------------------------------------------------------------------------------------------
 def train_until(options: list[str], run: Path, tokens: float) -> None:
-    """One run, in this process: stopped after the first evaluation beyond `tokens`; it goes on
-    where it was killed."""
+    """One run, in this process. It stops after the first evaluation beyond `tokens`; a killed run
+    is resumed."""
     from attnrl import parse_config, train
 
     def enough() -> bool:
@@ -106,7 +106,7 @@ def train_until(options: list[str], run: Path, tokens: float) -> None:
     train(parse_config([*options, "--out", str(run), "--resume", "auto"]), stop=enough)
 
 
-running: list[subprocess.Popen] = []  # an interrupt ends them
+running: list[subprocess.Popen] = []  # ended by an interrupt
 
 
 def is_there(setting: str, method: str, seed: int, tokens: float, folder: Path) -> bool:
@@ -115,8 +115,8 @@ def is_there(setting: str, method: str, seed: int, tokens: float, folder: Path) 
 
 
 def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -> Path:
-    """A run in a process of its own, on one thread; its JSON is written when it is complete, and
-    then it is not run again."""
+    """A run in a separate process, on one thread. Its JSON is written when it is complete; after
+    that it is not run again."""
     result = folder / "results" / setting / f"{method}-{seed}.json"
     if is_there(setting, method, seed, tokens, folder):
         return result
@@ -136,22 +136,22 @@ def run_one(setting: str, method: str, seed: int, tokens: float, folder: Path) -
     fresh = result.with_suffix(".new")
     fresh.write_text(json.dumps(found | {"records": records}) + "\n")
     fresh.replace(result)
-    shutil.rmtree(run)  # models: what is needed is in the JSON
+    shutil.rmtree(run)  # it is mostly models; the JSON has the rest
     return result
 
 
 def train_in_new_process(options: list[str], run: Path, tokens: float, log: Path) -> int:
-    """Its exit code; what it says is appended to `log`."""
+    """Train and return the exit code; the output is appended to `log`."""
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     words = [sys.executable, __file__, "--one", json.dumps([options, str(run), tokens])]
     with log.open("a") as file:
         process = subprocess.Popen(words, cwd=HERE.parent, stdout=file, stderr=file, env=one_thread)
-        running.append(process)  # running[-1] may be the other thread's by now
+        running.append(process)  # running[-1] may belong to another thread
         return process.wait()
 
 
 def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, jobs: int) -> None:
-    """Those that are not there yet, `jobs` at a time. Ctrl-C, SIGTERM and a run that fails end the
+    """Do all runs that are missing, `jobs` at a time. Ctrl-C, SIGTERM or a failed run ends the
     others."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     wanted = [what for what in wanted if not is_there(*what, tokens, folder)]
@@ -167,7 +167,7 @@ def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, job
                     f"{i}/{len(wanted)} after {minutes:.1f} minutes, about {left:.0f} left: {path}",
                     flush=True,
                 )
-        except BaseException:  # also a run that failed: what it says must not wait for the others
+        except BaseException:  # also a failed run: its message must not wait for the others
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 process.terminate()
@@ -175,12 +175,12 @@ def run_all(wanted: list[tuple[str, str, int]], tokens: float, folder: Path, job
 
 
 # --------------------------------------------------------------------------------------------------
-# Reading off
+# Comparing at equal places
 # --------------------------------------------------------------------------------------------------
 def along(records: list[dict], axis: str) -> list[float]:
-    """Of each record, what there was up to it: training steps ("step"), generated tokens
-    ("tokens"), optimizer steps ("updates"), or seconds of training steps ("seconds": without
-    evaluations, saving and loading)."""
+    """For each record, the total up to it: training steps ("step"), generated tokens ("tokens"),
+    optimizer steps ("updates"), or seconds of training steps ("seconds": without evaluations,
+    saving and loading)."""
     so_far = {"step": "step", "tokens": "generated_tokens"}
     if axis in so_far:
         return [m[so_far[axis]] for m in records]
@@ -189,8 +189,8 @@ def along(records: list[dict], axis: str) -> list[float]:
 
 
 def accuracy_at(records: list[dict], at: float, axis: str) -> float:
-    """Test accuracy in % where `axis` (see `along`) is `at`, on the line between the evaluations
-    around it."""
+    """Test accuracy in % at the place `at` of `axis` (see `along`), interpolated between the
+    evaluations around it."""
     where = along(records, axis)
     points = [(x, 100 * m["test_accuracy"]) for x, m in zip(where, records) if "test_accuracy" in m]
     return float(np.interp(at, *zip(*points)))
@@ -204,7 +204,7 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def load(folder: Path, setting: str) -> dict[str, dict[int, dict]]:
-    """{method: {seed: result}}, methods in the table's order."""
+    """{method: {seed: result}}, with the methods in the order of the table."""
     found: dict[str, dict[int, dict]] = {}
     for method in METHODS:
         for path in sorted((folder / "results" / setting).glob(f"{method}-[0-9]*.json")):
@@ -214,7 +214,7 @@ def load(folder: Path, setting: str) -> dict[str, dict[int, dict]]:
 
 
 class Comparison:
-    """The runs of one setting, read off at the same places: at T tokens, at equal time, at equal
+    """The runs of one setting, compared at the same places: at T tokens, at equal time, at equal
     optimizer steps."""
 
     def __init__(self, runs: dict[str, dict[int, dict]]):
@@ -235,8 +235,8 @@ class Comparison:
         }
 
     def difference(self, one: str, other: str, axis: str) -> str:
-        """Mean and interval of one method's accuracy less the other's, paired by seed; "" without a
-        common seed."""
+        """Mean and interval of one method's accuracy minus the other's, paired by seed; "" without
+        a common seed."""
         mine, others = self.found[one][axis], self.found[other][axis]
         pairs = [(mine[seed], others[seed]) for seed in mine if seed in others]
         return cell([x - y for x, y in pairs]) if pairs else ""
@@ -390,7 +390,7 @@ def draw_figures(runs: dict, setting: str, folder: Path) -> None:
 
 
 def report(folder: Path) -> str:
-    """tables.md and the figures, of whatever results there are."""
+    """Write tables.md and the figures of all existing results."""
     parts = []
     for setting in SETTINGS:
         if runs := load(folder, setting):
@@ -411,7 +411,7 @@ def parse(argv: list[str]):
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="grpo, treerl, attnrl x 3 seeds on toy8")
-    add("--report", action="store_true", help="tables and figures of what is there")
+    add("--report", action="store_true", help="only tables and figures of the existing results")
     for name, choices in (("settings", SETTINGS), ("methods", METHODS)):
         text = f"default: {', '.join(choices)}"
         add(f"--{name}", nargs="+", choices=choices, metavar="NAME", help=text)
@@ -448,7 +448,7 @@ def main(argv: list[str]) -> None:
             (folder / "results").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--folder {folder}: cannot be written ({error.strerror})") from error
-        # seeds first: a table that is cut short has all methods
+        # all methods of one seed first: then an interrupted table has all methods
         wanted = [
             (s, m, seed)
             for seed in range(args.seeds)

@@ -6,28 +6,28 @@ r"""sparkle.py: what does training improve? Two questions of SPARKLE (arXiv 2506
 
 With a part of the solution.  A model that knows the steps but slips gains from every right step
 that it is given; a model that cannot do the later steps gains nothing. So each response begins with
-the first k steps of the teacher's solution (toy/programs.py), and the model goes on:
+the first k steps of the teacher's solution (toy/programs.py), and the model continues it:
 
     accuracy(k) = mean over problems of the share of right final answers, k = 0, 1, ..., n
 
-n is the number of variables. With k = n all steps are there, and only the box is left.
+n is the number of variables. With k = n all steps are given, and only the box is missing.
 
-The first slip.  Of the responses with k = 0: which step is the first that is not the teacher's?
+The first slip.  In responses with k = 0: which step is the first that differs from the teacher's?
 
     slip(k) = mean over problems of the share of responses whose first wrong step is step k
 
-Later steps may follow from the slip, rightly or not: they do not count. A step that is left out, or
-of another variable, is a slip at the place where it should stand. What is in the place of the box
-counts as step "box", extra steps before it too; "none" are responses without a slip. They are
-right; one with a slip may be right, too (nobody needs the variable, or a later slip makes up for
-it). So "none" is at most accuracy(0). A step is compared with the teacher's as text: another way of
-writing it is a slip.
+Later steps do not count, whether they follow from the slip or not. A step that is missing, or is of
+another variable, is a slip at the place where it should be. Everything in the place of the box
+counts as step "box", including extra steps before it; "none" are responses without a slip. These
+are right; one with a slip may be right, too (no later step needs the variable, or a later slip
+corrects it). So "none" is at most accuracy(0). A step is compared with the teacher's as text: if it
+is written differently, it is a slip.
 
 Models are compared on the same problems with the same random numbers. Intervals are 95 %, bootstrap
 over problems (runtime/results.py); differences from the first model are paired. One model of a
 method is one seed: the interval says nothing about another training run.
 
-Left out: SPARKLE's plans and pieces of knowledge, which the toy's problems do not have; training
+Left out: SPARKLE's plans and pieces of knowledge, which the toy's problems do not have; training on
 hard problems with a part of the solution; problems without a known solution in steps.
 """
 
@@ -65,14 +65,14 @@ SETTINGS = ("problems", "count", "samples", "temperature", "max_response", "seed
 # Solutions and slips
 # --------------------------------------------------------------------------------------------------
 def first_slip(response: str, program: str) -> int:
-    r"""The number of the first step that is not the teacher's, from 1 on; the box is the step after
-    the last variable's. 0: there is none.
+    r"""The number, from 1 on, of the first step that differs from the teacher's; the box is the
+    step after the last variable's. 0: there is none.
 
     >>> first_slip("a=3\n\nb=3+4=8\n\n\\boxed{8}", "a=3;b=a+4;?b")
     2
     """
     *steps, box = toy_solution(program).split("\n\n")
-    # whatever follows the last variable's step stands in the place of the box
+    # all text after the last variable's step is in the place of the box
     given = response.rstrip().split("\n\n", len(steps))
     for k, right in enumerate([*steps, box], 1):
         if given[k - 1 : k] != [right]:
@@ -105,7 +105,7 @@ def with_solution(problem: Problem, tokenizer, name: str) -> Solved:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Sampler:
-    """What makes graded responses of one model."""
+    """Samples responses of one model and grades them."""
 
     tokenizer: object
     engine: TransformersEngine
@@ -113,8 +113,8 @@ class Sampler:
     args: object
 
     def sample(self, part: list[tuple[int, Solved]]) -> list[dict]:
-        """Of each (number, problem): how many responses were right with the first k steps given,
-        for each k, and the first slips of those that were given none."""
+        """For each (number, problem): how many responses were right with the first k steps given,
+        for each k, and the first slips of the responses with k = 0."""
         args, asked, requests = self.args, [], []
         for number, one in part:
             for k, cut in enumerate(one.bounds[:-1]):
@@ -140,7 +140,7 @@ class Sampler:
 
 
 def run_model(args, name: str, folder: str) -> list[dict]:
-    """One record a problem: its text, and what `Sampler.sample` found."""
+    """One record per problem: its text, and the results of `Sampler.sample`."""
     model, tokenizer, eos_ids = load_model(folder, "cpu")
     problems = load_problems(args.problems, tokenizer, max_prompt=1024)[: args.count or None]
     check_context(model, problems, args.max_response)
@@ -167,7 +167,7 @@ def run_model(args, name: str, folder: str) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 def shares(records: list[dict], steps: int) -> tuple[np.ndarray, np.ndarray]:
     """accuracy (problems, steps + 1) for k = 0, 1, ..., and slip (problems, steps + 2) at step 1,
-    2, ..., box, none. Programs of fewer variables have no value (NaN) at what they lack."""
+    2, ..., box, none. Programs with fewer variables have NaN for the steps that they lack."""
     accuracy = np.full((len(records), steps + 1), np.nan)
     slip = np.full((len(records), steps + 2), np.nan)
     for row, record in enumerate(records):
@@ -184,7 +184,7 @@ def intervals(values: np.ndarray) -> np.ndarray:
     has = np.isfinite(values)
     means = bootstrap(np.hstack([np.where(has, values, 0), has]).astype(float))
     total, count = np.hsplit(means, 2)
-    # drawn anew, problems with a value may all be missing: such a draw has no mean
+    # a draw may contain no problem with a value: it has no mean
     means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return np.vstack([np.nanmean(values, 0), np.nanquantile(means, [0.025, 0.975], axis=0)])
 
@@ -201,7 +201,7 @@ Found = dict[str, tuple[np.ndarray, np.ndarray]]  # model -> (accuracy, slip)
 
 
 def table(found: Found, which: int, head: list[str]) -> str:
-    """A row for each model, then for each but the first its difference from that one."""
+    """A row for each model, then for each other model its difference from the first."""
     (first, base), *others = [(name, values[which]) for name, values in found.items()]
     rows = [head, row(first, base), *(row(name, values) for name, values in others)]
     rows += [row(f"{name} - {first}", values - base, "+") for name, values in others]
@@ -209,7 +209,7 @@ def table(found: Found, which: int, head: list[str]) -> str:
 
 
 def report(settings: dict, records: dict[str, list[dict]], folder: Path, name: str) -> str:
-    """Both tables, in %; draws the figure."""
+    """Return both tables, in %; draw the figure."""
     steps = max(len(r["right"]) for rows in records.values() for r in rows) - 1
     found = {model: shares(rows, steps) for model, rows in records.items()}
     about = ", ".join(f"{key} {settings[key]}" for key in SETTINGS)
@@ -238,7 +238,7 @@ def draw(path: Path, found: Found, name: str) -> None:
     for axis, which in zip(panels, (0, 1)):
         for m, (model, values) in enumerate(found.items()):
             middle, low, high = 100 * intervals(values[which])
-            # a little apart, else the bars hide each other
+            # a little apart, otherwise the bars hide each other
             x = np.arange(len(middle)) + 0.12 * (m - (len(found) - 1) / 2)
             colour = GREY if m == 0 else PALETTE[(m - 1) % (len(PALETTE) - 1)]
             bounds = np.maximum(0, [middle - low, high - middle])
@@ -302,13 +302,13 @@ def named_models(given: list[str]) -> dict[str, str]:
 
 
 def settings_of(args) -> dict:
-    """With the weights in the place of folders, whose names may mean another model tomorrow."""
+    """The settings, with hashes of weights instead of folders: a folder's model may change."""
     weights = {name: model_hash(folder)[:16] for name, folder in args.models.items()}
     return {key: getattr(args, key) for key in SETTINGS} | {"models": weights}
 
 
 def read(path: Path) -> dict:
-    """What is there already; {} if nothing is. Raises UserError."""
+    """The existing results; {} if there are none. Raises UserError."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if set(found) != {"settings", "records"} or not found["records"]:

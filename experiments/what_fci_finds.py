@@ -1,12 +1,12 @@
 r"""what_fci_finds.py: does FCI find the steps that matter? Two studies on the toy, where the answer
-is known; the first of them in words, for any model.
+is known; the first of them also on word problems, for any model.
 
     python experiments/what_fci_finds.py               # the toy: about 15 minutes on one core
     python experiments/what_fci_finds.py --quick       # the same, small: about a minute
     python experiments/what_fci_finds.py --model DIR   # word problems, see in_words.py
 
 Prints tables; writes figures/ and results/ beside this file, with --quick into
-runs/what_fci_finds-quick. What follows is the toy's.
+runs/what_fci_finds-quick. The rest of this text is about the toy.
 
 Study 1, correlation. In a program such as "a=4;b=a-2;c=b+b;d=7;e=d+c;?e" the influence of a line is
 known:
@@ -19,8 +19,8 @@ steps of a response:
 
     FCI         y[k] = max over l, h of y^{l,h}[k]                      (AttnRL Eq. 6)
                 y^{l,h}[k] = sum over j >= k + Delta of A^{l,h}[j, k]   (AttnRL Eq. 5)
-    result only the same, but of step k one key only: its result, the digit before the separator.
-                Blind to a step's length
+    result only the same, but with one key for step k: its result, the digit before the separator.
+                Does not depend on a step's length
     baselines   mean entropy of the step's tokens; position (early = high); shortness (few tokens =
                 high); random
 
@@ -29,33 +29,33 @@ by Spearman's rho, Pearson's correlation of average ranks:
     within      over the steps of one response, averaged over responses
     partial     early steps have more dependants AND are summed over more later ones in Eq. 5, so
                 position alone raises both. Subtract from each rank the mean rank of all responses
-                at that step index, and correlate what is left, all responses pooled. What depends
-                on the index alone cannot enter (so position itself has no such value).
+                at that step index, and correlate the rest, all responses pooled. So what depends
+                only on the index has no effect (and position itself has no value here).
 
 The first step (FCI 0 by definition) and the final "\boxed{}" (no variable) are left out.
 
 Shortness is a baseline because A is a mean over the step's tokens, and because the toy's hub (the
-variable that many lines need) is its only constant, "d=7", so the only short step. Two controls
-keep the two apart:
+variable that many lines need) is its only constant, "d=7", and so the only short step. Two controls
+separate influence from shortness:
 
     without the hub   the same responses, that step left out: all steps are equally long ("partial":
                       means per step index and hub)
     decoy             programs that look the same, but no later line mentions the constant: short
                       and without influence
 
-Study 2, disruption (the paper's Fig. 3). Keep a response whose final answer was right up to the end
-of a step, and sample its rest anew, 8 times: attention to that step is set to zero after the
-softmax, not renormalised, in all layers and heads, for all tokens after it. Drop = accuracy without
-less accuracy with disruption, from the same prefix with the same random numbers. The paper draws
-one step of a class (top 20 % FCI; the rest; top 20 % mean entropy). Here EVERY step is disrupted
-and a class is the mean over its steps: the expectation of that draw, with less noise. Quantiles are
-over the steps 1 to n - 1.
+Study 2, disruption (the paper's Fig. 3). Take a response with a right final answer. Keep it up to
+the end of a step, and sample the rest again, 8 times: attention to that step is set to zero after
+the softmax, not renormalised, in all layers and heads, for all tokens after it. Drop = accuracy
+without minus accuracy with disruption, from the same prefix with the same random numbers. The paper
+draws one step of a class (top 20 % FCI; the rest; top 20 % mean entropy). Here EVERY step is
+disrupted, and the value of a class is the mean over its steps: the expectation of the paper's draw,
+with less noise. Quantiles are over the steps 1 to n - 1.
 
     output of a later query q = sum over s of alpha[q, s] [s not in step] v[s]
                               = the usual sum with v[s] = 0 in the step
 
-So zero rows in the VALUE cache are the disruption. They are set when the prefix has been computed:
-keys, hence the softmax, stay, and nothing inside the prefix changes (also not its last token, which
+So the disruption sets rows of the VALUE cache to zero, when the prefix has been computed. Keys, and
+so the softmax, do not change, and nothing inside the prefix changes (not even its last token, which
 predicts the first new one).
 
 Intervals: 95 %, percentiles of a bootstrap over problems. Left out: other models, the paper's own
@@ -118,7 +118,7 @@ class Study:
     eos_ids: list[int]
     reward: Reward
     separators: Separators
-    # shows attention as it is: single heads, and a second opinion on fci.py
+    # returns the attention itself: for single heads, and as a check of fci.py
     eager: Any
 
     def grade(self, problems: list[Problem], tokens: list[list[int]]) -> tuple[list[str], list]:
@@ -136,8 +136,8 @@ def load_study(path: str) -> Study:
 
 @dataclass
 class Row:
-    """One response that lines up with its program. Arrays are over the steps 1 .. n - 1 of n
-    variables (S of them)."""
+    """One response whose steps correspond to the lines of its program. Arrays are over the steps
+    1 .. n - 1 of n variables (S of them)."""
 
     problem: int  # index: the bootstrap draws problems
     hub: int  # index of the constant's step: the toy's hub, or the decoy
@@ -154,8 +154,8 @@ class Row:
 
 
 def true_influence(program: str) -> np.ndarray:
-    """T and D, (2, n): later lines that depend on a line's variable directly or through others;
-    that mention it."""
+    """T and D, (2, n): number of later lines that depend on a line's variable, directly or through
+    others; that mention it."""
     lines = program.split(";")[:-1]
     # (j, k): line j mentions variable k
     uses = np.array([[name[0] in line[2:] for name in lines] for line in lines])
@@ -165,21 +165,21 @@ def true_influence(program: str) -> np.ndarray:
 def influence_of(uses: np.ndarray) -> np.ndarray:
     """T and D, (2, n), from (j, k): step j needs step k, an earlier one."""
     depends = uses.copy()
-    for j in range(len(uses)):  # in order: what step j needs is complete already
+    for j in range(len(uses)):  # in order: the rows that step j needs are complete
         depends[j] |= depends[uses[j]].any(0)
     return np.array([depends.sum(0), uses.sum(0)])
 
 
 def constant_step(program: str) -> int:
-    """The only constant but the first line."""
+    """The index of the only constant after the first line."""
     return next(k for k, line in enumerate(program.split(";")) if k and len(line) == 3)
 
 
 def decoys(count: int, variables: int, tokenizer) -> list[Problem]:
-    """Programs with the toy's layout whose constant nobody needs."""
+    """Programs with the toy's layout in which no line needs the constant."""
     rng, found = random.Random(0), {}
     while len(found) < count:
-        hub = rng.randrange(3, max(4, variables // 2 + 1))  # as toy_program draws it
+        hub = rng.randrange(3, max(4, variables // 2 + 1))  # the same draw as in toy_program
         text = toy_program(variables, rng, hub, pull=0.0)
         if true_influence(text)[1, hub] == 0:
             answer = toy_solution(text).rsplit("{")[-1].rstrip("}")
@@ -189,7 +189,7 @@ def decoys(count: int, variables: int, tokenizer) -> list[Problem]:
 
 
 def in_format(text: str, program: str) -> bool:
-    """One step for every line, with its variable, then the box."""
+    """Is there one step for every line, with its variable, then the box?"""
     begins = [line[:2] for line in program.split(";")[:-1]]
     return [step[:2] for step in text.split("\n\n")] == [*begins, r"\b"]
 
@@ -200,7 +200,7 @@ def step_attention(
     """A[l, h, j, k], the mean over the queries of step j and the keys of step k of alpha[l, h, q,
     s]; `start` = length of the prompt, which is in no step.
 
-    result_only: the key of a step is the token before its separator only.
+    result_only: a step has one key, the token before its separator.
     """
     mean, result = np.zeros((2, len(bounds) - 1, alpha.shape[-1]))
     for k, (a, b) in enumerate(zip(bounds, bounds[1:])):
@@ -216,7 +216,7 @@ def influence(attention: np.ndarray, delta: int) -> np.ndarray:
 
 @dataclass
 class Scored:
-    """What a scoring pass says of one response. Arrays are over all its steps."""
+    """The results of a scoring pass for one response. Arrays are over all its steps."""
 
     response: Response
     fci: dict[int, np.ndarray]  # Delta -> y
@@ -248,7 +248,7 @@ class Scored:
 
 
 def score_steps(study: Study, prompt: list[int], tokens: list[int], bounds: list[int]) -> Scored:
-    """FCI from attention as it is; checks that fci.py gives the same."""
+    """FCI from the attention matrices; checks that fci.py gives the same."""
     scored = score(study.model, [Sequence(prompt, tokens, bounds)], delta=1)[0]
     ids = torch.tensor([prompt + tokens])
     with torch.no_grad():
@@ -277,8 +277,8 @@ def score_steps(study: Study, prompt: list[int], tokens: list[int], bounds: list
 
 
 def sample_rows(study: Study, problems: list[Problem], count: int, seed: int = 0) -> list[Row]:
-    """`count` responses a problem; those in format, right or wrong, with their scores. Raises
-    UserError where none is right."""
+    """`count` responses per problem; returns those in the right format, right or wrong, with their
+    scores. Raises UserError if none is right."""
     rng, rows = np.random.default_rng(seed), []
     asked = [
         (i, Request(p.prompt_ids, 16 * len(p.text.split(";")), 1.0, request_seed(seed, i, j)))
@@ -322,8 +322,8 @@ def sample_rows(study: Study, problems: list[Problem], count: int, seed: int = 0
 # Statistics
 # --------------------------------------------------------------------------------------------------
 def ranks(x: np.ndarray) -> np.ndarray:
-    """Average ranks (1 = smallest) along the last axis; equal values share the mean of their
-    places."""
+    """Average ranks (1 = smallest) along the last axis; equal values get the mean of their
+    ranks."""
     below, equal = x[..., :, None] > x[..., None, :], x[..., :, None] == x[..., None, :]
     return below.sum(-1) + (equal.sum(-1) + 1) / 2
 
@@ -333,14 +333,14 @@ def bootstrap_weights(problems: list[int], resamples: int = RESAMPLES) -> np.nda
     itself."""
     _, of_row = np.unique(problems, return_inverse=True)
     count = of_row.max() + 1
-    # whole problems are drawn
+    # the draws are of whole problems
     drawn = np.random.default_rng(0).multinomial(count, [1 / count] * count, resamples)
     return np.vstack([np.ones(len(problems)), drawn[:, of_row]])
 
 
 def weighted_mean(weights: np.ndarray, values: np.ndarray, where=True) -> np.ndarray:
-    """A mean over rows for every line of `weights`; rows without a value (NaN), or not in `where`,
-    do not count."""
+    """The mean over rows for every line of `weights`; rows without a value (NaN), or not in
+    `where`, do not count."""
     where = np.isfinite(values) & where
     with np.errstate(invalid="ignore"):
         return (weights @ np.where(where, values, 0)) / (weights @ where)
@@ -357,7 +357,7 @@ def estimate(values: np.ndarray) -> list[float] | None:
 
 
 def rho(xy: np.ndarray, xx: np.ndarray, yy: np.ndarray) -> np.ndarray:
-    """A correlation from sums of products; NaN where all scores are equal."""
+    """A correlation from sums of products; NaN if all scores are equal."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(xx * yy > 1e-9, xy / np.sqrt(xx * yy), np.nan)
 
@@ -376,7 +376,7 @@ def correlations(scores, truth, cell, weights: np.ndarray) -> dict:
         return x - (np.bincount(of_cell, x) / size)[of_cell]
 
     def products(x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-        """xy, xx, yy: one number a response"""
+        """xy, xx, yy: one number per response"""
         return [np.bincount(of_row, a * b, len(scores)) for a, b in ((x, y), (x, x), (y, y))]
 
     both = centred(scores), centred(truth)
@@ -422,18 +422,18 @@ def correlation_study(rows: list[Row]) -> dict:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class CutRequest(Request):
-    """A request whose new tokens get nothing from the positions cut[0] .. cut[1] - 1 of its
+    """A request whose new tokens get no values from the positions cut[0] .. cut[1] - 1 of its
     prompt."""
 
     cut: tuple[int, int] = (0, 0)
 
 
 class DisruptedEngine(TransformersEngine):
-    """The usual engine; between prefix and first new token the values at the cut become zero in
-    every layer."""
+    """The usual engine, but between the prefix and the first new token it sets the values at the
+    cut to zero in every layer."""
 
     def _prefill(self, requests, preamble):
-        # by now every request has a cache row of its own
+        # now every request has a separate cache row
         cache, mask, hidden = super()._prefill(requests, preamble)
         for row, r in enumerate(requests):
             start = mask.shape[1] - len(r.prompt_ids)  # prompts are aligned to the right
@@ -443,8 +443,8 @@ class DisruptedEngine(TransformersEngine):
 
 
 def cut_requests(row: Row, seed: int, number: int) -> list[CutRequest]:
-    """(steps x SAMPLES x 2): each step in turn is kept; the rest is asked without and with
-    disruption, with the same random numbers."""
+    """(steps x SAMPLES x 2) requests: the response is kept up to the end of each step; the rest is
+    sampled without and with disruption, with the same random numbers."""
     tokens, bounds, before = row.response.tokens, row.response.bounds, len(row.prompt_ids)
     requests = []
     for k in range(1, len(bounds) - 2):
@@ -457,10 +457,10 @@ def cut_requests(row: Row, seed: int, number: int) -> list[CutRequest]:
 
 
 def disrupt(study: Study, rows: list[Row], problems: list[Problem], seed: int = 1) -> None:
-    """Fills `hits`: every step in turn is kept, then hidden from the rest, which is sampled
-    anew."""
+    """Fill `hits`: for every step, keep the response up to its end, and sample the rest with the
+    step hidden, and without."""
     engine = DisruptedEngine(study.model, study.eos_ids)
-    # one at a time: its prefixes are computed once
+    # one response at a time: its prefixes are computed once
     for number, row in enumerate(tqdm(rows, unit="response", disable=None)):
         requests, before = cut_requests(row, seed, number), len(row.prompt_ids)
         sampled = zip(requests, engine.generate(requests))
@@ -484,7 +484,7 @@ def disruption_study(rows: list[Row]) -> dict:
 
 
 def by_class(weights: np.ndarray, right, disrupted, kept, fci, entropy) -> dict:
-    """Study 2 from arrays (rows, S); NaN where a response has no such step."""
+    """Study 2 from arrays (rows, S); NaN where a response has fewer steps."""
     drop = right - disrupted
     there = np.isfinite(drop)
     top, high = (
@@ -517,7 +517,7 @@ def drop_by_step(weights: np.ndarray, drop: np.ndarray, mask: np.ndarray) -> dic
 
 
 def matched_gaps(weights: np.ndarray, drop, mask: np.ndarray, others: np.ndarray) -> dict:
-    """The drop of the steps in a class less that of the others, at every step index that has both
+    """The drop of the steps in a class minus that of the others, at every step index that has both
     kinds; "all": the mean gap of the steps in the class."""
     found, total, count = {}, 0, 0
     for k in np.flatnonzero(np.minimum(mask.sum(0), others.sum(0)) >= 10):
@@ -617,7 +617,7 @@ def print_disruption(study: dict) -> None:
 
 
 def points(axis, places, found, scale: float = 1.0, **style) -> None:
-    """Estimates with their intervals at x = `places`; those that are undefined are left out."""
+    """Draw estimates with intervals at x = `places`, without the undefined ones."""
     if kept := [(x, *(scale * v for v in value)) for x, value in zip(places, found) if value]:
         x, middle, low, high = np.array(kept).T
         axis.errorbar(
@@ -655,7 +655,7 @@ def draw_scores(axis, by: dict) -> None:
 
 
 def draw_heads(heat, heads: list[list[dict]]):
-    """One square a head: its colour is the correlation within responses."""
+    """One square per head: its colour is the correlation within responses."""
     values = np.array(
         [
             [[v[0] if v else np.nan for v in head["transitive"].values()] for head in row]
@@ -834,7 +834,7 @@ def main(argv: list[str]) -> None:
         found, figures = study_toy(args, out)
     else:
         sys.path.insert(0, str(ROOT / "experiments"))  # also when run by its path
-        import in_words  # which wants this module's statistics
+        import in_words  # it imports this module's statistics
 
         name = f"what_fci_finds-{args.name}"
         found, figures = in_words.study(args, out / "figures" / f"{name}.png")

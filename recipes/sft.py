@@ -1,14 +1,14 @@
-r"""sft.py: supervised warm-up. RL sharpens what a model does by chance; this teaches it the rest.
+r"""sft.py: supervised warm-up. RL only improves what a model can do at times; this teaches more.
 
-    python recipes/sft.py --model DIR --problems train.jsonl --out warm   # the same again goes on
+    python recipes/sft.py --model DIR --problems train.jsonl --out warm   # again: resumes
 
-The loss is the mean over the solutions' tokens, end token included:
+The loss is the mean over all tokens of the solutions, including end tokens:
 
     L = - sum over solutions i, tokens t of log pi(y[i, t] | x[i], y[i, <t]) / number of such tokens
 
-Rows have "problem", asked as attnrl.py and eval.py ask it, and "solution". The learning rate rises
-for a 20th of the steps, then falls to 0. --out gets the model, loss.jsonl, loss.png; from sft.pt a
-killed run goes on to the same weights. Left out: several ranks, validation (eval.py).
+Rows have "problem" (with the same prompt as in attnrl.py and eval.py) and "solution". The learning
+rate rises for a 20th of the steps, then falls to 0. --out gets the model, loss.jsonl and loss.png.
+A killed run resumes from sft.pt, to the same weights. Left out: several ranks, validation.
 
     python -m pytest tests/test_sft.py
 """
@@ -31,7 +31,7 @@ from runtime.files import read_rows
 from runtime.models import load_model
 from runtime.scoring import Sequence, TokenLogprobs, token_batches, token_logprobs
 
-TOKENS, SAVE_EVERY = 4096, 20  # tokens of a pass, padding included, or of an example; steps
+TOKENS, SAVE_EVERY = 4096, 20  # tokens of a pass (with padding) or an example; steps
 
 
 def read_examples(source: str, tokenizer) -> list[Sequence]:
@@ -55,7 +55,7 @@ def read_examples(source: str, tokenizer) -> list[Sequence]:
 
 
 def batch_of(step: int, examples: list, args) -> list:
-    """The examples of a step (0, 1, ...): all are taken once before one comes again."""
+    """The examples of a step (0, 1, ...). All are used once before any is used again."""
     drawn = [divmod(step * args.batch_size + i, len(examples)) for i in range(args.batch_size)]
     order = {e: random.Random(f"{args.seed}:{e}").sample(examples, len(examples)) for e, _ in drawn}
     return [order[epoch][place] for epoch, place in drawn]
@@ -83,19 +83,19 @@ def main(argv: list[str]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=0.0)
     losses = resume(out, args, model, optimizer)
     rising, left = max(1, args.steps // 20), range(len(losses), args.steps)
-    for step in tqdm(left, unit="step", mininterval=10):  # a log file gets it, too
+    for step in tqdm(left, unit="step", mininterval=10):  # also in a log file
         falling = 1 - (step - rising) / max(1, args.steps - rising)
         optimizer.param_groups[0]["lr"] = args.lr * min(1.0, (step + 1) / rising, falling)
         losses.append(update(forward, optimizer, batch_of(step, examples, args)))
         if (step + 1) % SAVE_EVERY == 0 and step + 1 < args.steps:
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({"settings": vars(args), "losses": losses} | states, out / "sft.pt.new")
-            (out / "sft.pt.new").replace(out / "sft.pt")  # a kill leaves the old file or the new
+            (out / "sft.pt.new").replace(out / "sft.pt")  # after a kill: the old file or the new
     finish(out, model.eval(), tokenizer, losses)
 
 
 def resume(out: Path, args, model, optimizer) -> list[float]:
-    """The losses of the steps that are done. Raises UserError for another run's folder."""
+    """The losses of the finished steps. Raises UserError for another run's folder."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "sft.pt").exists():

@@ -17,12 +17,12 @@ and its solution, a paragraph for each person, then the box:
     \boxed{18}
 
 A row has "problem", "answer", "solution", and for experiments/what_fci_finds.py "steps" (the
-paragraphs without the box) and "depends" (of each step the earlier ones that it needs). One person,
-the hub, is named by more of the later ones than others are, so steps differ in influence at any
-place. Numbers stay from 2 to 50.
+paragraphs without the box) and "depends" (for each step, the earlier steps that it needs). More of
+the later people depend on one person, the hub, than on others, so steps at the same place can
+differ in influence. All numbers are from 2 to 50.
 
 --test takes other names, other things, and other structures (who depends on whom, and how): a fifth
-of all structures belongs to the test alone.
+of all structures is only used for the test.
 
     python -m pytest tests/test_word_problems.py
 """
@@ -39,7 +39,7 @@ from runtime.cli import Parser, UserError, reason, stop_on_user_error
 
 MOST = 20  # people of a problem
 SMALLEST, LARGEST = 2, 50  # 1 would be "1 coins"
-NAMES = {  # of training (few are learnt by heart instead of being copied), of the test
+NAMES = {  # of training (with few names, a model would memorise them, not copy), of the test
     False: """
     Abigail Adam Adrian Agnes Albert Alfred Amanda Amir Amy Andrea Andrew Angela Anita Anna
     Anton Arthur Astrid Audrey Barbara Beatrice Bella Ben Bernard Bianca Brandon Brenda Brian
@@ -93,7 +93,7 @@ def word_problem(people: int, rng: random.Random, test: bool = False) -> dict:
 
 
 def statements(names: list[str], thing: str, rng: random.Random, test: bool) -> tuple:
-    """(what is said of each person, how it is worked out, the values, the dependencies)."""
+    """(statement about each person, its step in the solution, the values, the dependencies)."""
     kinds, depends = structure(len(names), rng, test)
     said, steps, values = [], [], []
     for name, kind, needs in zip(names, kinds, depends):
@@ -106,7 +106,7 @@ def statements(names: list[str], thing: str, rng: random.Random, test: bool) -> 
 
 
 def structure(people: int, rng: random.Random, test: bool) -> tuple[list[str], list[list[int]]]:
-    """(kind of each statement, the earlier persons that it names)."""
+    """(kind of each statement, the earlier people that it names)."""
     while True:
         hub = rng.randrange(max(1, people - 2))
         kinds, depends = ["number"], [[]]
@@ -130,8 +130,8 @@ def is_for_tests(kinds: list[str], depends: list[list[int]]) -> bool:
 
 
 def relation(kind: str, thing: str, others: list, rng) -> tuple[str, str, int]:
-    """(what the problem says that somebody has, how it is worked out, how many it is), from the
-    others that are named, who have a name and a number."""
+    """(what a person has according to the problem, how it is calculated, the number). others: the
+    (name, number) of each person that is named."""
     number = rng.randrange(2, 10)
     if kind == "number":
         return f"{number} {thing}", "", number
@@ -150,7 +150,7 @@ def relation(kind: str, thing: str, others: list, rng) -> tuple[str, str, int]:
 
 
 def word_problems(people: str, count: int, seed: int, test: bool = False) -> Iterator[dict]:
-    """`count` different rows; people: "10" or "5-10", drawn evenly."""
+    """`count` different rows; people: "10" or "5-10", drawn uniformly."""
     low, high = bounds_of(people)
     rng, seen = random.Random(f"{people}:{seed}:{test}"), set()
     while len(seen) < count:
@@ -161,7 +161,7 @@ def word_problems(people: str, count: int, seed: int, test: bool = False) -> Ite
 
 
 def bounds_of(people: str) -> tuple[int, int]:
-    """Raises UserError."""
+    """The lowest and highest number of people. Raises UserError."""
     low, _, high = people.partition("-")
     try:
         found = int(low), int(high or low)
@@ -173,7 +173,7 @@ def bounds_of(people: str) -> tuple[int, int]:
 
 
 def write_rows(file: Path, rows: Iterable[dict]) -> None:
-    """As JSONL. Raises UserError."""
+    """Write rows as JSONL. Raises UserError."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     try:
         file.write_text(text, encoding="utf-8")
@@ -190,9 +190,9 @@ def main(argv: list[str]) -> None:
     add = parser.add_argument
     add("out", type=Path, help="the file to write")
     add("--count", type=int, default=1000, help="problems")
-    add("--people", default="5-10", help="of a problem: 10, or 5-10")
-    add("--seed", type=int, default=1, help="another one gives other problems")
-    add("--test", action="store_true", help="names, things and structures of the test")
+    add("--people", default="5-10", help="people per problem: 10, or 5-10")
+    add("--seed", type=int, default=1, help="another seed gives other problems")
+    add("--test", action="store_true", help="use names, things and structures of the test")
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")

@@ -1,31 +1,32 @@
-"""checkpoint.py: the whole state of a run on the disk, so that a run that was stopped ends as if it
-had not been.
+"""checkpoint.py: save and restore the whole state of a run, so that a run that was stopped and
+resumed ends as if it had never been stopped.
 
     python attnrl.py ... --out runs/mine --resume auto        # the newest checkpoint in runs/mine,
                                                               or a fresh start
 
-A checkpoint is a folder of the run, `step-000040/`, written after training step 40. Two links,
-`last` and `best`, point to the newest and to the one of the best test accuracy:
+A checkpoint is a subfolder of the run, `step-000040/`, written after training step 40. Two links,
+`last` and `best`, point to the newest one and to the one with the best test accuracy:
 
     config.json, model.safetensors, tokenizer ...   the policy in fp32:
                                                     AutoModelForCausalLM.from_pretrained, vLLM,
                                                     eval.py
     training.pt    AdamW's moments, counters, sampler state, and the IN-FLIGHT half of the pipeline:
-                   the initial responses of
-                   step 41 with their log-probs, FCI, grades and branch points. Without these a
-                   resumed run would sample them anew, from a newer policy, and go another way.
+                   the initial responses of step 41 with their log-probs, FCI, grades and branch
+                   points. Without these a resumed run would sample them again from a newer policy,
+                   and its results would differ.
     run.json       the run's settings, and fingerprints of its problems and of the initial model
                    (the reference)
 
-Random numbers need no state: every rollout, shuffle and tree has a seed made of its place in the
-run. The reference is the initial model, read again.
+Random numbers need no state: the seed of every rollout, shuffle and tree depends only on its place
+in the run. The reference is the initial model, read again.
 
-Safety: a folder is written under another name, flushed to the disk and renamed, so one called
-step-N is always whole; older ones go only after that. Nothing that is read can run code: weights
-are safetensors, training.pt is read with weights_only=True, the rest is JSON.
+Safety: a checkpoint is written under another name, flushed to the disk and then renamed, so a
+folder called step-N is always complete. Older ones are removed only after that. Reading a
+checkpoint cannot run code: weights are safetensors, training.pt is read with weights_only=True, the
+rest is JSON.
 
-What is written does not depend on the number of ranks (whole tensors, all groups), so a run can go
-on with another number of them; only the rounding differs then.
+The content does not depend on the number of ranks (whole tensors, all groups), so a run can be
+resumed with another number of ranks; only the rounding differs then.
 
     python -m pytest tests/runtime/test_checkpoint.py
 """
@@ -46,8 +47,8 @@ from runtime.cli import UserError, first_line
 from runtime.dist import everyone, full_weights, mine, rank, shard_like, whole
 from tree import Response
 
-# Settings that may differ between the parts of a run: where it runs, how it is shown and kept, not
-# what it computes.
+# Settings that may change when a run is resumed: where it runs and what is shown and kept, not what
+# it computes.
 FREE = {
     "out",
     "resume",
@@ -67,7 +68,7 @@ FREE = {
     "log_level",
     "quiet",
 }
-# Of settings that runs of version 1 do not have
+# Values for settings that runs of version 1 do not have
 DEFAULTS = {"grade_units": "loose", "test_fraction": 0.0, "problem_column": "", "answer_column": ""}
 DEFAULTS |= {"ads_drop": True, "loss": "ppo", "mask_cut_off": False, "scale_rewards": "std"}
 # What training.pt must hold
@@ -80,7 +81,7 @@ STATE = {
     "batch_size",
     "stream",
 }
-# With another one of these the in-flight half fits no longer: its problems are sampled anew.
+# If one of these changes, the in-flight half no longer fits: its problems are sampled again.
 HALF_DEPENDS_ON = {
     "advantage",
     "max_response",
@@ -95,8 +96,8 @@ HALF_DEPENDS_ON = {
 # Files
 # --------------------------------------------------------------------------------------------------
 def flush(path: Path) -> None:
-    """To the disk, not only to the system's memory: after a power cut no name may stand for
-    something that is not there."""
+    """Write to the disk, not only to the system's memory: even after a power cut every name in a
+    folder must have its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -145,7 +146,7 @@ def step_of(folder: Path) -> int:
 
 
 def publish(target: Path, write) -> None:
-    """`write(folder)` fills a fresh folder, which is called `target` only when all of it is on the
+    """`write(folder)` fills a new folder. It is renamed to `target` only when all of it is on the
     disk."""
     fresh = target.with_name(f".{target.name}.new")
     try:
@@ -156,17 +157,17 @@ def publish(target: Path, write) -> None:
             flush(path)
         fresh.rename(target)
         flush(target.parent)
-    except Exception as error:  # safetensors, torch and json each have their own for a full disk
+    except Exception as error:  # for a full disk safetensors, torch and json raise different types
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(
-            f"{target}: cannot be written ({first_line(error)}); older checkpoints are whole, and"
-            " the same command with --resume auto goes on from them"
+            f"{target}: cannot be written ({first_line(error)}); older checkpoints are complete,"
+            " and the same command with --resume auto resumes from them"
         ) from error
 
 
 def point(folder: Path, link: str, step: int) -> None:
-    """The symbolic link leads to the checkpoint of this step; at every moment it leads to a whole
-    one."""
+    """Let the symbolic link point to the checkpoint of this step. At every moment it points to a
+    complete checkpoint."""
     fresh = folder / f".{link}.new"
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder_of(step))
@@ -174,15 +175,15 @@ def point(folder: Path, link: str, step: int) -> None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints of a run, the oldest first."""
+    """Complete checkpoints of a run, the oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=step_of)
 
 
 def model_hash(model: str) -> str:
-    """Tells whether a model directory still holds the same weights."""
+    """A hash of the weights in a model directory, to see whether they have changed."""
     weights = hashlib.sha256()
-    # no such files: a hub name, which the settings compare
+    # a hub name has no such files; the settings compare it
     for file in sorted(
         file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin")
     ):
@@ -195,8 +196,8 @@ def model_hash(model: str) -> str:
 # Saving
 # --------------------------------------------------------------------------------------------------
 def collect(run, upcoming, best: tuple[float, int]) -> dict:
-    """Plain data and whole tensors. Every rank must call it: moments may be sharded, and groups are
-    each rank's own."""
+    """The state as plain data and whole tensors. Every rank must call it: moments may be sharded,
+    and each rank has its own groups."""
     moments = {}
     for name, parameter in run.policy.named_parameters():
         for key, value in run.learner.optimizer.state.get(parameter, {}).items():
@@ -231,7 +232,7 @@ def save(folder: Path, step: int, run, upcoming, best: tuple[float, int], keep: 
     if damaged := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise UserError(
             f"step {step}: {damaged[0]} and {len(damaged) - 1} more tensors of the policy are not"
-            " finite; no checkpoint is written of it, the older ones are whole"
+            " finite; this step is not saved, older checkpoints are complete"
         )
 
     def write(fresh: Path):
@@ -246,8 +247,8 @@ def save(folder: Path, step: int, run, upcoming, best: tuple[float, int], keep: 
 
 
 def link_and_drop(folder: Path, step: int, best: int, keep: int) -> None:
-    """`last` and `best`; then whatever neither they nor --keep need goes, and what a killed run
-    left half-written."""
+    """Set `last` and `best`. Then remove checkpoints that neither these links nor --keep need, and
+    half-written ones of a killed run."""
     point(folder, "last", step)
     point(folder, "best", best)
     for old in checkpoints(folder)[:-keep]:
@@ -261,7 +262,7 @@ def link_and_drop(folder: Path, step: int, best: int, keep: int) -> None:
 # Resuming
 # --------------------------------------------------------------------------------------------------
 def find(config) -> Path | None:
-    """The checkpoint to go on from, the same one on every rank; None: a fresh start."""
+    """The checkpoint to resume from, the same one on every rank; None: a fresh start."""
     try:
         found = checkpoints(Path(config.out)) if config.resume == "auto" else []
     except OSError as error:
@@ -270,8 +271,8 @@ def find(config) -> Path | None:
 
 
 def setting_of(path: Path, name: str) -> str | None:
-    """A setting of the run that wrote a checkpoint; None if the folder is no checkpoint, one of
-    version 1 that lacks it, or damaged (of which `check_unchanged` tells)."""
+    """A setting of the run that wrote a checkpoint. None if the folder is not a checkpoint, is one
+    of version 1 without this setting, or is damaged (then `check_unchanged` raises)."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         found = saved["config"].get(name)
@@ -281,8 +282,8 @@ def setting_of(path: Path, name: str) -> str | None:
 
 
 def check_unchanged(path: Path, run) -> set[str]:
-    """Names of the settings that are not those of the checkpoint, "the problems file" among them if
-    that is another one. Raises UserError that says what they are, unless --resume_changed."""
+    """Names of the settings that differ from the checkpoint's; "the problems file" is one of them
+    if that file has changed. Without --resume_changed, raises a UserError that lists them."""
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         old, new = saved["config"], asdict(run.config)
@@ -306,7 +307,7 @@ def check_unchanged(path: Path, run) -> set[str]:
     if changed and not run.config.resume_changed:
         raise UserError(
             f"--resume auto: {path} was written with other settings"
-            f" ({'; '.join(changed.values())}); use those, or go on with the new ones by"
+            f" ({'; '.join(changed.values())}); use those, or resume with the new ones by"
             " --resume_changed true"
         )
     return set(changed)
@@ -316,8 +317,8 @@ def restore(path: Path | None, run, group_type):
     """Give the run, whose policy has been read from `path`, the rest of its state; returns (step,
     best, groups): this rank's groups of the half-finished batch, or None; group_type: attnrl.Group.
 
-    The links of the run are put right: it may have been killed before they were set. No path: the
-    state of a fresh start.
+    The links of the run are set again: it may have been killed before they were set. Without a
+    path: the state of a fresh start.
     """
     if path is None:
         return 0, (0.0, 0), None
@@ -328,12 +329,12 @@ def restore(path: Path | None, run, group_type):
     step = step_of(path)
     run.easy_filter = type(run.easy_filter)(**state["easy_filter"])
     if run.config.ads_batch:
-        adaptive = run.adaptive_batch  # another --batch_size has other bounds
+        adaptive = run.adaptive_batch  # another --batch_size gives other bounds
         adaptive.size = min(adaptive.high, max(adaptive.low, state["batch_size"]))
-    # they are summed over ranks
+    # the monitor sums them over ranks
     run.monitor.generated_tokens = state["generated_tokens"] if rank() == 0 else 0
     best = tuple(state["best"])
-    # somebody removed it: the next evaluation is the best one
+    # if somebody removed it, the next evaluation becomes the best one
     if not (path.parent / folder_of(best[1])).exists():
         best = (0.0, step)
     if rank() == 0:
@@ -363,19 +364,19 @@ def read_state(path: Path) -> dict:
 
 
 def restore_stream(state: dict, stream, changed: set[str]) -> None:
-    """Where the problem stream goes on; a half-finished batch that no longer fits is given up."""
+    """Set the position in the problem stream; drop a half-finished batch that no longer fits."""
     epoch, position = state["stream"]
-    # numbers of problems mean others now, and the old place may be behind the new end
+    # the numbers now mean other problems, and the old position may be past the new end
     if "the problems file" in changed:
         state["groups"], epoch, position = None, 0, 0
-    elif changed & HALF_DEPENDS_ON and state["groups"]:  # the stream gives these problems once more
+    elif changed & HALF_DEPENDS_ON and state["groups"]:  # the stream gives these problems again
         epoch, position = divmod(epoch * stream.size + position - len(state["groups"]), stream.size)
         state["groups"] = None
     stream.epoch, stream.position = epoch, position
 
 
 def restore_moments(moments: dict, run) -> None:
-    """AdamW's moments, cut like their parameters."""
+    """Restore AdamW's moments, sharded like their parameters."""
     for name, parameter in run.policy.named_parameters():
         own = {}
         for key, value in moments.items():
@@ -386,8 +387,8 @@ def restore_moments(moments: dict, run) -> None:
 
 
 def restored_group(group: dict, eos_ids: list[int]) -> dict:
-    """A group of training.pt with Response objects. In checkpoints of version 1 branch points
-    stand on the group, and whether a response was cut off must be seen from its last token."""
+    """A group of training.pt with Response objects. In checkpoints of version 1 the group has the
+    branch points, and only the last token shows whether a response was cut off."""
     points, old = group.pop("branch_points", {}), group.pop("cut", None) is not None
     responses = [Response(**response) for response in group["responses"]]
     for i, response in enumerate(responses):

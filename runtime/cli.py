@@ -1,5 +1,5 @@
-"""cli.py: command lines, what a person is told when something is wrong, and how a command
-leaves: one line, exit code 2."""
+"""cli.py: command lines, messages to the user when something is wrong, and how a command ends then:
+one line, exit code 2."""
 
 import argparse
 import difflib
@@ -21,22 +21,22 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, fit for a UserError."""
+    """The first line of an error's message, in a form for a UserError."""
     return plain((str(error).strip() or type(error).__name__).splitlines()[0])[:500]
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be read or written; without its name, which the message begins with."""
+    """Why a file could not be read or written. Without the name: our message begins with it."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def plain(text: str) -> str:
-    """Text of unknown origin, fit for a terminal: control characters, which may move the cursor or
-    worse, are replaced."""
+    """Text of unknown origin, made safe for a terminal: control characters, which may move the
+    cursor or do worse, are replaced."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
 
 
-# Options by the names that other trainers give them
+# Names of options in other trainers -> our names
 ELSEWHERE = {
     "beta": "kl_coef",
     "data": "problems",
@@ -60,8 +60,8 @@ ELSEWHERE = {
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something; leaves a text of several lines, and the example, as
-    they are."""
+    """Shows defaults that are not empty. Does not reformat the example, or a text of several
+    lines."""
 
     def _get_help_string(self, action):
         return (
@@ -79,7 +79,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ShortHelp(argparse.Action):
-    """--help of a command with more options than a screen has lines."""
+    """--help of a command whose options do not fit on one screen."""
 
     def __call__(self, parser, *_):
         print(parser.short_help(), end="")
@@ -87,9 +87,9 @@ class ShortHelp(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line: its --help shows defaults and ends with an example; what is wrong with it is
-    a UserError. first: the options to begin with; then --help shows these alone, and --help_all all
-    of them."""
+    """A command line. Its --help shows defaults and ends with an example; a wrong option raises a
+    UserError. first: the most important options; --help then shows only these, and --help_all shows
+    all."""
 
     def __init__(
         self,
@@ -126,8 +126,8 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def parse_args(self, args=None, namespace=None):
-        """As argparse does it, but dashes pass for underscores, and a wrong option or value comes
-        with the closest right one."""
+        """Like argparse, but dashes count as underscores, and for a wrong option or value the
+        message names the closest right one."""
         words = [self.underscored(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown = self.parse_known_args(words, namespace)
         if unknown:
@@ -135,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def underscored(self, word: str) -> str:
-        """--batch-size=3 -> --batch_size=3, where that is an option."""
+        """--batch-size=3 -> --batch_size=3, if that is an option."""
         name, equals, value = word.partition("=")
         known = name.startswith("--") and "--" + name[2:].replace("-", "_")
         return known + equals + value if known in self._option_string_actions else word
@@ -144,8 +144,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{plain(message)}{self.hint(message)} (see --help)")
 
     def hint(self, message: str) -> str:
-        """The end of a message: "; did you mean --lr?", for an option or a value that is
-        close to a right one; else nothing."""
+        """The end of an error message, "; did you mean --lr?", if an option or a value is close to
+        a right one; else nothing."""
         if unknown := re.match(r"unrecognized arguments: --([^\s=]+)", message):
             name = unknown[1].replace("-", "_")
             names = [option[2:] for option in self._option_string_actions]
@@ -187,8 +187,9 @@ def yes_or_no(text: str) -> bool:
 
 
 def leave(code: int):
-    """Exit. One rank of many leaves at once: after an error the regular way out may wait for the
-    other ranks, and they for this one; and at the end of a run it may hang (dist.stop)."""
+    """Exit. With several ranks, end this process at once: after an error a normal exit may wait for
+    the other ranks while they wait for this one, and at the end of a run it may hang (dist.stop).
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -200,22 +201,22 @@ def leave(code: int):
 def stop_on_user_error(command: str):
     """Every command runs inside this: bad input ends it with one line and exit code 2, Ctrl-C with
     130."""
-    # a file name or an answer that the terminal's encoding lacks is no reason to end
+    # characters that the terminal's encoding lacks (in file names, answers) must not end a run
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
-        # rank 0 mostly says the same; torchrun then ends this process before it does
+        # rank 0 usually prints the same; torchrun then ends this process before it prints
         if int(os.environ.get("RANK", 0)):
-            # which during a run asks for one more step (monitor.stop_on_signals)
+            # during a run SIGTERM asks for one more step (monitor.stop_on_signals)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         print(f"{command}: {error}", file=sys.stderr)
         leave(2)
-    except BrokenPipeError:  # the reader of the output has seen enough: `| head`
-        # else Python complains once more when it flushes
+    except BrokenPipeError:  # the output is no longer read, as in `| head`
+        # otherwise Python complains again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         leave(1)
     except Exception:

@@ -1,13 +1,12 @@
-"""columns.py: problem and answer of a row, whatever its columns are called.
+"""columns.py: find the problem and the answer of a row, whatever the columns are called.
 
-The usual names stand below, capital or small; the first of a list that most rows have is taken, and
-where another was possible, one line says which. Other names are the user's to give
-(--problem_column, --answer_column); a dot reaches into a nested field.
+The usual names are listed below (capital letters do not matter). The first name of a list that most
+rows have is taken; if others were possible, one line says which was chosen. For other names there
+are --problem_column and --answer_column; a dot reaches into a nested field.
 
-A problem is a text, or chat messages [{"role", "content"}, ...]: the last turn is the problem, what
-stands before it (a system prompt, solved examples) is shown to the model as it is. Messages that
-end in the assistant's turn end in the answer: that turn is never shown, and it is the answer where
-no column holds one.
+A problem is a text, or chat messages [{"role", "content"}, ...]. The last turn is the problem; the
+turns before it (a system prompt, solved examples) are shown to the model unchanged. If messages end
+with the assistant's turn, that turn is never shown, and it is the answer if no column has one.
 
     python -m pytest tests/runtime/test_columns.py
 """
@@ -19,7 +18,7 @@ from runtime.cli import UserError
 from runtime.golds import parse_answers
 
 PROBLEM_COLUMNS = ("problem", "question", "prompt", "messages", "instruction", "input")
-# Final answers before worked ones: MATH has both an `answer` and a `solution`.
+# Final answers come before worked solutions: MATH has both an `answer` and a `solution`.
 ANSWER_COLUMNS = (
     "final_answer",
     "answer",
@@ -37,7 +36,7 @@ ANSWER_COLUMNS = (
 class Columns:
     problem: str
     answer: str  # "": the last turn of the problem's messages
-    details: str = ""  # what an instruction is about, in a column of its own ("input")
+    details: str = ""  # a second column with the input of an instruction ("input")
 
 
 def take(row: dict, column: str):
@@ -60,7 +59,7 @@ def names_of(row: dict) -> list[str]:
 
 
 def may_be_asked(name: str, asked: tuple[str, ...]) -> bool:
-    """Is this a column that choose_columns looks at? `asked`: names that the user gave."""
+    """Does choose_columns look at this column? `asked`: names that the user gave."""
     usual = [root.partition(".")[0] for root in (*PROBLEM_COLUMNS, *ANSWER_COLUMNS)]
     return name.lower() in usual or any(name in (one, one.partition(".")[0]) for one in asked)
 
@@ -68,9 +67,9 @@ def may_be_asked(name: str, asked: tuple[str, ...]) -> bool:
 def choose_columns(
     source: str, rows: list[dict], found: list[str], problem: str, answer: str, say
 ) -> Columns:
-    """Which columns hold problem and answer. problem, answer: names that the user gave, or "".
+    """Which columns have the problem and the answer. problem, answer: names from the user, or "".
 
-    found: all columns of the file. Raises UserError, which lists them, where nothing fits.
+    found: all columns of the file. If none fits, raises a UserError that lists them.
     """
     problems = fitting(source, rows, found, problem, PROBLEM_COLUMNS, "problem")
     answers = fitting(source, rows, found, answer, ANSWER_COLUMNS, "answer")
@@ -93,8 +92,8 @@ def choose_columns(
 def fitting(
     source: str, rows: list[dict], found: list[str], asked: str, usual: tuple[str, ...], what: str
 ) -> list[str]:
-    """The columns that may hold `what`: those that at least half as many rows have as have the most
-    frequent one, so that a stray row decides nothing."""
+    """The columns that may hold `what`. Rare columns do not count: at least half as many rows must
+    have them as have the most frequent one."""
     spelled = {name.lower(): name for row in rows for name in row}
     names = [asked] if asked else [spelled.get(name, name) for name in usual]
     counts = {name: sum(take(row, name) is not None for row in rows) for name in names}
@@ -109,19 +108,19 @@ def no_column(source: str, what: str, found: list[str]) -> str:
 
 
 def shown(names: list[str]) -> str:
-    """Names from a file, fit for one line of a terminal."""
+    """Names from a file, safe and short enough for one line of a terminal."""
     text = ", ".join(repr(name)[1:-1] for name in names)
     return text if len(text) <= 300 else text[:300] + " ..."
 
 
 def ends_in_answer(value) -> bool:
-    """Messages that end in the assistant's turn."""
+    """True for messages that end with the assistant's turn."""
     last = value[-1] if isinstance(value, list) and value else None
     return isinstance(last, dict) and last.get("role") == "assistant"
 
 
 def parse_row(row, columns: Columns) -> tuple[list[dict], list[str]]:
-    """(messages, answers) of a row. Raises ValueError that names the field."""
+    """(messages, answers) of a row. Raises a ValueError that names the field."""
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
     messages = conversation(take(row, columns.problem), columns.problem)
@@ -143,7 +142,7 @@ def parse_row(row, columns: Columns) -> tuple[list[dict], list[str]]:
 
 
 def refuse_surrogates(texts: list[str], column: str) -> None:
-    """JSON can write half a character, "\\ud83d". No tokenizer and no file takes it."""
+    """JSON can contain half a character, "\\ud83d", which no tokenizer or file accepts."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -153,10 +152,10 @@ def refuse_surrogates(texts: list[str], column: str) -> None:
 
 
 def conversation(value, column: str) -> list[dict]:
-    """Chat messages from a text, or from messages whose content is a text or parts of one."""
+    """Chat messages from a text, or from messages whose content is a text or a list of parts."""
     if isinstance(value, str) and not looks_like_messages(value):
         return [{"role": "user", "content": value}]
-    if isinstance(value, str):  # a CSV can hold them no other way
+    if isinstance(value, str):  # the only way to write messages in a CSV
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
@@ -178,5 +177,5 @@ def conversation(value, column: str) -> list[dict]:
 
 
 def looks_like_messages(text: str) -> bool:
-    """Messages written into a text. Asked as they are, the model would be shown the brackets."""
+    """Is this text a JSON list of messages? As plain text, the model would see the brackets."""
     return text.lstrip().startswith("[{") and "role" in text and "content" in text

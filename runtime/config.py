@@ -1,11 +1,11 @@
-"""config.py: every setting of a run, in three parts, and its flat command line.
+"""config.py: every setting of a run, in three parts, and the flat command line.
 
-    MethodSettings    what the algorithm is: a reader of the method needs no other
-    RunSettings       what is trained, on what, for how long, how it is evaluated and kept
+    MethodSettings    the algorithm: to read the method you need only these
+    RunSettings       model, problems, length, evaluation, output
     MachineSettings   engine, devices, precision, memory
 
-`Config` is all three at once, so `config.delta` is `--delta`. Defaults are the paper's; a preset
-and a method change some (attnrl.py), the command line has the last word.
+`Config` is all three at once, so `config.delta` is `--delta`. Defaults are the paper's. A preset
+and a method change some of them (attnrl.py), and options on the command line override both.
 
     python attnrl.py --help              # ten options to begin with; --preset NAME: its values
     python attnrl.py --help_all          # all of them
@@ -23,7 +23,7 @@ from runtime.models import pick_device
 from tree import BRANCH_RULES
 
 INFINITE = float("inf")
-# What --help shows: whose model, which problems, how they are graded, how long, where it goes
+# What --help shows: model, problems, grading, length, output
 FIRST = ["preset", "method", "model", "problems", "test_fraction", "reward"]
 FIRST += ["steps", "batch_size", "lr", "out"]
 
@@ -35,7 +35,7 @@ def option(default, text: str, group: str = ""):
 
 @dataclass
 class RunSettings:
-    """What is trained, on what, for how long, and what is written of it."""
+    """Model, problems, length of the run, evaluation, and output."""
 
     preset: str = option("toy", "settings to start from", "what is run")
     method: str = option(
@@ -52,11 +52,11 @@ class RunSettings:
     )
     test_problems: str = option("aime24.parquet", "held-out problems")
     test_fraction: float = option(
-        0.0, "hold this share of --problems back as test problems; 0: --test_problems"
+        0.0, "use this share of --problems as test problems; 0: use --test_problems"
     )
     problem_column: str = option("", "column of the problem (a.b: inside a); default: usual names")
     answer_column: str = option("", "column of the answer; default: usual names")
-    date: str = option("", "of chat templates that write one, as 2026-01-31; default: the start's")
+    date: str = option("", "for chat templates that use one, as 2026-01-31; default: the start's")
     drop_bad_rows: bool = option(
         False, "leave out malformed, duplicate, conflicting ... rows instead of stopping"
     )
@@ -68,7 +68,7 @@ class RunSettings:
         "boxed", "boxed, number, boxed_or_number, or module:function(response, answers) -> number"
     )
     grade_units: Literal["loose", "strict"] = option(
-        "loose", "loose: the grader ignores units; strict: if a side has one, both need the same"
+        "loose", "loose: units are ignored; strict: if one answer has a unit, both need the same"
     )
     seed: int = option(0, "fixes the order of problems, rollouts and mini-batches")
     steps: int = option(500, "training steps")
@@ -86,23 +86,23 @@ class RunSettings:
     weight_decay: float = option(0.01, "of AdamW")
     max_grad_norm: float = option(1.0, "gradient norm clip")
     behaviour: Literal["learner", "engine"] = option(
-        "learner", "whose log-probs of the sampled tokens are PPO's old ones"
+        "learner", "whose log-probs of the sampled tokens are PPO's old log-probs"
     )
     tis_cap: float = option(
         0.0,
-        "truncated importance sampling for the engine's mismatch: cap of the weights; 0: off",
+        "truncated importance sampling, if engine and learner differ: cap of the weights; 0: off",
     )
     out: str = option(
         "", "folder of the run; default runs/PRESET-SEED-DATE-TIME", "what is written and shown"
     )
-    save_every: int = option(0, "steps between checkpoints; 0: at evaluations")
-    keep: int = option(2, "checkpoints that are kept")
+    save_every: int = option(0, "steps between checkpoints; 0: only at evaluations")
+    keep: int = option(2, "number of newest checkpoints that are kept")
     resume: Literal["never", "auto"] = option(
-        "never", "auto: go on from the newest checkpoint in --out, if there is one"
+        "never", "auto: resume from the newest checkpoint in --out, if there is one"
     )
-    resume_changed: bool = option(False, "resume although settings have changed")
+    resume_changed: bool = option(False, "resume even if settings have changed")
     log_samples: int = option(2, "problems per step written to samples.jsonl, for the explorer")
-    track: Literal["none", "tensorboard", "wandb"] = option("none", "metrics also go there")
+    track: Literal["none", "tensorboard", "wandb"] = option("none", "also send metrics there")
     log_level: Literal["debug", "info", "warning"] = option(
         "info", "debug: phases with their seconds; warning: notices only"
     )
@@ -117,7 +117,7 @@ class MethodSettings:
     group_size: int = option(6, "G: initial responses per problem")
     branch_points: int = option(2, "N: branch points per expanded response")
     continuations: int = option(2, "T: continuations per branch point")
-    max_response: int = option(8192, "tokens, a continuation's shared prefix included")
+    max_response: int = option(8192, "tokens, including a continuation's shared prefix")
     temperature: float = option(1.0, "sampling temperature of training")
     one_step_off_policy: bool = option(
         True, "sample batch m+1 and the continuations of batch m in one call"
@@ -125,15 +125,15 @@ class MethodSettings:
     branch: str = option("fci", "how branch points are chosen", "branching")  # tree.BRANCH_RULES
     delta: int = option(4, "FCI counts attention from steps at least this many steps later")
     rho: float = option(0.2, "branch points are among the top rho of FCI")
-    min_branch_gap: int = option(0, "tokens between branch points")
+    min_branch_gap: int = option(0, "least number of tokens between branch points")
     ads_filter: Literal["fci", "easy", "none"] = option(
         "fci",
-        "not expanded: easy problems of low FCI (Eq. 8), all easy ones, none",
+        "which easy problems are not expanded: those of low FCI (Eq. 8), all, or none",
         "adaptive sampling",
     )
     ads_expansion: bool = option(True, "more trees for harder problems (Eq. 9); else all G")
     ads_batch: bool = option(True, "adapt the number of problems (Eq. 10)")
-    ads_drop: bool = option(True, "train no leaf whose advantages are all zero; else all leaves")
+    ads_drop: bool = option(True, "do not train leaves whose advantages are all zero")
     target_sequences: int = option(0, "B' of Eq. 10; 0: all leaves, batch_size * G * (1 + N * T)")
     batch_lam: float = option(0.9, "lambda of Eq. 10: how slowly the batch size moves")
     batch_range: float = option(
@@ -141,24 +141,24 @@ class MethodSettings:
     )
     advantage: Literal["tree", "datpo", "grpo", "prl"] = option(
         "tree",
-        "tree: Eq. 2-3; datpo: blocks; grpo: one a response, prl: process rewards (no branching)",
+        "tree: Eq. 2-3; datpo: blocks; no branching: grpo (one a response), prl (process rewards)",
         "update",
     )
     loss: Literal["ppo", "gspo", "cispo"] = option(
         "ppo", "ppo: Eq. 1; gspo: one ratio a sequence; cispo: clipped ratios as weights"
     )
-    mask_cut_off: bool = option(False, "responses that were cut off leave the loss (DAPO)")
+    mask_cut_off: bool = option(False, "leave responses that were cut off out of the loss (DAPO)")
     lr: float = option(1e-6, "peak learning rate of AdamW")
     mini_batch: int = option(192, "training sequences per optimizer step")
     kl_coef: float = option(
-        0.001, "weight of the KL to the initial policy; 0: none (then only PRL keeps that model)"
+        0.001, "weight of the KL to the initial policy; 0: none (then only PRL loads that model)"
     )
     clip_low: float = option(0.2, "PPO clip below 1")
     clip_high: float = option(0.28, "PPO clip above 1")
     dual_clip: float = option(3.0, "bound on the loss of tokens with negative advantage")
     grpo_samples: int = option(
         0,
-        "responses per problem without a tree; 0: as many as the tree has leaves",
+        "responses per problem without a tree; 0: as many as a tree has leaves",
         "baselines only",
     )
     scale_rewards: Literal["std", "none"] = option(
@@ -178,11 +178,11 @@ class MethodSettings:
         return self.group_size if self.branches() else self.grpo_samples
 
     def leaves_per_problem(self) -> int:
-        """At most: of a problem whose G responses are all expanded."""
+        """The largest number: of a problem whose G responses are all expanded."""
         return self.group_size * (1 + self.branch_points * self.continuations)
 
     def batch_bounds(self) -> tuple[int, int]:
-        """The least and greatest number of problems of the adaptive batch."""
+        """The smallest and largest number of problems of the adaptive batch."""
         low, high = self.batch_size / self.batch_range, self.batch_size * self.batch_range
         return max(1, int(low)), int(high)
 
@@ -199,25 +199,25 @@ class MachineSettings:
     rollout_tokens: int = option(65536, "tokens in the KV cache at once")
     token_budget: int = option(16384, "padded tokens per forward and backward pass")
     packing: bool = option(
-        True, "compute what leaves share once, where that is faster and exact; false: each whole"
+        True, "compute shared prefixes once, if that is faster and exact; false: every leaf whole"
     )
     grading_workers: int = option(2, "processes for answers that need a computer algebra system")
     device: Literal["auto", "cpu", "cuda"] = option(
-        "auto", "cuda: LOCAL_RANK, of those in CUDA_VISIBLE_DEVICES"
+        "auto", "cuda: GPU number LOCAL_RANK of those in CUDA_VISIBLE_DEVICES"
     )
     dtype: Literal["fp32", "bf16"] = option(
         "fp32", "of forward passes; bf16 keeps fp32 weights (FSDP2; on a CPU autocast)"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = option(
-        "auto", "whole weights on every GPU, or a part; auto: fsdp for bf16 on GPUs"
+        "auto", "ddp: whole weights on every GPU; fsdp: a part; auto: fsdp for bf16 on GPUs"
     )
     activation_checkpointing: bool = option(
-        False, "compute activations twice instead of keeping them"
+        False, "recompute activations in the backward pass instead of keeping them"
     )
     cpu_offload: bool = option(False, "keep fsdp's weights, gradients and moments in host memory")
     engine_memory: float = option(0.4, "share of the GPU for vLLM (it sleeps during updates)")
     sync_tolerance: float = option(
-        0.0, "largest mean log-prob gap of the check after each weight sync; 0: by dtype"
+        0.0, "largest mean log-prob gap that the checks of the engine allow; 0: by dtype"
     )
     dry_run: bool = option(
         False, "print the plan of the run (ranks, memory, batch, tokens) and exit"
@@ -234,12 +234,12 @@ class Config(MachineSettings, MethodSettings, RunSettings):
         return learning_rate(step, self.steps, self.lr, self.warmup_steps, self.lr_schedule)
 
     def learner_settings(self) -> dict:
-        """Those that learner.Learner takes as they are."""
+        """The settings that learner.Learner takes unchanged."""
         names = "lr weight_decay max_grad_norm temperature kl_coef token_budget"
         return {name: getattr(self, name) for name in names.split()}
 
     def resolve(self) -> None:
-        """Replace "0: derived from others" by the numbers, so that config.json holds what ran."""
+        """Replace each "0: derived from others" by its number: config.json then has what ran."""
         leaves = self.leaves_per_problem()
         if self.reward == "eval:grade":  # its name in version 1
             self.reward = "boxed"
@@ -257,12 +257,12 @@ class Config(MachineSettings, MethodSettings, RunSettings):
             self.sync_tolerance = 0.05 if self.dtype == "bf16" else fp32
 
     def dtype_needs_fsdp(self) -> bool:
-        """bf16 on a CPU is autocast over whole weights. A plan (--dry_run) is for GPUs."""
+        """bf16 on a CPU is autocast over whole weights. A plan (--dry_run) is always for GPUs."""
         on_cpu = pick_device(self.device) == "cpu" and not self.dry_run
         return self.dtype == "bf16" and not on_cpu
 
     def check(self) -> None:
-        """Raises UserError for values that cannot work: one line that names the option."""
+        """Raises UserError for values that cannot work, in one line that names the option."""
         self.check_ranges()
         if self.parallel == "ddp" and (self.cpu_offload or self.dtype_needs_fsdp()):
             raise UserError(
@@ -276,7 +276,7 @@ class Config(MachineSettings, MethodSettings, RunSettings):
         if 0 < self.tis_cap < 1 or (self.tis_cap and self.behaviour == "engine"):
             raise UserError(
                 f"--tis_cap {self.tis_cap}: must be 0 or at least 1, and needs --behaviour learner:"
-                " with the engine's log-probs PPO's own ratio makes up for the mismatch"
+                " with the engine's log-probs PPO's own ratio corrects the mismatch"
             )
 
     def check_ranges(self) -> None:
@@ -299,8 +299,8 @@ def learning_rate(
     step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "constant"
 ) -> float:
     """Learning rate of training step 1..steps: linear warm-up over `warmup` steps, then constant,
-    linear or cosine decay to 0 after the last step. By training step, not by optimizer step: the
-    adaptive batch makes their number unknown."""
+    linear or cosine decay to 0 after the last step. It depends on the training step, not on the
+    optimizer step: with the adaptive batch the number of optimizer steps is not known."""
     if step <= warmup:
         return peak * step / warmup
     progress = (step - warmup - 1) / max(1, steps - warmup)
@@ -337,8 +337,8 @@ AT_MOST = {
 
 
 def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str, dict]) -> Config:
-    """The settings of a command line: preset and method first, then the options that were given.
-    Raises UserError for a wrong one."""
+    """The settings of a command line: those of preset and method, overridden by the given options.
+    Raises UserError for a wrong option."""
     parser = Parser(
         "attnrl.py",
         "Train a reasoning model with AttnRL or a baseline.",
@@ -350,14 +350,14 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
     started = []
     for name, table in (("preset", presets), ("method", methods)):
         chosen = given(argv, name) or next(iter(table))
-        # first and alone, for a --help before it would hide that it is wrong
+        # parsed first and alone: a --help before it would hide that it is wrong
         parser.parse_args([f"--{name}", chosen])
         parser.set_defaults(**table[chosen])
         started.append(f"--{name} {chosen}")
     another = next(f"--preset {name}" for name in presets if f"--preset {name}" not in started)
     parser.description = (
-        f"{parser.description} The defaults below are those of {' '.join(started)}; another one"
-        f" shows its own, as in {another} --help."
+        f"{parser.description} The defaults below are those of {' '.join(started)}; to see"
+        f" those of another one, name it, as in {another} --help."
     )
     config = Config(**vars(parser.parse_args(argv)))
     typed = {name for name in vars(config) if is_given(argv, name)}
@@ -369,8 +369,8 @@ def parse_settings(argv: list[str], presets: dict[str, dict], methods: dict[str,
 
 
 def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None:
-    """Raises UserError where settings were chosen for another model or other problems than those
-    that were typed: the first preset's are the toy's."""
+    """Raises UserError if a model or problems were given, but the other settings are still those
+    for the toy (the first preset)."""
     toy = next(iter(presets.values()))
     own = [
         n for n in ("model", "problems", "test_problems") if n in typed and is_own(config, n, toy)
@@ -380,7 +380,7 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
             check_there(getattr(config, name))
     if own and "preset" not in typed:
         raise UserError(
-            f"--{own[0]} {getattr(config, own[0])}: name the settings, for the defaults are the"
+            f"--{own[0]} {getattr(config, own[0])}: name the settings, the defaults are the"
             " toy's: --preset small (models of up to about 1B on one GPU or a CPU), --preset paper,"
             " or --preset toy to keep them"
         )
@@ -391,11 +391,11 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
         )
     for name in ("model", "problems"):
         if not getattr(config, name):
-            raise UserError(f"--{name}: --preset {config.preset} has none; name yours")
+            raise UserError(f"--{name}: --preset {config.preset} has none; give yours")
 
 
 def is_own(config: Config, name: str, toy: dict) -> bool:
-    """Is a typed model or problem set another kind of thing than the toy's?"""
+    """Is a given model or problem set not the toy's?"""
     value = str(getattr(config, name))
     if name == "model":
         return os.path.realpath(value) != os.path.realpath(toy["model"])
@@ -403,12 +403,12 @@ def is_own(config: Config, name: str, toy: dict) -> bool:
 
 
 def is_given(argv: list[str], name: str) -> bool:
-    """Does a command line have the option, in whatever spelling the parser takes?"""
+    """Does a command line have the option, in any spelling that the parser accepts?"""
     return any(word.partition("=")[0].replace("-", "_") == f"__{name}" for word in argv)
 
 
 def check_used(config: Config, typed: set[str]) -> None:
-    """Raises UserError for a typed option that the chosen method does not use."""
+    """Raises UserError for a given option that the chosen method does not use."""
     unused: dict[str, str] = {}
     if config.branches():
         sampling = ("grpo_samples", "scale_rewards")
@@ -437,7 +437,7 @@ def check_used(config: Config, typed: set[str]) -> None:
 
 
 def given(argv: list[str], name: str) -> Any:
-    """The last value of --name on a command line, None if it is not there."""
+    """The last value of --name on a command line; None if it is not given."""
     found = None
     for word, after in zip(argv, [*argv[1:], ""]):
         if word == f"--{name}":

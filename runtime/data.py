@@ -3,15 +3,16 @@ r"""data.py: problem sets and prompts.
 A problem set is a file, a folder or a hub set (files.py: JSON, JSONL, CSV, parquet, arrow), or
     toy:8:2000:1   generated (toy/programs.py): 2000 programs of 8 (or 8-10) variables, seed 1
 
-Its columns go by their usual names (columns.py: problem, question, prompt, messages ...; answer,
-solution, target, reward_model.ground_truth ...) or by names that the user gives. An answer is a
-string, a number or a list of them, any of which is right; of a worked solution what follows its
-last "####" counts, else its last box (golds.py).
+Its columns have their usual names (columns.py: problem, question, prompt, messages ...; answer,
+solution, target, reward_model.ground_truth ...) or names that the user gives. An answer is a
+string, a number or a list of them, any of which is right. In a worked solution, the answer is what
+follows the last "####", or else the last box (golds.py).
 
 Training on a bad row is worse than stopping. Malformed rows, empty answers, duplicates, conflicting
 answers, over-long prompts and training problems that occur in the evaluation set are all reported
-with file and row, and loading stops; with `drop` they are left out and counted. Answers that only
-their own letters will ever match are counted and shown, and loading goes on.
+with file and row, and loading stops; with `drop` they are left out and counted. Some answers are
+right only if a response repeats them letter by letter. They are counted and shown, and loading
+continues.
 
 Left out: streaming. A set is held in memory, as token ids.
 
@@ -33,10 +34,10 @@ from runtime.files import read_rows
 from runtime.leaks import Known, leak_key, problem_key
 from toy.programs import toy_set
 
-# The paper's: one prompt for training and evaluation
+# The paper's suffix, the same for training and evaluation
 PROMPT_SUFFIX = " Let's think step by step and output the final answer within \\boxed{}."
 SHOWN_PER_KIND = 5  # a file with 1,500 duplicates needs one line that says so, not 1,500
-CHECK_SECONDS = 20.0  # that reading a set may spend on asking which answers can be read
+CHECK_SECONDS = 20.0  # the longest time for checking which answers of a set can be read
 
 
 @dataclass
@@ -52,9 +53,9 @@ Groups = defaultdict[str, list]
 # --------------------------------------------------------------------------------------------------
 # Prompts
 # --------------------------------------------------------------------------------------------------
-# A template that asks for the date gets this function in place of the one that looks at the clock:
-# `strftime_codes` has what each code stands for on the run's day. It is written in the language of
-# templates because transformers hands them plain values only, no functions.
+# A template that asks for the date gets this function instead of the one that reads the clock.
+# `strftime_codes` has the value of each code on the run's day. It is written in the template
+# language because transformers can pass only plain values to a template, no functions.
 _FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{%- set text = namespace(value=format) -%}"
     "{%- for code, value in strftime_codes.items() -%}"
@@ -64,7 +65,7 @@ _FIXED_DATE = (
 
 
 def checked_day(today: str) -> str:
-    """A day as 2026-01-31; of "": this day. Raises UserError."""
+    """The day as 2026-01-31; for "", today. Raises UserError."""
     try:
         return date.fromisoformat(today).isoformat() if today else date.today().isoformat()
     except ValueError as error:
@@ -73,7 +74,7 @@ def checked_day(today: str) -> str:
 
 @cache
 def date_codes(today: str) -> dict[str, str]:
-    """What the codes of strftime stand for at midnight of a day."""
+    """The values of the codes of strftime at midnight of a day."""
     midnight = datetime.fromisoformat(today)
     codes = [f"%{letter}" for letter in "aAbBcdDeFgGhHIjklmMnpPrRSsTtuUVwWxXyYzZC"]
     codes += [f"%-{letter}" for letter in "dmHIMSjyeklUWV"]
@@ -84,9 +85,9 @@ def date_codes(today: str) -> dict[str, str]:
 def encode_prompt(tokenizer, messages: list[dict], today: str = "") -> list[int]:
     """Token ids of a prompt that is ready for the assistant's turn.
 
-    By the tokenizer's chat template if it has one, else as plain text. today: the date, as in
-    "2026-01-31", for templates that write one; by default the day on which this is called, so that
-    a run which goes on the next day must give the day of its start.
+    Uses the tokenizer's chat template if there is one, else plain text. today: the date, as in
+    "2026-01-31", for templates that write one; default: the day of the call, so a run that is
+    resumed on another day must give the day of its start.
     """
     if not getattr(tokenizer, "chat_template", None):
         return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
@@ -96,17 +97,17 @@ def encode_prompt(tokenizer, messages: list[dict], today: str = "") -> list[int]
         codes = date_codes(checked_day(today))
         how |= {"chat_template": _FIXED_DATE + template, "strftime_codes": codes}
     text = tokenizer.apply_chat_template(messages, **how)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has added them
 
 
 def is_toy(source: str) -> bool:
-    """Is it generated, not read? Such a set has no prompt suffix."""
+    """Is the set generated, not read from a file? Then it has no prompt suffix."""
     return source.split(":")[0] == "toy"
 
 
 def usable_suffix(tokenizer, suffix: str, say=print) -> str:
-    """The suffix; but "" (and it is said) where the tokenizer lacks its characters, which would
-    leave scraps of it in every prompt."""
+    """The suffix; but "" (with a message) if the tokenizer lacks characters of it: then only
+    fragments of it would be in every prompt."""
 
     def letters(text: str) -> str:
         return "".join(text.split()).casefold()
@@ -149,15 +150,15 @@ def load_problems(
     """The problem set with its prompts as token ids, in the order of the file. Raises UserError.
 
     suffix: added to problems that do not end in it. evaluation: problems that must not be in here.
-    today: see encode_prompt. graded: answers are for the grader, so of worked solutions only what
-    they end in is kept, and it is checked (may start workers, for up to CHECK_SECONDS); a reward of
-    one's own gets them as they stand in the file. Bad rows are said and end it, or are left out
-    with `drop`; a set with nothing left ends it, too.
+    today: see encode_prompt. graded: answers are for the grader, so only the final answers of
+    worked solutions are kept, and they are checked (may start workers, for up to CHECK_SECONDS); a
+    custom reward gets the answers unchanged. Bad rows are reported and raise the error, or are left
+    out with `drop`; a set with no problem left raises it, too.
     """
-    today = checked_day(today)  # one day for the whole set, also around midnight
+    today = checked_day(today)  # one day for the whole set, even around midnight
     if is_toy(source):
         rows, columns = toy_rows(source, {p.text for p in evaluation}), Columns("problem", "answer")
-        suffix, evaluation, graded = "", (), False  # such a set is never wrong
+        suffix, evaluation, graded = "", (), False  # a generated set has no bad rows
     else:
         rows, columns = file_rows(source, problem_column, answer_column, say)
     held_out = Known([(p.text, p.source) for p in evaluation], suffix)
@@ -169,7 +170,7 @@ def load_problems(
             if graded:
                 problem.answers = golds.final_answers(problem.answers)
             kind, fault = fault_of(problem, max_prompt, held_out)
-        except Exception as error:  # also what a template or a tokenizer says of odd characters
+        except Exception as error:  # also errors of a template or a tokenizer about odd characters
             kind, fault = "malformed", first_line(error)
         if kind:
             bad[kind].append(f"{where}: {fault}")
@@ -179,7 +180,7 @@ def load_problems(
 
 
 def report(source: str, problems: dict, bad: dict, drop: bool, graded: bool, say) -> list:
-    """The problems that are left, after all has been said about the others. Raises UserError."""
+    """Report bad rows and odd answers; return the problems that are left. Raises UserError."""
     try:
         kept = without_repeats(problems, bad, CHECK_SECONDS if graded else 0)
         if bad:
@@ -194,7 +195,7 @@ def report(source: str, problems: dict, bad: dict, drop: bool, graded: bool, say
 
 
 def toy_rows(source: str, passed_over: set[str]) -> list[tuple[str, object]]:
-    """Generated programs as rows, but none of the evaluation's. Raises UserError."""
+    """Generated programs as rows, without those of the evaluation. Raises UserError."""
     try:
         programs = list(toy_set(source))
     except ValueError:
@@ -210,7 +211,7 @@ def toy_rows(source: str, passed_over: set[str]) -> list[tuple[str, object]]:
 
 
 def file_rows(source: str, problem: str, answer: str, say) -> tuple[list, Columns]:
-    """Rows with their places, without columns that nobody looks at, and where to look."""
+    """Rows with their places, without unused columns; and which columns to read."""
     rows: list[tuple[str, object]] = []
     found: dict[str, None] = {}  # the names of all columns, in order
     wanted: dict[str, bool] = {}
@@ -221,7 +222,7 @@ def file_rows(source: str, problem: str, answer: str, say) -> tuple[list, Column
             row = {k: value for k, value in row.items() if wanted[k]}
         rows.append((place, row))
     objects = [row for _, row in rows if isinstance(row, dict)]
-    if not objects:  # nothing to choose from: each row will say what is wrong with it
+    if not objects:  # no columns to choose from: each row will be reported as bad
         return rows, Columns("problem", "answer")
     return rows, choose_columns(source, objects, [*found], problem, answer, say)
 
@@ -238,7 +239,7 @@ def read_problem(row, columns: Columns, where: str, tokenizer, suffix: str, toda
 
 
 def fault_of(problem: Problem, max_prompt: int, held_out: Known) -> tuple[str, str]:
-    """(kind, what to say) of a problem that can be read but not used; else ("", "")."""
+    """(kind, message) of a problem that can be read but not used; else ("", "")."""
     if not problem.answers:
         return "empty answer", "the answer is empty"
     if leak := held_out.find(problem.text):
@@ -251,8 +252,8 @@ def fault_of(problem: Problem, max_prompt: int, held_out: Known) -> tuple[str, s
 
 
 def without_repeats(problems: dict, bad: dict[str, list[str]], seconds: float) -> list[Problem]:
-    """The first row of every problem, but none where its rows have different answers. seconds: for
-    asking the grader whether two answers are the same; 0: only the same strings are."""
+    """The first row of every problem; none if its rows have different answers. seconds: time limit
+    for asking the grader whether two answers are equal; 0: only equal strings are."""
     kept = []
     deadline = time.monotonic() + seconds
     for first, *others in problems.values():
@@ -271,14 +272,14 @@ def without_repeats(problems: dict, bad: dict[str, list[str]], seconds: float) -
 
 
 def report_bad_rows(source: str, bad: dict[str, list[str]], drop: bool, say) -> None:
-    """One line per bad row (a few per kind); then an error, or with `drop` the counts."""
+    """One line per bad row (a few per kind), then an error; with `drop` only the counts."""
     counts = ", ".join(f"{len(lines)} {kind}" for kind, lines in bad.items())
     if drop:
         return say(f"{source}: left out {counts}")
     for kind, lines in bad.items():
         say_some(source, kind, lines, say)
     raise UserError(
-        f"{source}: bad rows ({counts}); mend them, or leave them out with --drop_bad_rows"
+        f"{source}: bad rows ({counts}); correct them, or leave them out with --drop_bad_rows"
     )
 
 
@@ -290,7 +291,7 @@ def say_some(source: str, kind: str, lines: list[str], say) -> None:
 
 
 def report_letters(source: str, problems: list[Problem], say) -> None:
-    """Say which answers only their own letters will match: nearly, a reward of 0 for ever."""
+    """Report answers that only a letter-by-letter copy matches: their reward is nearly always 0."""
     everything = [gold for p in problems for gold in p.answers]
     lost, unknown = golds.only_by_letters(everything, CHECK_SECONDS)
     if unknown:
@@ -316,8 +317,8 @@ def hold_out(
 ) -> tuple[list[Problem], list[Problem]]:
     """(training problems, test problems): `fraction` of the problems, at least one, is held out.
 
-    The order of the set stays. The same problems, fraction and seed give the same parts, in
-    whatever order they come. Problems that only typesetting tells apart go to the same side.
+    The order of the set is kept. The same problems, fraction and seed give the same parts, whatever
+    the order of the problems. Problems that differ only in typesetting go to the same part.
     Raises UserError.
     """
     if not 0 < fraction < 1:

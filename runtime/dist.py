@@ -4,24 +4,23 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_id attnrl \\
         --rdzv_endpoint HOST:29500 attnrl.py ...                               # on each of two
 
-What is spread out and what is not:
-- Forward passes are spread out. Every rank samples, scores and grades its own problems (`mine`:
-  every world-th one).
-- All else is plain Python and cheap, so it is computed by every rank from the same data: the
-  finished groups of a batch are exchanged (`everyone`), and then trees, sequences, batch size and
-  metrics are global because nothing is partial. A rollout's seed depends on its place in the batch,
-  so one rank and eight sample the same responses (up to rounding).
-- An update deals the rows of each mini-batch out by token count (`deal`), so that ranks finish
-  together. The token mean is that of the GLOBAL mini-batch; gradients are summed over ranks by DDP
-  or FSDP2.
+What is split over ranks, and what is not:
+- Forward passes are split. Every rank samples, scores and grades its own problems (`mine`: every
+  world-th one).
+- Everything else is plain Python and cheap, so every rank computes it from the same data: the ranks
+  exchange the finished groups of a batch (`everyone`), so trees, sequences, batch size and metrics
+  are global. A rollout's seed depends on its place in the batch, so one rank and eight sample the
+  same responses (up to rounding).
+- An update splits the rows of each mini-batch by token count (`deal`), so that ranks finish
+  together. The token mean is over the GLOBAL mini-batch; DDP or FSDP2 sums gradients over ranks.
 
-Ranks with unequal numbers of micro-batches would wait for each other for ever, because FSDP gathers
-weights in every forward pass: `in_step` gives the others empty batches to pass the time with.
+FSDP gathers weights in every forward pass, so ranks with unequal numbers of micro-batches would
+wait for each other for ever. `in_step` adds empty batches until all ranks have equally many.
 
 DDP: every rank holds all weights in fp32. FSDP2 (`fully_shard`): weights, gradients and AdamW's
 moments are cut into one part per rank, in fp32; each layer is gathered when it is needed, in bf16
-or fp32. So bf16 on GPUs always goes through FSDP2, also on a single one (a group of one). On a CPU
-it is autocast over whole fp32 weights.
+or fp32. So bf16 on GPUs always uses FSDP2, even on a single GPU (a group of one). On a CPU, bf16 is
+autocast over whole fp32 weights.
 
 Left out: tensor, pipeline and sequence parallelism.
 
@@ -67,7 +66,7 @@ def start(device: str, alone: bool = False) -> str:
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
         torch.cuda.set_device(device)
     if (launched or alone) and not group.is_initialized():
-        # objects and offloaded weights: gloo
+        # gloo is for objects and offloaded weights
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         where: dict[str, Any] = (
             {} if launched else dict(store=group.HashStore(), rank=0, world_size=1)
@@ -77,12 +76,12 @@ def start(device: str, alone: bool = False) -> str:
 
 
 def stop(close=lambda: None) -> None:
-    """Leave together: a rank that left early would look like one that died. `close` is the
-    engine's; vLLM shares the group.
+    """End together: a rank that ends early would look like one that died. `close` is the engine's;
+    vLLM shares the group.
 
-    The group of several ranks is left alone: the process must end by errors.leave, without
-    destructors. DDP's holds the interpreter's lock and waits for a gloo thread, which at times
-    waits for that lock (torch 2.13; seen once in ten runs).
+    A group of several ranks is not destroyed: the process must end by cli.leave, without
+    destructors. DDP's destructor holds the interpreter's lock and waits for a gloo thread, which
+    sometimes waits for that lock (torch 2.13; seen once in ten runs).
     """
     if group.is_initialized():
         group.barrier()
@@ -95,16 +94,16 @@ def stop(close=lambda: None) -> None:
 # Work and results
 # --------------------------------------------------------------------------------------------------
 def mine(items: list) -> list:
-    """This rank's share: every world-th item, so that neighbours of equal difficulty are spread
-    out."""
+    """This rank's share: every world-th item, so that neighbours of equal difficulty go to
+    different ranks."""
     return items[rank() :: world()]
 
 
 def everyone(share: list) -> list:
-    """The inverse of `mine`: all ranks' items, in their order before they were shared out. Every
-    rank must call it.
+    """The inverse of `mine`: the items of all ranks, in their original order. Every rank must call
+    it.
 
-    The items are pickled between processes of one run that trust each other; nothing is read from a
+    Items are pickled between processes of one run, which trust each other; nothing is read from a
     file.
     """
     if world() == 1:
@@ -120,10 +119,11 @@ def everyone(share: list) -> list:
 
 
 def mini_batches(sequences: list, size: int, seed: int) -> list[list]:
-    """The sequences in parts of about `size`, as equal as it goes; problems are shuffled.
+    """The sequences in parts of about `size`, as equal as possible; problems are shuffled.
 
-    A problem, which is what has one prompt, stays whole: its leaves share prefixes, which are then
-    computed once (packing.py). One of more than `size` sequences is a part of its own.
+    All sequences with the same prompt, the leaves of one problem, stay together: their shared
+    prefixes are then computed once (packing.py). A problem of more than `size` sequences is a
+    separate part.
     """
     problems: dict[tuple, list] = {}
     for s in sequences:
@@ -134,7 +134,7 @@ def mini_batches(sequences: list, size: int, seed: int) -> list[list]:
     parts: dict[tuple, list] = {}
     before = 0
     for problem in shuffled:
-        # cut where a problem ends next to an even cut: its middle says on which side it is
+        # cuts are at the ends of problems, near even cuts: a problem's middle decides its part
         number = (before + len(problem) / 2) // even
         parts.setdefault((number, len(problem) > size), []).extend(problem)
         before += len(problem)
@@ -142,8 +142,8 @@ def mini_batches(sequences: list, size: int, seed: int) -> list[list]:
 
 
 def deal(costs: list[int], hands: int) -> list[list[int]]:
-    """Indices for each of `hands` ranks with sums of `costs` as equal as it goes: the dearest
-    first, to whoever has least.
+    """Indices for each of `hands` ranks, with sums of `costs` as equal as possible: the most
+    expensive first, always to the rank with the smallest sum.
 
     >>> deal([5, 4, 3, 2], hands=2)
     [[0, 3], [1, 2]]
@@ -158,8 +158,8 @@ def deal(costs: list[int], hands: int) -> list[list[int]]:
 
 
 def in_step(batches: list[list[int]]) -> list[list[int]]:
-    """The batches, and empty ones until no rank has more. Every rank must call it, also one without
-    any batch."""
+    """The batches, followed by empty ones until all ranks have the same number. Every rank must
+    call it, even one without any batch."""
     return batches + [[]] * (max(everyone([len(batches)])) - len(batches))
 
 
@@ -167,8 +167,8 @@ def in_step(batches: list[list[int]]) -> list[list[int]]:
 # The model on many ranks
 # --------------------------------------------------------------------------------------------------
 def decoder_layers(model) -> list[torch.nn.Module]:
-    """The modules that are gathered and recomputed one at a time: those that transformers says must
-    not be split."""
+    """The modules that are gathered and recomputed one at a time: those that transformers marks as
+    not to be split."""
     return [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
 
 
@@ -180,8 +180,8 @@ def spread(
     activation_checkpointing: bool = False,
     cpu_offload: bool = False,
 ) -> torch.nn.Module:
-    """Put `forward` (fci.TokenLogprobs: a causal model and its output head as ONE forward pass) on
-    all ranks.
+    """Put `forward` (scoring.TokenLogprobs: a causal model and its output head as ONE forward pass)
+    on all ranks.
 
     Returns the module to call; `forward.model` stays an ordinary transformers model, with DTensor
     weights under FSDP2. activation_checkpointing: keep one hidden state per layer and compute the
@@ -225,15 +225,15 @@ def spread(
 
 
 def send_gradients(model: torch.nn.Module, wanted: bool) -> None:
-    """Does the next backward pass sum gradients over ranks (DDP), or add them up here?"""
+    """wanted: DDP's next backward pass sums gradients over ranks; else they only add up here."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = wanted
 
 
 def cast(model, dtype: str):
-    """The model with parameters in `dtype`. Parameters only: `model.to(torch.bfloat16)` rounds the
-    rotary frequencies, too, and after some thousand tokens an engine that was cast like that reads
-    other positions than the learner."""
+    """The model with parameters in `dtype`. Parameters only: `model.to(torch.bfloat16)` would also
+    round the rotary frequencies, and after some thousand tokens the engine's positions would differ
+    from the learner's."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[dtype])
     return model
@@ -264,7 +264,7 @@ def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
     iterate, in step.
 
     The state dict, not `named_parameters()`: with tied embeddings those lack "lm_head.weight", and
-    an engine that keeps its own copy of it would go on sampling from the old one.
+    an engine with a separate copy of it would continue to sample from the old one.
     """
     for name, value in model.state_dict().items():
         yield name, whole(value)

@@ -1,15 +1,15 @@
-"""files.py: the rows of a problem file, each with its place in it, whatever the file is written in.
+"""files.py: the rows of a problem file in any of these formats, each with its place in the file.
 
-    .jsonl .ndjson          one object a line        .json           an array of objects
+    .jsonl .ndjson          one object per line      .json           an array of objects
     .csv .tsv               a header, then rows; every cell stays text: 007 is "007"
     .gz after any of these  the same, compressed     .parquet .arrow .feather .ipc   tables
-    FOLDER                  what datasets.save_to_disk wrote
-    hf:OWNER/NAME:SPLIT     a set of the Hugging Face hub (hf:OWNER/NAME:CONFIGURATION:SPLIT where
-                            it has configurations)
+    FOLDER                  written by datasets.save_to_disk
+    hf:OWNER/NAME:SPLIT     a set of the Hugging Face hub (hf:OWNER/NAME:CONFIGURATION:SPLIT if it
+                            has configurations)
 
-Lines count from 1, as editors count them; rows of tables and entries of arrays count from 0. Only
-the hub needs the package `datasets`. That package reads the other files, too, but it turns a column
-of 007 and 7.5 into numbers, and it forgets on which line a row stood.
+Lines count from 1, as in editors; rows of tables and entries of arrays count from 0. Only the hub
+needs the package `datasets`. It could read the other files, too, but it turns a column of 007 and
+7.5 into numbers, and does not keep the line of a row.
 
 Left out: streaming, other compressions, spreadsheets.
 """
@@ -31,7 +31,7 @@ ARCHIVES = {".zip", ".tar", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst", ".lz4"
 
 
 def read_rows(source: str) -> Rows:
-    """All rows of a file, a folder or a hub set. Raises UserError, at once or on the way."""
+    """All rows of a file, a folder or a hub set. Raises UserError, at once or while reading."""
     if source.startswith("hf:"):
         return read_hub(source)
     if os.path.isdir(source):
@@ -45,7 +45,7 @@ def read_rows(source: str) -> Rows:
 
 def check_there(source: str) -> None:
     """Raises UserError for a file that does not exist."""
-    # Path's raises where a folder may not be read
+    # Path.is_file would raise in a folder without read permission
     if not (source.startswith("hf:") or os.path.isdir(source) or os.path.isfile(source)):
         raise UserError(
             f"{source}: no such problem file; give a .jsonl, .json, .csv or .parquet file, a "
@@ -54,14 +54,14 @@ def check_there(source: str) -> None:
 
 
 def kind_of(name: str | Path) -> tuple[str, bool]:
-    """(ending in small letters, is it packed?): X.JSONL.gz -> (".jsonl", True)"""
+    """(file ending in small letters, compressed?): X.JSONL.gz -> (".jsonl", True)"""
     base = os.path.basename(name).lower()
     _, dot, ending = base.removesuffix(".gz").rpartition(".")
     return dot + ending if dot else "", base.endswith(".gz")
 
 
 def why_not(suffix: str, packed: bool) -> str:
-    """Why files with this ending are not read, and what to do."""
+    """Why files with this ending are not read, and what to do about it."""
     if suffix in SPREADSHEETS:
         return (
             f"{suffix} files are spreadsheets, which are not read; save the sheet as .csv (UTF-8)"
@@ -78,7 +78,7 @@ def why_not(suffix: str, packed: bool) -> str:
 # Text
 # --------------------------------------------------------------------------------------------------
 def read_lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, unpacked. Raises UserError where it cannot be read or unpacked."""
+    """The lines of a file, unpacked. Raises UserError if it cannot be read or unpacked."""
     _, packed = kind_of(path)
     try:
         with gzip.open(path, "rb") if packed else path.open("rb") as file:
@@ -97,7 +97,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def read_json(path: Path) -> Rows:
-    """An array of rows. Also one object a line: hub sets name such files .json."""
+    """An array of rows, or one object per line: hub sets call these files .json, too."""
     text = b"".join(read_lines(path))
     try:
         rows = json.loads(text.decode("utf-8-sig"))
@@ -114,7 +114,7 @@ def read_json(path: Path) -> Rows:
 
 
 def read_csv(path: Path) -> Rows:
-    """Rows of text cells, each with the line it begins on: a cell in quotes may go over several."""
+    """Rows of text cells, each with its first line: a cell in quotes may have several lines."""
     texts = decoded_lines(path)
     header = next(texts, "")
     by_count = max(",;\t", key=header.count)  # Excel writes semicolons where the comma is decimal
@@ -156,8 +156,8 @@ def decoded_lines(path: Path) -> Iterator[str]:
 # Tables
 # --------------------------------------------------------------------------------------------------
 def read_table(path: Path, first: int = 0) -> Rows:
-    """Rows of a parquet file or of an arrow file of any kind; `first`: the number of its first."""
-    import pyarrow  # only for those who have such files
+    """Rows of a parquet file, or an arrow file of any kind; `first`: number of the first row."""
+    import pyarrow  # here, because few users need it
     import pyarrow.feather
     import pyarrow.parquet
 
@@ -173,29 +173,29 @@ def read_table(path: Path, first: int = 0) -> Rows:
             table = pyarrow.parquet.read_table(path)
         elif start == b"ARROW1":
             table = pyarrow.feather.read_table(path)
-        else:  # a stream, which is what `datasets` writes
+        else:  # a stream; `datasets` writes these
             with pyarrow.OSFile(str(path)) as stream:
                 table = pyarrow.ipc.open_stream(stream).read_all()
-        table.validate(full=True)  # arrow trusts its files: a damaged one may end the process
+        table.validate(full=True)  # arrow does not check: a damaged file could crash the process
         if table.num_rows > 8 * (size := path.stat().st_size):
             raise ValueError(f"it claims {table.num_rows} rows in {size} bytes")
-        for batch in table.to_batches():  # batches: as Python objects rows take many times the room
+        for batch in table.to_batches():  # as Python objects, rows take many times the memory
             yield from ((f"row {next(number)}", row) for row in batch.to_pylist())
     except Exception as error:  # pyarrow raises a dozen types for a broken file
         raise UserError(f"{path}: not a readable {kind} file ({first_line(error)})") from error
 
 
 def read_saved_folder(folder: Path) -> Rows:
-    """What datasets.save_to_disk wrote: state.json, which lists arrow files."""
-    if os.path.isfile(folder / "dataset_dict.json"):  # Path's raises where it may not look
+    """A folder of datasets.save_to_disk: state.json, which lists arrow files."""
+    if os.path.isfile(folder / "dataset_dict.json"):  # Path.is_file may raise
         many = "|".join(sorted(state.parent.name for state in folder.glob("*/state.json")))
         raise UserError(f"{folder}: holds several splits; give one: {folder}/{many}")
     if not os.path.isfile(folder / "state.json"):
-        raise UserError(f"{folder}: no such problem file; it is a folder, and none of save_to_disk")
+        raise UserError(f"{folder}: no such problem file; it is a folder, but not of save_to_disk")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         names = [file["filename"] for file in state["_data_files"]]
-        # names of files beside state.json, and nothing else: the folder may come from anywhere
+        # only files in the same folder: we do not know who wrote state.json
         if not all(name == os.path.basename(name) for name in names):
             raise ValueError("it names files elsewhere")
         if state.get("_indices_data_files"):
@@ -224,7 +224,7 @@ def read_hub(source: str) -> Rows:
         datasets.disable_progress_bars()
         found = datasets.load_dataset(name, *rest[:-1], split=rest[-1])
         yield from ((f"row {i}", row) for i, row in enumerate(found))
-    except Exception as error:  # no such set, no such split, no network, a set that is a script
+    except Exception as error:  # no such set or split, no network, or the set is a script
         raise UserError(f"{source}: cannot be loaded ({first_line(error)})") from error
 
 

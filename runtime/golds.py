@@ -1,4 +1,4 @@
-r"""golds.py: the right answers of a problem set: how they are read, and what can match them.
+r"""golds.py: gold answers, the right ones of a problem set. How they are read; what can match them.
 
 python -m pytest tests/runtime/test_golds.py
 """
@@ -12,19 +12,19 @@ from decimal import Decimal
 
 from runtime.grading import Grader, last_box
 
-GRADER = Grader(workers=2, timeout=3)  # nothing runs before a gold needs it; `close` ends it again
-LONGEST = 1000  # characters; a longer gold is only ever compared letter by letter
+GRADER = Grader(workers=2, timeout=3)  # starts when a gold needs it; `close` ends it
+LONGEST = 1000  # characters; a longer gold is only compared letter by letter
 
-_NONE = {"nan", "inf", "-inf"}  # how tables write numbers that are none
-# What needs no computer algebra to be told: a number with or without dress, and one word or choice.
+_NONE = {"nan", "inf", "-inf"}  # how tables write missing numbers
+# Readable without computer algebra: a number, with or without LaTeX around it; one word; a choice.
 _NUMBER = re.compile(
     r"\\?\$?\s*[-+]?\s*(?:[0-9][0-9,]*(?:\.[0-9]*)?|\.[0-9]+)"
     r"(?:\s*/\s*[0-9]+)?\s*(?:\\?%)?\s*\\?\$?\.?"
     r"|[-+]?\\[dt]?frac\{[0-9]+\}\{[0-9]+\}"
 )
 _WORD = re.compile(r"(?:\\(?:text|mathrm|textbf|mathbf)\{)?\(?[^\W\d_]{1,20}\)?\}?\.?")
-# What math-verify reads for certain: sums of products of numbers, letters, roots, simple fractions,
-# alone, in a tuple or as x = ... Most golds, and 8 ms saved for each. (++ and ?+: no going back.)
+# math-verify can certainly read these: sums of products of numbers, letters, roots and fractions,
+# alone, in a tuple or as x = ... Most golds are so; saves 8 ms for each. (++, ?+: no backtracking.)
 _TERM = r"[-+]?+[0-9]*+(?:\\sqrt\{[0-9]++\}|\\pi|[a-z])?+"
 _FACTOR = (
     r"(?:[0-9]++(?:\.[0-9]++)?+|[a-zA-Z]|\\pi(?![a-zA-Z])|\([-+ 0-9a-z]{1,20}\)"
@@ -33,7 +33,7 @@ _FACTOR = (
 )
 _SUM = rf"\s*+[-+]?+\s*+(?:{_FACTOR})++(?:[-+]\s*+(?:{_FACTOR})++)*+"
 _FORMULA = re.compile(rf"\$?(?:\\left)?[(\[]?{_SUM}(?:[,=]{_SUM})*+(?:\\right)?[)\]]?\s*\$?\.?")
-# Words that are mathematics, however they are typed.
+# Words that are mathematics, with or without a backslash.
 _FUNCTIONS = {
     "and",
     "mod",
@@ -60,18 +60,18 @@ def parse_answers(value) -> list[str]:
     if any(
         v.strip().lower() in _NONE if isinstance(v, str) else not math.isfinite(v) for v in values
     ):
-        raise ValueError("the answer is NaN or infinite")  # what is written where there is none
+        raise ValueError("the answer is NaN or infinite")  # written where an answer is missing
     texts = [str(v).strip() for v in values]
     return [text for text in texts if text]
 
 
 def final_answers(answers: list[str]) -> list[str]:
-    """What the grader is asked for: of worked solutions what they end in."""
+    """The answers for the grader: of worked solutions, only the final answer."""
     return [final for final in map(final_answer, answers) if final]
 
 
 def final_answer(text: str) -> str:
-    r"""What a worked solution ends in: what follows its last "####" (GSM8K), else its last box.
+    r"""The final answer of a solution: what follows its last "####" (GSM8K), else its last box.
 
     >>> final_answer("3 + 4 = 7\n#### 7"), final_answer(r"So \boxed{7}."), final_answer("7")
     ('7', '7', '7')
@@ -84,9 +84,9 @@ def final_answer(text: str) -> str:
 
 
 def agree(some: list[str], others: list[str], deadline: float) -> bool:
-    """Have two rows the same answers? 7, "7.0" and "$7$" are: the grader takes each for each.
+    """Do two rows have equal answers? 7, "7.0" and "$7$" are: the grader accepts each for each.
 
-    After the deadline (of time.monotonic) only the same strings are the same.
+    After the deadline (of time.monotonic) only equal strings count as equal.
     """
     if sorted(some) == sorted(others):
         return True
@@ -98,10 +98,10 @@ def agree(some: list[str], others: list[str], deadline: float) -> bool:
 
 
 def only_by_letters(golds: list[str], seconds: float) -> tuple[list[str], int]:
-    """(the golds that nothing but their own letters will match, how many there was no time to try).
+    """(golds that only match letter by letter, number of golds that there was no time to check).
 
-    Not reported: one word or a choice, for which letters are the right comparison. Takes at most
-    about `seconds`.
+    One word or a choice is not reported: there a letter-by-letter comparison is right. Takes at
+    most about `seconds`.
     """
     lost = {gold for gold in golds if is_prose(gold) or len(gold) > LONGEST}
     unclear = [gold for gold in dict.fromkeys(golds) if not (gold in lost or is_simple(gold))]
@@ -114,11 +114,11 @@ def is_simple(gold: str) -> bool:
     """A plain number, one word, the letter of a choice, or a formula of the simplest kind."""
     if any(kind.fullmatch(gold) for kind in (_NUMBER, _FORMULA)):
         return True
-    return bool(_WORD.fullmatch(gold)) and not any(map(str.isnumeric, gold))  # as ½ is
+    return bool(_WORD.fullmatch(gold)) and not any(map(str.isnumeric, gold))  # ½ is numeric
 
 
 def is_prose(gold: str) -> bool:
-    """Two words or more, and no number first: computer algebra would multiply their letters."""
+    """Two words or more, no number first: computer algebra would multiply the letters."""
     text = re.sub(r"\\(?:text\w*|mathrm|mbox)\s*\{([^{}]*)\}", r" \1 ", gold[:LONGEST])
     words = re.findall(r"(?<![\\A-Za-z])[^\W\d_]{3,}", text)
     words = [word for word in words if word.lower() not in _FUNCTIONS]
@@ -129,20 +129,20 @@ def is_prose(gold: str) -> bool:
 def readable(golds: list[str], seconds: float) -> list[bool | None]:
     """Does math-verify read each gold, without falling back to strings? None: it took too long.
 
-    The question goes to the grader's workers, for a hostile gold hangs or eats memory: is it equal
-    to itself? A gold that does not parse equals nothing.
+    It asks the grader's workers whether a gold equals itself: a gold that does not parse equals
+    nothing. Workers, because a hostile gold can hang or fill the memory.
     """
     deadline = time.monotonic() + seconds
 
     def ask(gold: str) -> bool | None:
         if time.monotonic() > deadline:
             return None
-        text = re.sub(r"\\!|\\?\$|[\s.,;]+$", "", gold)  # dress that the grader removes, too
+        text = re.sub(r"\\!|\\?\$|[\s.,;]+$", "", gold)  # the grader removes these, too
         reply = GRADER._ask(json.dumps([[text, text]]).encode() + b"\n")
         return None if reply["error"] in ("timeout", "died") else reply["correct"]
 
     pool = ThreadPoolExecutor(GRADER.size)
     try:
         return list(pool.map(ask, golds))
-    finally:  # after Ctrl-C do not work through the rest
+    finally:  # after Ctrl-C, drop the rest
         pool.shutdown(cancel_futures=True)

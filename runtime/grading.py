@@ -1,30 +1,30 @@
 r"""grading.py: is this response's final answer right? Rewriting first, then math-verify.
 
-math-verify runs in worker processes: sympy hangs at times, and only a process can be stopped.
+math-verify runs in worker processes: sympy sometimes hangs, and only a process can be stopped.
 
-Grading is the reward, so whatever the grader can be talked into is what the policy learns to say.
+Grading is the reward: if the grader accepts something wrong, the policy learns to write it.
 
 1. Only the last closed \boxed{...} after the last </think> counts. No box: wrong.
 2. There may be several gold answers; matching any of them is enough. An empty one matches nothing.
-3. Both sides are rewritten: DRESS (how LaTeX and models spell the same thing), units, a name in
-   front ("x =", "m+n ="). Equal strings and equal plain numbers are correct.
+3. Both sides are rewritten: DRESS (different spellings of the same thing in LaTeX and by models),
+   units, a name in front ("x =", "m+n ="). Equal strings and equal plain numbers are correct.
 4. VETOES refuse what math-verify accepts wrongly, such as 205=204 for 204 or west for east.
-5. math-verify (sympy) decides the rest, in a worker process. One that needs more than 3 seconds,
-   dies or raises means wrong, and the verdict says which: training logs these.
+5. math-verify (sympy) decides the rest, in a worker process. If the worker needs more than 3
+   seconds, dies or raises, the answer counts as wrong, and the verdict says why: training logs it.
 
-A string rule alone only says "correct". It says "wrong" of no box, an over-long one, an empty gold
-and two plain numbers, which are most of a training run. docs/grading.md lists what is ignored, and
-how many errors remain.
+String rules say "correct". They say "wrong" only for a veto, other units ("strict"), no box, an
+over-long box, an empty gold, or two plain numbers that differ. Most answers of a training run are
+plain numbers. docs/grading.md lists what is ignored, and how many errors remain.
 
-Left out, on purpose: answers outside the box, an OR of several graders (it adds up their false
-positives), partial credit, and any sympy in this process (it hangs, eats memory, and its
-plain-text parser calls eval).
+Left out, on purpose: answers outside the box, an OR of several graders (their false positives add
+up), partial credit, and sympy in this process (it can hang or fill the memory, and its plain-text
+parser calls eval).
 
     python -m pytest tests/runtime/test_grading.py
 """
 
-# The standard library only: a grading worker is this file run as a script, so importing torch up
-# here would cost every worker seconds and memory.
+# Only the standard library: a grading worker runs this file as a script, so an import of torch here
+# would cost every worker seconds and memory.
 import atexit
 import ctypes
 import json
@@ -50,8 +50,8 @@ try:
 except ImportError:
     raise SystemExit("grading needs Linux or macOS: on Windows, use WSL") from None
 
-MAX_ANSWER = 300  # characters, or twice the gold's: a longer box is wrong; cut, it were another
-MAX_GOLD = 1000  # characters; a longer gold (real ones have up to 200) takes only itself
+MAX_ANSWER = 300  # characters, or twice the gold's: a longer box is wrong (and never shortened)
+MAX_GOLD = 1000  # characters; a longer gold (real ones have up to 200) only equals itself
 MEMORY = 2 << 30  # bytes of address space for a worker; importing sympy takes about 0.1 GB
 START_LIMIT = 120.0  # seconds for that import: 1 on an idle machine, more on an overloaded one
 KILL_GRACE = 4.0  # seconds between a worker's own alarm and the kill from outside
@@ -60,18 +60,18 @@ KILL_GRACE = 4.0  # seconds between a worker's own alarm and the kill from outsi
 @dataclass
 class Verdict:
     correct: bool
-    boxed: bool  # there was a closed box: the first rate to look at when all rewards are zero
+    boxed: bool  # was there a closed box? If all rewards are zero, look at this rate first
     error: str = ""  # "", "timeout", "died" or "error"; with an error, correct is False
 
 
-# --- Reading an answer: plain string work, which costs microseconds and needs no worker ----------
+# --- Reading an answer: only string operations, microseconds, no worker --------------------------
 
 
 def last_box(response: str) -> str | None:
     r"""The content of the last closed box after the last </think>: r"\boxed{3} \boxed{4" -> "3"."""
     text = response.rpartition("</think>")[2]
-    # One pass with a stack of open braces. Closing each \boxed{ on its own would be quadratic, and
-    # a collapsed policy does write thousands of them. An escaped brace, as in \{1,2\}, is text.
+    # One pass with a stack of open braces. A search for the end of each \boxed{ would be quadratic,
+    # and a collapsed policy does write thousands. An escaped brace, as in \{1,2\}, is text.
     open_braces: list[int] = []
     content = None
     for token in re.finditer(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", text, re.DOTALL):
@@ -82,8 +82,8 @@ def last_box(response: str) -> str | None:
     return content
 
 
-# Signs that models type. NFKC spells the rest plainly: full-width digits, thin spaces. Zero-width
-# characters and NUL are invisible, so they cannot be meant.
+# Characters that models write. NFKC normalises the rest: full-width digits, thin spaces. Zero-width
+# characters and NUL are invisible, so they have no meaning.
 _SIGNS = str.maketrans({
     **dict.fromkeys("−–—‐‑", "-"), **dict.fromkeys("·⋅∙", r"\cdot "), "×": r"\times ",
     "÷": r"\div ", "π": r"\pi ", "∞": r"\infty ", "…": r"\ldots ", "≤": r"\le ", "≥": r"\ge ",
@@ -96,7 +96,7 @@ _SIGNS = str.maketrans({
     **dict.fromkeys("Å\u212b", r"\AA "), **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\0", ""),
 })  # fmt: skip
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ₀₁₂₃₄₅₆₇₈₉", "0123456789+-n0123456789")
-# Commands that are another one, or that only change the look.
+# Commands with the same meaning as another one, or that only change the look.
 _SAME = {
     "": "left right big Big bigl bigr Bigl Bigr displaystyle textstyle limits hfill large Large"
         " therefore Rightarrow implies",
@@ -136,8 +136,8 @@ def _joined(match: re.Match) -> str:
     return r" \cap " if "and" in match[0] else r" \cup "
 
 
-# What is dress: pattern, replacement, then "answer ~ gold" pairs that this row makes equal (a test
-# takes each row out and sees them fail). Each row sees what the rows before it left.
+# Rewriting rules: pattern, replacement, then "answer ~ gold" pairs that the row makes equal (a test
+# removes each row and checks that its pairs fail). Rows are applied in this order.
 DRESS: list[tuple] = [
     # LaTeX
     (r"\\\\ ?\[[0-9.]+ ?[a-z]{2}\]", r"\\\\ ",
@@ -217,13 +217,13 @@ _ROWS = [(re.compile(pattern), replacement) for pattern, replacement, *_ in DRES
 
 
 def _clean(text: str) -> str:
-    """Remove what has no meaning. The result is still LaTeX, and it is what a worker gets."""
+    """Remove what has no meaning. The result is still LaTeX; workers get it in this form."""
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_RAISED)}}}", text)
     text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
-    if r"\begin" not in text:  # where "\\" ends a row; elsewhere it is a backslash doubled
+    if r"\begin" not in text:  # there "\\" ends a row; elsewhere it is a doubled backslash
         text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    for _ in range(4):  # dress in dress: once more until nothing changes
+    for _ in range(4):  # rules may apply to results of others: repeat until nothing changes
         before, text = text, _COMMAND.sub(lambda match: _COMMANDS[match[1]], text)
         for pattern, replacement in _ROWS:
             text = pattern.sub(replacement, text).strip()
@@ -233,10 +233,10 @@ def _clean(text: str) -> str:
 
 
 def _key(text: str) -> str:
-    """The string that is compared: a text without the choices that LaTeX leaves."""
+    """The string that is compared: a text without differences that do not matter in LaTeX."""
     text = re.sub(rf"\\text ?{_GROUP}", r"\1", text)
     text = re.sub(r"([_^]) *\{ *([0-9A-Za-z]) *\}", r"\1\2", text)
-    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)  # in "1 2" it stays: that is not 12
+    text = re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)  # not in "1 2", which is not 12
     return re.sub(r"^\(([A-Za-z])\)$", r"\1", text)  # choice (C) is C
 
 
@@ -287,7 +287,7 @@ _UNIT = re.compile(
     rf"(?<=[^\s,;(\[=]) ?(?:\\frac\{{{_TEXT}\}}\{{{_TEXT}\}}"
     rf"|{_ATOM}(?: ?(?:/|\\cdot|\\times)? ?{_ATOM})*+) ?(?=$|[,;)\]=]|\\\}})"
 )
-# Words that say more than a unit does: "5 or more" is not 5.
+# Words that mean more than a unit: "5 or more" is not 5.
 _MEANING = (
     "and or not no is are if for when where than at least most more less fewer between from to all"
     " every any with such only except factorial times plus minus mod modulo root half base even odd"
@@ -329,7 +329,7 @@ _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varph
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Split at a separator that stands outside of all brackets. (0,1] closes, too."""
+    """Split at separators outside of all brackets. In (0,1] the bracket is closed, too."""
     parts, depth, start = [], 0, 0
     for token in re.finditer(rf"\\[{{}}]|[()\[\]{{}}]|({separator})", text):
         if token[1] is None:
@@ -341,7 +341,7 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _symbols(text: str) -> set[str]:
-    """The letters that stand for something unknown."""
+    """The letters that are variables."""
     text = re.sub(rf"{_TEXT}|\\(?!(?:{_GREEK}){_END})[A-Za-z]+", " ", text)
     return set(re.findall(r"\\[A-Za-z]+|[A-Za-z]", text)) - {"e", "i"}
 
@@ -358,7 +358,7 @@ def _is_name(name: str, value: str) -> bool:
     bare = re.sub(r"_ ?(?:\w|\{[^{}]*\})|\([^()]*\)", "", name)
     added = re.search(r"(?:^|[-+]) ?[0-9.]+ ?(?:$|[-+])", bare)
     if re.search("[+-]", name) and (value == "0" or added):
-        return False  # x+5 = 12 is not solved yet, and ... = 0 is how any equation ends
+        return False  # x+5 = 12 is not solved yet, and any equation can end with = 0
     return (
         len(symbols) > 1
         or not re.search("[0-9]", bare)
@@ -379,13 +379,13 @@ def _both_signs(text: str) -> str:
 
 @dataclass
 class _Reading:
-    """An answer taken apart. Of "x = 2^2 = 4 cm": name "x", values ["2^2", "4"], units "cm"."""
+    """The parts of an answer. "x = 2^2 = 4 cm": name "x", values ["2^2", "4"], units "cm"."""
 
     name: str
-    values: list[str]  # they must all be right, for "205=204" is not 204
+    values: list[str]  # all must be right: "205=204" is not 204
     units: str
     modulus: str
-    equation: str  # all without units: for two equations that are no "name = value"
+    equation: str  # everything but units, to compare equations that are not "name = value"
 
 
 def _read(text: str) -> _Reading:
@@ -431,7 +431,7 @@ def _words(text: str) -> list[str]:
 
 
 def _brackets(text: str) -> str:
-    r"""Of a list or pair that is wholly in brackets the first and last one, else ""."""
+    r"""The outer brackets of a list or pair, or "" if it is not wholly in brackets."""
     match = re.fullmatch(r"(\\\{|[(\[]).*,.*(\\\}|[)\]])", text)
     return match[1] + match[2] if match and len(_split(text, ",")) == 1 else ""
 
@@ -444,8 +444,8 @@ def _count(text: str) -> int:
 _SKIPPED = r"[0-9]_|\\[lc]?dots|\.\.\."  # a numeral in a base, an ellipsis
 _REPEATED = rf"\\(?:sum|prod|int|lim){_END}"
 _SET = rf"\\(?:c[au]p|setminus|mathbb|emptyset){_END}|{_COMPARE}"
-# What math-verify would accept wrongly: (gold, answer, both) -> "this is not the gold". Each has
-# "answer ~ gold" pairs that only it refuses.
+# Cases that math-verify would wrongly accept: (gold, answer) -> "this is not the gold". Each has
+# "answer ~ gold" pairs that only this rule refuses.
 VETOES: list[tuple] = [
     (lambda g, a: re.search(_SKIPPED, g + a), "2516_7 ~ 2516_8"),
     (lambda g, a: re.search(_REPEATED, a) and not re.search(_REPEATED, g),  # of the question
@@ -480,7 +480,7 @@ def _unit(raw: str, units: str) -> list[tuple[str, int]]:
 
 
 def _align(answer: _Reading, gold: _Reading) -> None:
-    """Where the names do not fit, the values alone say nothing: compare whole equations."""
+    """If the names do not match, values alone say nothing: compare whole equations."""
     if gold.name and answer.name:
         if gold.name != answer.name and r"\text" not in gold.name + answer.name:
             gold.values, answer.values = [gold.equation], [answer.equation]
@@ -495,12 +495,12 @@ def _align(answer: _Reading, gold: _Reading) -> None:
 
 
 def _decide(box: str, gold: str, strict: bool = False) -> bool | tuple[str, ...]:
-    """The verdict on one gold, or a question to a worker: the gold, and what must all equal it."""
+    """The verdict for one gold, or a question to a worker: gold, and values that must equal it."""
     gold = gold.rpartition("####")[2]  # GSM8K's solutions
     if len(box) > max(MAX_ANSWER, 2 * len(gold)):
         return False
     one, two = (re.fullmatch(r"\s*(-?[0-9]{1,99})\s*", text) for text in (box, gold))
-    if one and two:  # most of a training run: 5 us instead of 300
+    if one and two:  # most answers of a training run: 5 us instead of 300
         return int(one[1]) == int(two[1])
     if len(gold) > MAX_GOLD:
         return box.strip() == gold.strip() != ""
@@ -540,27 +540,27 @@ def _compare(answer: _Reading, gold: _Reading) -> bool | tuple[str, ...]:
     return tuple(question) if len(question) > 1 else True
 
 
-_cleaned = lru_cache(4096)(_clean)  # a gold meets many responses, and many of those agree
+_cleaned = lru_cache(4096)(_clean)  # a gold is compared with many responses, and many are equal
 
 
 # --- math-verify in worker processes --------------------------------------------------------------
 #
-# Sympy on hostile input hangs, at times inside one C call that no Python signal handler interrupts;
-# only a process can be stopped for certain. Workers are plain scripts that speak JSON lines over
-# pipes. Not multiprocessing: spawn and forkserver run the caller's script again, a second training
-# run if it has no __main__ guard, and fork in a process with CUDA and threads is no option. Not
-# pickle: the other end has read model output.
+# Sympy can hang on hostile input, sometimes inside a C call that no Python signal handler can
+# interrupt; only a process can always be stopped. Workers are plain scripts that exchange JSON
+# lines over pipes. Not multiprocessing: spawn and forkserver run the caller's script again (without
+# a __main__ guard, a second training run), and fork is not safe with CUDA and threads. Not pickle:
+# the other end has read model output.
 
 
 def _confine() -> None:
-    """From here on this process may compute and read, but not write files, reach a network or
-    start programs.
+    """From here on this process may compute and read, but not write files, use a network or start
+    programs.
 
-    Seatbelts, not a sandbox: the hook refuses what Python code asks for, and machine code that has
-    broken out of Python does not ask. The kernel itself refuses file contents (the limit) and,
-    where it grants an empty network, every address.
+    This is not a sandbox: the hook only sees what Python code asks for, not what machine code does
+    that has broken out of Python. The kernel itself refuses to write files (the limit) and, if it
+    allows an empty network, every address.
     """
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # pipes are no files
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE):  # pipes are not files
         resource.setrlimit(limit, (0, 0))
     with suppress(Exception):  # Linux only: CLONE_NEWNET, with CLONE_NEWUSER before it if not root
         ctypes.CDLL(None).unshare(0x40000000) and ctypes.CDLL(None).unshare(0x50000000)
@@ -574,7 +574,7 @@ def _confine() -> None:
         if writes or event.partition(".")[0] in families and event not in imports_need:
             raise PermissionError(f"a grading worker may not: {event}")
 
-    sys.addaudithook(refuse)  # cannot be taken off again
+    sys.addaudithook(refuse)  # cannot be removed again
 
 
 def _comparison() -> Callable[[str, str], bool]:
@@ -583,25 +583,25 @@ def _comparison() -> Callable[[str, str], bool]:
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import Expr, I, Intersection, N, Symbol, Union, simplify
 
-    # Not the default extractors: one hands text to sympy's parse_expr, which calls eval. Not its
-    # units: it takes the variables c, d, g, h, l, m, o, s and t for units and drops them. No
-    # fallback to strings: a text that does not parse must equal nothing. No timeouts of its own:
-    # they are lost at times, and they would take over our alarm.
+    # Not the default extractors: one passes text to sympy's parse_expr, which calls eval. Not its
+    # units: it treats the variables c, d, g, h, l, m, o, s and t as units and drops them. No
+    # fallback to strings: a text that does not parse must equal nothing. Not math-verify's
+    # timeouts: they sometimes fail, and they would replace our alarm.
     normal = NormalizationConfig(True, False, malformed_operators=True, nits=True, boxed="all")
     extractors = [LatexExtractionConfig(normalization_config=normal)]
 
-    def read(text: str) -> Any:  # boxed, for bare LaTeX parses to nothing
+    def read(text: str) -> Any:  # in a box: bare LaTeX parses to nothing
         boxed = "\\boxed{" + text + "}"
         found = parse(boxed, extractors, fallback_mode="no_fallback", parsing_timeout=None)
         if not re.search(_COMPARE, text) or not re.search(r"\\c[au]p|,", text):
             return found[0] if found else None
-        # Inequalities joined by "or", which math-verify takes for a list
+        # Inequalities joined by "or", which math-verify would read as a list
         parts = [read(part) for part in re.split(r"\\c[au]p|,(?![^(\[]*[)\]])", text)]
         sets = [part.as_set() if hasattr(part, "as_set") else part for part in parts]
         return (Intersection if r"\cap" in text else Union)(*sets)
 
     def known(expression: Any) -> Any:
-        """With i the imaginary unit. (math-verify has real and complex symbols, all different.)"""
+        """i becomes the imaginary unit. (In math-verify, real and complex symbols all differ.)"""
         names = expression.free_symbols
         real = {each: Symbol(each.name, real=True) for each in names if each.name != "i"}
         return expression.subs(real | dict.fromkeys(names - real.keys(), I)).doit()
@@ -621,7 +621,7 @@ def _comparison() -> Callable[[str, str], bool]:
         gold, answer = known(gold), known(answer)
         if not gold.is_number or not answer.is_number:
             return same or simplify(gold - answer) == 0
-        # It compares to absolute 1e-15 (decimals 1e-6), so that 2^{-99} is 2^{-98}.
+        # math-verify's tolerance is absolute, 1e-15 (decimals 1e-6), so 2^{-99} would be 2^{-98}.
         far, size = abs(N(gold - answer)), abs(N(gold))
         return bool(far <= (1e-6 * size + 1e-60 if same else 1e-12 * min(1, size)))
 
@@ -629,9 +629,9 @@ def _comparison() -> Callable[[str, str], bool]:
 
 
 def _grading_worker(seconds: int) -> None:
-    """[[gold, value, ...], ...] a line in, {"correct": ..., "error": ...} a line out."""
-    # A stray print of sympy's must not pass for a verdict: put the real pipes aside, and /dev/null
-    # in their place.
+    """For each line [[gold, value, ...], ...], write a line {"correct": ..., "error": ...}."""
+    # Something that sympy prints must not be read as a verdict: keep the real pipes elsewhere, and
+    # put /dev/null in their place.
     requests, replies, nowhere = os.fdopen(os.dup(0)), os.dup(1), os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1):
         os.dup2(nowhere, descriptor)
@@ -640,10 +640,10 @@ def _grading_worker(seconds: int) -> None:
     equal = _comparison()
     _confine()
     os.write(replies, b"ready\n")
-    os.dup2(nowhere, 2)  # not earlier: the parent's terminal should show why an import fails
+    os.dup2(nowhere, 2)  # only now: the terminal should show why an import fails
     for line in requests:
-        # The alarm's default action is that the kernel ends this process: sympy can neither delay
-        # nor swallow it, and half-written caches go with it. The parent recognises the exit code.
+        # By the alarm's default action the kernel ends this process: sympy can neither delay nor
+        # catch that, and half-written caches are gone. The parent recognises the exit code.
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(seconds)
         reply = {"correct": False, "error": ""}
@@ -654,17 +654,17 @@ def _grading_worker(seconds: int) -> None:
                     break
             except Exception:
                 reply["error"] = "error"
-        # Sympy swallows MemoryError, so a worker that has leaked its memory away would quietly call
-        # everything wrong. It dies here instead, which is reported.
+        # Sympy catches MemoryError, so a worker that has run out of memory would silently call
+        # everything wrong. Here it dies instead, which is reported.
         mmap.mmap(-1, MEMORY // 8).close()
         signal.alarm(0)
         os.write(replies, json.dumps(reply).encode() + b"\n")
 
 
 class Grader:
-    """A pool of workers, started when needed. The hang or death of one costs its own item only.
+    """A pool of workers, started when needed. If one hangs or dies, only its item is lost.
 
-    units: "loose" ignores them; "strict" wants the same ones on both sides, if either has any.
+    units: "loose" ignores them; "strict" needs the same units on both sides, if either has any.
     """
 
     def __init__(self, workers: int = 2, timeout: int = 3, units: str = "loose"):
@@ -673,12 +673,12 @@ class Grader:
         self.size, self.timeout = workers, timeout  # whole seconds, for all golds of an item
         self.strict = units == "strict"
         self._reset()
-        os.register_at_fork(after_in_child=self._reset)  # two processes, one worker: no
+        os.register_at_fork(after_in_child=self._reset)  # never share workers
 
     def _reset(self) -> None:
         self._idle: LifoQueue[Any] = LifoQueue()  # last in, first out: prefer workers that run
         for _ in range(self.size):
-            self._idle.put(None)  # None: a worker that is yet to be started
+            self._idle.put(None)  # None: a worker that has not been started
 
     def __enter__(self) -> "Grader":
         return self
@@ -687,7 +687,7 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the workers; later calls start new ones. (With this process they end, too.)"""
+        """End the workers; later calls start new ones. (They also end with this process.)"""
         for worker in [self._idle.get() for _ in range(self.size)]:
             _end(worker)
             self._idle.put(None)
@@ -696,8 +696,8 @@ class Grader:
         """Verdicts on (response, answers) pairs, in order."""
         verdicts, questions = [], {}
         for index, (response, answers) in enumerate(items):
-            # The training file has a string where the evaluation files have a list, and the
-            # characters of "15" as golds would reward 1 and 5.
+            # Training files have a string where evaluation files have a list. Read as a list, "15"
+            # would accept 1 and 5.
             answers = [answers] if isinstance(answers, str) else answers
             box = last_box(response)
             decided = [] if box is None else [_decide(box, gold, self.strict) for gold in answers]
@@ -705,7 +705,7 @@ class Grader:
             pairs = [pair for pair in decided if isinstance(pair, tuple)]
             if pairs and not verdicts[-1].correct:
                 questions[index] = json.dumps(pairs).encode() + b"\n"
-        if questions:  # one thread a worker does nothing but wait for it
+        if questions:  # one thread per worker, which only waits for it
             pool = ThreadPoolExecutor(self.size)
             try:
                 replies = pool.map(self._ask, questions.values())
@@ -714,7 +714,7 @@ class Grader:
                         reply["correct"],
                         reply["error"],
                     )
-            finally:  # after Ctrl-C do not work through the rest
+            finally:  # after Ctrl-C, drop the rest
                 pool.shutdown(cancel_futures=True)
         return verdicts
 
@@ -727,10 +727,10 @@ class Grader:
                 _end(worker)
                 worker = None
             worker = worker or self._start()
-            with suppress(BrokenPipeError):  # it died just now: the read below finds the end
+            with suppress(BrokenPipeError):  # it has just died: the read below sees it
                 worker.stdin.write(question)
             in_time = wait([worker.stdout], self.timeout + KILL_GRACE)
-            # A reply is one small write, which a pipe never splits, and there is no second one.
+            # A reply is one small write, which a pipe never splits. There is only one.
             if reply := os.read(worker.stdout.fileno(), 4096) if in_time else b"":
                 return json.loads(reply)
             _end(worker)
@@ -740,8 +740,8 @@ class Grader:
             self._idle.put(worker)
 
     def _start(self) -> subprocess.Popen:
-        # No gmpy2: its calls are long and deaf to signals. -P: our modules must not shadow a
-        # library's. A session of its own: Ctrl-C in the terminal is for the training loop.
+        # No gmpy2: its calls can be long and ignore signals. -P: our modules must not shadow a
+        # library's. A new session: Ctrl-C in the terminal is for the training loop.
         settings = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-P", os.path.abspath(__file__), "--grading-worker"]
         pipes: dict = {"bufsize": 0, "stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -755,7 +755,7 @@ class Grader:
             if wait([worker.stdout], START_LIMIT) and os.read(worker.stdout.fileno(), 4096):
                 return worker  # it says "ready"
             _end(worker)
-        # A broken installation must not pass for a policy that is always wrong.
+        # A broken installation must not look like a policy that is always wrong.
         why = "is math-verify installed? See the error output"
         raise RuntimeError(f"grading workers do not start; {why}")
 
@@ -773,7 +773,7 @@ for _grader in _GRADERS.values():
 
 
 def grade(response: str, answers: list[str], units: str = "loose") -> bool:
-    r"""Does the final answer equal any of them? grade(r"So \boxed{\frac12}", ["0.5"]) is True.
+    r"""Is the final answer equal to any of them? grade(r"So \boxed{\frac12}", ["0.5"]) is True.
 
     units="strict": "5 \text{ cm}" equals neither 5 nor 5 m (see docs/grading.md).
     """

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-# What people type, as LaTeX or as the sign on the keyboard.
+# Characters that people type, as LaTeX or as the sign on the keyboard.
 _TYPED: dict[str, str | int | None] = {
     **dict.fromkeys("‐‑‒–—−", "-"),
     **dict.fromkeys("×⋅·∗", "*"),
@@ -15,7 +15,7 @@ _TYPED: dict[str, str | int | None] = {
     **{"÷": "/", "⁄": "/", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "√": r"\sqrt "},
     **{"π": r"\pi ", "∞": r"\infty ", "…": r"\ldots ", "°": ""},
 }
-# An argument without an operator in it: {12}, {\pi}, or one character or command without braces.
+# An argument without an operator: {12}, {\pi}, or one character or command without braces.
 _ARGUMENT = r"\s*(?:\{([^{}+\-*/=]*)\}|(\w|\\[a-z]+))"
 # In this order, on lower case. (?![a-z]) ends a command's name. Each rule was found on real files.
 _RULES = [
@@ -41,11 +41,11 @@ _RULES = [
         (r"\\[lc]?dots[bcmio]?(?![a-z])|\.\.\.+", r"\\ldots "),
         # degrees, and the th of 12^{\text{th}}
         (r"\^\s*\{?\s*\\circ(?![a-z])\s*\}?|\^(?=[\s{]*(?:st|nd|rd|th)\b)", " "),
-        # a simple fraction is a/b. Its slash is another sign until the end: it groups by itself.
+        # a simple fraction is a/b. Until the end its slash is a different sign, since it groups.
         (r"\\frac" + _ARGUMENT + _ARGUMENT, r" \1\2∕\3\4 "),
-        # \sin- is no word with a hyphen: from here on a command ends in a backslash, too
+        # \sin- is not a word with a hyphen: from here on, a command also ends with a backslash
         (r"\\([a-z]+)", r"\\\1\\"),
-        # hyphens, dashes and bullets of prose are no minus, an exclamation is no factorial
+        # hyphens, dashes and bullets in prose are not a minus, "!" after a word is not a factorial
         (r"-+", "-"),
         (
             r"-\s*(?=[a-z]{3}|(?:by|to|th|st|nd|rd)\b)|(?<=[a-z]{3})\s*-\s*(?=[a-z])"
@@ -60,16 +60,16 @@ _WORD = re.compile(r"(?<![\\a-z])[a-z]{3,}(?![\\a-z])")
 
 
 def problem_key(text: str, suffix: str) -> str:
-    """What makes two rows of a file the same: the text without instruction and layout."""
+    """Rows with the same key are the same problem: the text without instruction and layout."""
     return " ".join(text.removesuffix(suffix).split())
 
 
 def leak_key(text: str, suffix: str) -> str:
-    r"""The same for "does it occur in the evaluation set?": other typesetting is no disguise.
+    r"""The key for "does it occur in the evaluation set?": it ignores differences of typesetting.
 
-    A false alarm costs one training problem, a miss the honesty of the result. So only letters,
-    digits, operators and the brackets that hold an operator count. The costs are known: open and
-    closed intervals are equal, and so are ab-cd and abcd (a hyphen or a minus?).
+    A false alarm costs one training problem; a miss makes the result dishonest. So only letters,
+    digits, operators and brackets around an operator count. The known price: open and closed
+    intervals are equal, and so are ab-cd and abcd (a hyphen or a minus?).
 
     >>> leak_key(r"Compute $\dfrac{1}{2} - 3 \cdot 4$.", "")
     'compute1/2-3*4'
@@ -86,15 +86,15 @@ def leak_key(text: str, suffix: str) -> str:
 
 
 def _group(match: re.Match) -> str:
-    """Brackets that decide what is computed first stay; those round arguments and prose go."""
+    """Keep brackets that decide the order of operations; drop those around arguments and prose."""
     inside = match[1]
-    own = re.sub(r"⟨[^⟨⟩]*⟩", "", inside)  # without what brackets inside it hold
+    own = re.sub(r"⟨[^⟨⟩]*⟩", "", inside)  # without the content of inner brackets
     keep = re.search(r"[-+*/]", own) and not _WORD.search(own)
     return f"⟨{inside}⟩" if keep else f" {inside} "
 
 
 class Known:
-    """The problems of an evaluation set, to look others up in."""
+    """The problems of an evaluation set, for looking up other problems."""
 
     def __init__(self, problems: Iterable[tuple[str, str]], suffix: str):
         """problems: (text, what to call it)."""
@@ -103,8 +103,8 @@ class Known:
         self.digits = {digits(key) for key in self.names}
 
     def find(self, text: str) -> str | None:
-        """The name of the problem that this text is, or None."""
-        if digits(text) not in self.digits:  # a key keeps all digits; most problems stop here
+        """The name of the problem with the same text, or None."""
+        if digits(text) not in self.digits:  # a key keeps all digits; most problems need no key
             return None
         return self.names.get(leak_key(text, self.suffix))
 

@@ -1,4 +1,4 @@
-"""metrics.py: what a training step measures, and what a person should be told about it.
+"""metrics.py: the metrics of a training step, and messages to the user about them.
 
 Nothing here changes what is trained. Every key of metrics.jsonl is explained in docs/runs.md.
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from runtime.cli import plain
 from sampler import is_correct
 
-FAULTS = ("timeout", "died", "error")  # of grading: such a response counts as wrong
+FAULTS = ("timeout", "died", "error")  # of grading: the response then counts as wrong
 
 
 def mean(values) -> float:
@@ -23,9 +23,9 @@ def mean(values) -> float:
 
 
 def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
-    """Reward and shares of problems whose responses are all right, all wrong, or mixed (valid: they
-    can teach). spread: mean of sqrt(z (1 - z)), z the share of right responses: how much there is
-    to learn (arXiv 2505.18917)."""
+    """Reward, and shares of problems whose responses are all right, all wrong, or mixed ("valid":
+    they give a learning signal). spread: mean of sqrt(z (1 - z)), with z the share of right
+    responses: how much there is to learn (arXiv 2505.18917)."""
     solved = [[is_correct(r) for r in rewards] for rewards in groups if rewards]
     return {
         f"{name}/reward": mean(r for rewards in groups for r in rewards),
@@ -37,7 +37,8 @@ def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
 
 
 def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
-    """Both samplings of one batch, and what is left of them for training. groups: all ranks'."""
+    """Initial responses and continuations of one batch, and the part that is trained. groups: of
+    all ranks."""
     responses = [r for group in groups for r in group.responses]
     continuations = [c for r in responses for c in r.continuations]
     valid = sum(len(s.tokens) for s in sequences if any(s.advantages))
@@ -64,7 +65,7 @@ def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
 
 
 def step_metrics(run, step: int, result) -> dict:
-    """One line of metrics.jsonl, over all ranks; counts start anew. run: attnrl.Run, result:
+    """One line of metrics.jsonl, over all ranks; resets the counts. run: attnrl.Run, result:
     attnrl.StepResult. Every rank must call it."""
     counts, run.reward.counts = run.reward.counts, Counter()
     return {
@@ -79,8 +80,8 @@ def step_metrics(run, step: int, result) -> dict:
 
 @dataclass
 class TrainStats:
-    """What `Learner.train` saw: sums over tokens, then their means over all trained tokens of all
-    mini-batches and ranks (grad_norm: over updates)."""
+    """Statistics of `Learner.train`: first sums over tokens, then means over all trained tokens of
+    all mini-batches and ranks (grad_norm: over updates)."""
 
     loss: float = 0.0
     policy_loss: float = 0.0
@@ -99,7 +100,7 @@ class TrainStats:
 
     @classmethod
     def mean(cls, shares: list["TrainStats"]) -> "TrainStats":
-        """From the sums of all ranks, which know the same numbers of tokens and updates."""
+        """Means, from the sums of all ranks. All ranks have the same token and update counts."""
         first = shares[0]
         found = cls(**vars(first))
         for name in ("loss", "policy_loss", "kl", "clip_fraction", "ratio", "ratio_squared"):
@@ -118,7 +119,7 @@ class TrainStats:
 
 @dataclass
 class Outcomes:
-    """What became of a number of responses; each is counted once."""
+    """The outcomes of a number of responses. Each response is counted once."""
 
     right: int = 0
     ungraded: int = 0  # the grader failed: counted as wrong
@@ -156,8 +157,8 @@ class Outcomes:
         )
 
     def advice(self, reward: str, length: str) -> list[str]:
-        """The options that would change it, for what at least a tenth of the responses suffer from.
-        reward: --reward; length: the option that limits a response."""
+        """Options to change, for each fault that at least a tenth of the responses have. reward:
+        --reward; length: the option that limits a response."""
         found, tenth = [], max(1, self.total / 10)
         if self.unboxed >= tenth:
             looser = ", or grade the last number: --reward boxed_or_number"
@@ -181,7 +182,7 @@ Example = tuple[str, list[str]] | None  # a response that is not right, and the 
 
 
 def outcome_lines(outcomes: Outcomes, example: Example, reward: str, length: str) -> list[str]:
-    """Why is the reward what it is? Counts, one real response shortened, what would change it."""
+    """Explain the reward: counts, a shortened response that is not right, options to change."""
     lines = [str(outcomes)]
     if example:
         text, answers = example
@@ -191,7 +192,7 @@ def outcome_lines(outcomes: Outcomes, example: Example, reward: str, length: str
 
 
 def shortened(text: str, width: int = 160) -> str:
-    """One line of a response: its beginning and its end."""
+    """The beginning and the end of a response, in one line."""
     text = plain(" ".join(text.split()))
     if len(text) <= width:
         return text
@@ -221,14 +222,13 @@ class Gap:
 
 
 # --------------------------------------------------------------------------------------------------
-# Failures with a name
+# Notices about failures
 # --------------------------------------------------------------------------------------------------
 def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[float]:
-    """The FCI of attention that has collapsed: every query spread evenly over all tokens up to
-    itself.
+    """The FCI of collapsed attention: every query attends evenly to all tokens up to itself.
 
-    It falls with k (early steps have more later ones), which is why collapse cannot be seen from
-    FCI alone.
+    It falls with k (early steps have more later steps), so collapse cannot be seen from FCI
+    alone.
     """
     rows = [
         sum(1 / (prompt_length + q + 1) for q in range(a, b)) / (b - a)
@@ -238,11 +238,11 @@ def uniform_fci(prompt_length: int, bounds: list[int], delta: int = 4) -> list[f
 
 
 def fci_spread(scores: list[list[float]], uniform: list[list[float]]) -> float | None:
-    """How much FCI tells of the steps: the median over responses of the relative spread (std /
-    mean) of their scores, both as they are and in units of `uniform` (`uniform_fci`), whichever is
-    smaller. None: too few steps to say.
+    """How much FCI distinguishes the steps: the median over responses of the relative spread (std /
+    mean) of their scores, or of their scores divided by `uniform` (`uniform_fci`), whichever is
+    smaller. None: too few steps.
 
-    Near 0: all steps score alike, or exactly as under attention that looks everywhere alike.
+    Near 0: all steps have the same score, or the score that uniform attention would give.
     """
 
     def spread(values: list[float]) -> float:
@@ -265,11 +265,11 @@ def notices(
     inert: bool = False,
     dropped: bool = True,
 ) -> list[str]:
-    """What a person should know about this batch: one line each, none if all is well.
+    """What the user should know about this batch: one line for each notice, none if all is well.
 
-    expanded: problems with a branch point (None: the method has none); kept: sequences with an
-    advantage; spread: `fci_spread`; inert: no step of any response has a positive FCI; dropped: the
-    sequences without one are not trained.
+    expanded: number of problems with a branch point (None: the method has none); kept: number of
+    sequences with an advantage; spread: `fci_spread`; inert: no step of any response has a positive
+    FCI; dropped: sequences without an advantage are not trained.
     """
     found = []
     if inert:
@@ -316,7 +316,7 @@ def batch_notices(config, groups: list, sequences: list) -> list[str]:
 
 
 def empty_batch_lines(config, groups: list, text_of) -> list[str]:
-    """Why did no leaf of the batch teach anything? text_of(tokens): the text of a response."""
+    """Why does no leaf of the batch have an advantage? text_of(tokens): text of a response."""
     outcomes, example = Outcomes(), None
     for group, response in ((g, r) for g in groups for r in g.responses):
         outcomes.add(response.reward, response.boxed, response.finished)

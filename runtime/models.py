@@ -1,7 +1,7 @@
-"""models.py: load a causal language model and its tokenizer, or refuse it in one line.
+"""models.py: load a causal language model and its tokenizer, or refuse it with one line.
 
-A model is refused before anything is sampled if attnrl would be silently wrong with it: layers
-without softmax attention, logits that are rescaled, weights that are missing or not finite.
+Models with which attnrl would be silently wrong are refused before anything is sampled: layers
+without softmax attention, rescaled logits, weights that are missing or not finite.
 
     python -m pytest tests/runtime/test_models.py
 """
@@ -20,15 +20,15 @@ from runtime.cli import UserError, first_line
 from runtime.data import Problem
 from runtime.scoring import Sequence, score
 
-# Rotary embeddings whose frequencies depend on how long the sequence is so far. The engine, which
-# sees a response grow, and a scoring pass over all of it then rotate the same token differently.
+# Rotary embeddings whose frequencies depend on the current length of the sequence. The engine sees
+# a growing response, a scoring pass sees all of it: they would rotate the same token differently.
 LENGTH_DEPENDENT = {"longrope", "dynamic"}
 SOFTMAX_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def pick_device(device: str) -> str:
-    """The device that "auto" stands for: "cuda" where there is one, else "cpu". Raises UserError
-    for "cuda" where there is none."""
+    """The device; for "auto": "cuda" if there is a GPU, else "cpu". Raises UserError for "cuda"
+    without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: cannot be used (PyTorch sees no GPU)")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -41,19 +41,19 @@ def load_model(path: str, device: str):
     """(model in fp32, tokenizer, end token ids) of a directory or hub name. Raises UserError."""
     transformers_logging.disable_progress_bar()  # the only bar on the terminal is ours
     transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # it tells of every try to reach the hub
+    hub_logging.set_verbosity_error()  # it reports every attempt to reach the hub
     check_path(path)
     check_files(path)
     device = pick_device(device)
     try:
-        # False, said aloud: without it transformers asks on the terminal whether to run code that
-        # lies beside the weights
+        # an explicit False: otherwise transformers asks on the terminal whether to run code from
+        # the model's folder
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
         model, found = loaded[0].to(device), loaded[1]
-    # a dozen types for "no such model", "no such tokenizer", "broken weights"
+    # many types: no such model, no such tokenizer, broken weights
     except Exception as error:
         raise UserError(f"--model {path}: cannot be loaded ({first_line(error)})") from error
     check_parts(path, model, tokenizer, sorted(found["missing_keys"]))
@@ -61,7 +61,7 @@ def load_model(path: str, device: str):
 
 
 def check_path(path: str) -> None:
-    """Raises UserError for a path that is no model's, as far as its name and files tell."""
+    """Raises UserError if name and files show that the path is not a model."""
     if os.path.isfile(os.path.join(path, "metrics.jsonl")):  # its config.json is that of the run
         raise UserError(
             f"--model {path}: is the folder of a run; give one of its models,"
@@ -71,9 +71,9 @@ def check_path(path: str) -> None:
         raise UserError(
             f"--model {path}: is a GGUF file; save it as a directory first: pip install gguf"
             " accelerate, then AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), set"
-            " config.quantization_config aside, save_pretrained(DIR); the tokenizer alike"
+            " config.quantization_config aside, save_pretrained(DIR); the same for the tokenizer"
         )
-    # no hub name either (OWNER/NAME), so do not wait for the hub to say so
+    # not a hub name (OWNER/NAME) either, so the hub need not be asked
     if os.path.isfile(path) or not (
         os.path.isdir(path) or re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
     ):
@@ -82,8 +82,8 @@ def check_path(path: str) -> None:
 
 
 def check_files(path: str) -> None:
-    """Raises UserError for a directory that holds something else than a whole model: an adapter,
-    shards of a training run, GGUF files. Says what it is and what to do."""
+    """Raises UserError for a directory that is not a whole model: an adapter, shards of a training
+    run, GGUF files. The message says what it is and what to do."""
     if not os.path.isdir(path):
         return  # a hub name
     names = os.listdir(path)
@@ -111,26 +111,26 @@ def check_files(path: str) -> None:
 
 
 def check_parts(path: str, model, tokenizer, lacking: list[str]) -> None:
-    """Raises UserError for layers that we lack, weights that the files lack, another tokenizer."""
+    """Raises UserError for unsupported layers, missing weights, or another model's tokenizer."""
     config = model.config.get_text_config()
     if rotary := rotary_kinds(config) & LENGTH_DEPENDENT:
         raise UserError(
             f"--model {path}: its rotary embeddings depend on the length of the sequence"
-            f" ({', '.join(sorted(rotary))}), so sampling and scoring would disagree; attnrl lacks"
-            " them"
+            f" ({', '.join(sorted(rotary))}), so sampling and scoring would disagree;"
+            " attnrl does not support them"
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     if others := kinds - SOFTMAX_LAYERS:
         raise UserError(
             f"--model {path}: has layers without softmax attention ({', '.join(sorted(others))}),"
-            " which attnrl lacks"
+            " which attnrl does not support"
         )
-    if lacking:  # transformers would go on with random numbers in their place
+    if lacking:  # transformers would use random numbers instead
         raise UserError(
             f"--model {path}: cannot be loaded (its weights lack {lacking[0]} and"
             f" {len(lacking) - 1} more tensors)"
         )
-    # transformers makes an empty one of nothing
+    # without files, transformers makes an empty tokenizer
     if not tokenizer.encode("1", add_special_tokens=False):
         raise UserError(
             f"--model {path}: cannot be loaded (its tokenizer knows no text; is tokenizer.json"
@@ -143,8 +143,8 @@ def check_parts(path: str, model, tokenizer, lacking: list[str]) -> None:
 
 
 def rotary_kinds(config) -> set[str]:
-    """The kinds of rotary embedding in a config: {"default"}, {"longrope"} ...; transformers keeps
-    one set of parameters, or one a layer type."""
+    """The kinds of rotary embedding in a config: {"default"}, {"longrope"} ... transformers has
+    one set of parameters, or one per layer type."""
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
     if not isinstance(parameters, dict):
         return set()
@@ -153,7 +153,7 @@ def rotary_kinds(config) -> set[str]:
 
 
 def end_tokens(path: str, model, tokenizer) -> list[int]:
-    """The ids that end a response: of the generation config and of the tokenizer."""
+    """The ids that end a response, from the generation config and the tokenizer."""
     end = model.generation_config.eos_token_id if model.generation_config else None
     ids = {*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id} - {None}
     if not ids:
@@ -176,10 +176,10 @@ def check_model(model, path: str) -> None:
             logits = model(torch.zeros(1, 4, dtype=torch.long, device=model.device)).logits[0, :3]
     except ValueError as error:  # ours
         raise UserError(f"--model {path}: cannot be used ({first_line(error)})") from error
-    except Exception as error:  # what a model says that is built in another way
+    except Exception as error:  # from a model that is built in another way
         raise UserError(
             f"--model {path}: cannot be used: {type(model).__name__} does not compute four tokens"
-            " the way attnrl asks (a plain decoder under transformers' attention registry):"
+            " in the way attnrl needs (a plain decoder under transformers' attention registry):"
             f" {type(error).__name__}, {first_line(error)}"
         ) from error
     if not found.isfinite().all():
@@ -194,14 +194,14 @@ def check_model(model, path: str) -> None:
 
 
 def packing_obstacle(model) -> str:
-    """Why packed rows (runtime/packing.py) would not be exact with this model; "" if they are."""
+    """Why packed rows (runtime/packing.py) are not exact with this model; "" if they are exact."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds or getattr(config, "sliding_window", None):
         return "not all of its layers see the whole sequence"
     if model.config._attn_implementation != "sdpa":
         return f"its attention is {model.config._attn_implementation}, which may take other masks"
-    # the rest is tried: positions that come from elsewhere, say
+    # other reasons are found by a try: e.g. positions that are computed elsewhere
     leaves = [Sequence([0, 0], [0, 0, *end]) for end in ([0, 0, 0], [1, 0], [1, 1, 0])]
     try:
         packed = score(model, leaves, packing=lambda leaves: [list(range(len(leaves)))])
@@ -223,8 +223,8 @@ def check_context(
     option: str = "max_response",
 ) -> int:
     """The response length that fits the model's positions after the longest prompt: `max_response`,
-    or if that is None as much of `at_most` as there is room for. Raises UserError, which names the
-    option, if it does not fit."""
+    or if it is None the available room, but not more than `at_most`. Raises a UserError that names
+    the option if `max_response` does not fit."""
     longest = max(problems, key=lambda p: len(p.prompt_ids))
     if not longest.prompt_ids:
         raise UserError(f"{longest.source}: the problem is empty for this tokenizer")

@@ -1,7 +1,7 @@
 """monitor.py: the clock, the counters and the terminal of a run.
 
-`Monitor.phase` is the one context manager around each part of a step: it shows what is going on,
-adds up seconds, and turns "out of memory" into advice. Nothing here changes what is trained.
+`Monitor.phase` is a context manager around each part of a step: it shows the current phase, adds up
+seconds, and turns "out of memory" into advice. Nothing here changes what is trained.
 
     python -m pytest tests/runtime/test_monitor.py
 """
@@ -24,15 +24,15 @@ LEVELS = ("debug", "info", "warning")
 
 
 class Display:
-    """The terminal: a bar with the current phase and the time left, one line per step; plain lines
-    when piped. Only rank 0 has one. Lines below `level` are not shown; quiet: no bar, and warnings
-    only."""
+    """The terminal: a bar with the current phase and the time left, and one line per step; if the
+    output is piped, only lines. Only rank 0 writes. Lines below `level` are not shown; quiet: no
+    bar, only warnings."""
 
     def __init__(self, steps: int, level: str = "info", quiet: bool = False):
-        self.steps, self.quiet, self.done = steps, quiet, 0  # done: by the run that is resumed
+        self.steps, self.quiet, self.done = steps, quiet, 0  # done: steps before resuming
         self.level = "warning" if quiet else level
-        self.tested = ""  # the newest test accuracy stays in sight
-        # made at the first phase: until then errors have the terminal to themselves
+        self.tested = ""  # the newest test accuracy, always shown
+        # created at the first phase, so that the bar does not mix with earlier errors
         self.bar: tqdm | None = None
 
     def phase(self, name: str) -> None:
@@ -96,26 +96,26 @@ def millions(tokens: int) -> str:
 
 
 class Monitor:
-    """Watches the steps of a run: seconds by phase, sampled tokens, the gap between the log-probs
+    """Measures the steps of a run: seconds by phase, sampled tokens, the gap between the log-probs
     of engine and learner."""
 
     def __init__(self, display: Display):
         self.display = display
         self.generated_tokens = 0  # by this rank, so far
         self.gap = Gap()
-        self.agreed = False  # engine and learner, at the first step
+        self.agreed = False  # did engine and learner agree at the first step?
         self.sync_gap = 0.0  # of the newest check after a weight sync
         self.explanation: list[str] = []  # of the newest test accuracy
         self.start_step()
 
     def start_step(self) -> None:
-        """The step's clock starts anew."""
+        """Reset the clock of the step."""
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = defaultdict(float)  # by phase
 
     @contextmanager
     def phase(self, name: str):
-        """Show what is going on, and add its wall-clock to this step's split."""
+        """Show the phase, and add its wall-clock time to this step's seconds."""
         self.display.phase(name)
         started = time.perf_counter()
         with say_out_of_memory(name):
@@ -123,13 +123,13 @@ class Monitor:
         self.seconds[name] += time.perf_counter() - started
 
     def tested(self, outcomes: Outcomes, example: Example, config) -> None:
-        """Keep what the newest evaluation found; `explanation` says it."""
+        """Keep the `explanation` of the newest evaluation."""
         length = "eval_max_response"
         self.explanation = outcome_lines(outcomes, example, config.reward, length)
 
     def compare(self, engine: list[float], learner: list[float]) -> None:
-        """Take in the log-probs of one response's tokens from both. Raises UserError if they are
-        not finite."""
+        """Add the log-probs of one response's tokens, from engine and learner. Raises UserError if
+        they are not finite."""
         self.gap.add(engine, learner)
         if not math.isfinite(sum(engine) + sum(learner)):
             raise UserError(
@@ -139,9 +139,9 @@ class Monitor:
             )
 
     def check_gap(self, gap: float, tolerance: float) -> None:
-        """Engine and learner should agree on what was sampled: `gap` is the mean difference of
-        their log-probs (nats) over a step. Raises UserError above the tolerance at the first step,
-        warns later."""
+        """Engine and learner should agree on the sampled tokens. `gap`: the mean difference of
+        their log-probs (nats) over a step. Above the tolerance, raises UserError at the first step
+        and warns later."""
         if gap > tolerance:
             said = (
                 f"engine and learner disagree on the sampled tokens: mean |log-prob difference|"
@@ -150,14 +150,14 @@ class Monitor:
             if not self.agreed:
                 raise UserError(
                     f"{said}; PPO's ratio would be wrong. Likely causes: a model whose positions"
-                    " depend on the length, another dtype. A higher --sync_tolerance goes on"
+                    " depend on the length, another dtype. To go on, raise --sync_tolerance"
                 )
             self.display.say(said, "warning")
         self.agreed = True
 
     def record(self, reward_counts: Counter, tolerance: float) -> dict:
-        """Tokens, gaps, grading faults and seconds of a step, over all ranks; of seconds those of
-        the slowest (`exchange` includes the time spent waiting for it). The counts start anew."""
+        """Tokens, gaps, grading faults and seconds of a step, over all ranks. Seconds are those of
+        the slowest rank (`exchange` includes the time spent waiting for it). Resets the gap."""
         share = (self.generated_tokens, self.gap, reward_counts, self.seconds)
         tokens, gaps, counts, seconds = zip(*dist.everyone([share]))
         gap = Gap.sum(gaps)
@@ -178,11 +178,11 @@ class Monitor:
 
 @contextmanager
 def say_out_of_memory(phase: str):
-    """Out of memory, on a GPU or a CPU, is one line that names what to lower; every other error
-    passes."""
+    """Turns out of memory, on a GPU or a CPU, into one line that says what to lower. Other errors
+    are not changed."""
     try:
         yield
-    # CUDA's own type is a RuntimeError; the CPU allocator's is nothing else
+    # CUDA's error is a subclass of RuntimeError; the CPU allocator raises a plain one
     except (RuntimeError, MemoryError) as error:
         if not isinstance(
             error, (torch.OutOfMemoryError, MemoryError)
@@ -203,8 +203,8 @@ def say_out_of_memory(phase: str):
 
 
 def stop_on_signals():
-    """A function that says whether Ctrl-C or SIGTERM has asked the run to stop after this step. The
-    second one leaves at once: what is on the disk is whole at every moment."""
+    """A function that says whether Ctrl-C or SIGTERM has asked the run to stop after this step. A
+    second one ends it at once: the files on the disk are complete at every moment."""
     asked = []
 
     def ask(number, _):

@@ -1,18 +1,18 @@
-r"""results.py: the files that an evaluation (eval.py) writes, and what can be said from them.
+r"""results.py: the result files of an evaluation (eval.py), their statistics and tables.
 
-A result file has one line of settings, then one line per response (`Sample`), the k of a question
-together.
+A result file has one line of settings, then one line per response (`Sample`); the k responses to a
+question are together.
 
     avg@k      mean over questions of c / n                       c right of n samples: mean reward
     pass@k     mean over questions of 1 - C(n - c, k) / C(n, k)   unbiased, n the actual number
-    bootstrap  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn anew,
-               10,000 times
+    bootstrap  mean* = sum_q m_q x_q / Q,  m ~ multinomial(Q; 1/Q ... 1/Q): Q questions drawn with
+               replacement, 10,000 times
     interval   the 2.5 % and 97.5 % quantiles of mean*
 
 Questions are drawn, not samples: more samples of 30 AIME problems say nothing about the 31st. The
-standard error from the choice of 30 is about 5 points even at k = 32: do not read a difference of
-2 points as progress. Two models on the same questions (`compare`) differ by less noise, since how
-hard a question is cancels. Left out: tests of significance.
+standard error from the choice of 30 questions is about 5 points even at k = 32: a difference of 2
+points is no sign of progress. Two models on the same questions (`compare`) differ with less noise,
+because the difficulty of the questions cancels. Left out: tests of significance.
 
     python -m tools.report runs/eval-X/*.jsonl
     python -m pytest tests/runtime/test_results.py
@@ -61,18 +61,18 @@ class Results:
     path: Path
     settings: dict
     samples: list[Sample] = field(default_factory=list)
-    size: int = 0  # bytes of whole lines
-    half: int = 0  # bytes behind them: half a line of a process that was killed
+    size: int = 0  # bytes of complete lines
+    half: int = 0  # bytes after them: an incomplete line of a process that was killed
 
     def questions(self) -> dict[str, list[Sample]]:
-        """The k samples of each question, by its problem and answers; a last one that lacks some is
-        left out."""
+        """The k samples of each question, by its problem and answers. A last question with fewer
+        samples is left out."""
         k = self.settings["k"]
         whole = [self.samples[i : i + k] for i in range(0, len(self.samples) - k + 1, k)]
         if not whole:
             raise UserError(
-                f"{self.path}: no question has its {k} samples yet; the eval.py command that wrote"
-                " it goes on"
+                f"{self.path}: no question has its {k} samples yet; repeat the eval.py command that"
+                " wrote it"
             )
         found = {json.dumps([group[0].problem, *group[0].answers]): group for group in whole}
         if len(found) < len(whole):
@@ -81,7 +81,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Raises UserError that names file, line and field."""
+    """Read a result file. Raises a UserError that names file, line and field."""
     try:
         *lines, half = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -108,7 +108,7 @@ def read_results(path: Path) -> Results:
 
 
 def parse_sample(row: dict, place: int, results: Results) -> Sample:
-    """The sample that stands at this place of the file. Raises ValueError."""
+    """The sample at this place of the file. Raises ValueError."""
     for f in fields(Sample):
         if (
             type(row.get(f.name)) is not f.type
@@ -119,7 +119,7 @@ def parse_sample(row: dict, place: int, results: Results) -> Sample:
             raise ValueError(f"the field {f.name!r} is no {kind}")
     one, k = Sample(**{f.name: row[f.name] for f in fields(Sample)}), results.settings["k"]
     if one.sample != place % k:
-        raise ValueError(f"sample {one.sample}, where sample {place % k} must stand (k = {k})")
+        raise ValueError(f"sample {one.sample}, but sample {place % k} is expected here (k = {k})")
     if one.sample and (one.problem, one.answers) != (
         results.samples[-1].problem,
         results.samples[-1].answers,
@@ -132,17 +132,17 @@ def parse_sample(row: dict, place: int, results: Results) -> Sample:
 
 
 def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) -> Results:
-    """What a result file has already, for an evaluation with these settings to go on with; writes
-    nothing. Raises UserError that names the settings which differ, or the line whose (problem,
-    sample) is not the expected one."""
+    """The samples that a result file already has, to resume an evaluation with these settings;
+    writes nothing. Raises a UserError that names the settings that differ, or the line whose
+    (problem, sample) is not the expected one."""
     try:
-        # or: killed in its first moment
+        # no file, or a part of the first line: the process was killed at once
         if not path.exists() or header(settings).startswith(path.read_bytes()):
             return Results(path, settings, half=path.stat().st_size if path.exists() else 0)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     results = read_results(path)
-    # settings that files of version 1 do not have
+    # settings that files of version 1 lack
     later = {"grade_units": "loose", "date": settings.get("date")}
     results.settings = {k: later[k] for k in later if k in settings} | results.settings
     if results.settings.get("reward") == "eval:grade":  # of version 1
@@ -153,9 +153,7 @@ def open_results(path: Path, settings: dict, expected: list[tuple[str, int]]) ->
         )
     for i, one in enumerate(results.samples):
         if expected[i : i + 1] != [(one.problem, one.sample)]:
-            raise UserError(
-                f"{path}, line {i + 2}: not the problem whose turn it is; were lines removed?"
-            )
+            raise UserError(f"{path}, line {i + 2}: not the expected problem; were lines removed?")
     return results
 
 
@@ -173,7 +171,7 @@ def differing(old: dict, new: dict) -> str:
 
 
 def append_samples(results: Results, samples: list[Sample]) -> None:
-    """Write these after the last whole line, and be sure that they are on the disk. Raises
+    """Write samples after the last complete line, and flush them to the disk. Raises
     UserError."""
     text = b"".join(json.dumps(asdict(s)).encode() + b"\n" for s in samples)
     try:
@@ -234,7 +232,7 @@ def powers(n: int) -> list[int]:
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, draws: int = 10_000) -> np.ndarray:
-    """(draws, M) means over questions drawn anew, from the (Q, M) values of Q questions."""
+    """(draws, M) means over redrawn questions, from the (Q, M) values of Q questions."""
     random, count = np.random.default_rng(seed), len(values)
     # not at once: 25,000 questions would need 2 GB
     blocks = [min(500, draws - i) for i in range(0, draws, 500)]
@@ -250,7 +248,7 @@ def estimate(mean: float, means: np.ndarray) -> str:
 
 
 def measure(results: Results) -> dict[str, tuple[float, np.ndarray]]:
-    """Name -> (mean over questions, bootstrap means) of all that stands in the table."""
+    """Name -> (mean over questions, bootstrap means) of every column of the tables."""
     questions, n = results.questions(), results.settings["k"]
     rows = []
     for group in questions.values():
@@ -268,7 +266,7 @@ def measure(results: Results) -> dict[str, tuple[float, np.ndarray]]:
         )
     values = np.array([list(row.values()) for row in rows])
     # seeded by the questions: other sets are drawn independently, and a file's interval does not
-    # depend on its place
+    # depend on its place in the list
     means = bootstrap(values, zlib.crc32("".join(questions).encode()))
     return {name: (values[:, i].mean(), means[:, i]) for i, name in enumerate(rows[0])}
 
@@ -280,7 +278,7 @@ SHARES = ("cut off", "no box", "wrong", "not graded")  # of the samples; see Sam
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Rows of equal length, the head first; padded, so that a terminal shows it well, too."""
+    """A table of rows of equal length, the head first; padded, so that it also fits a terminal."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
@@ -304,7 +302,7 @@ def results_table(files: list[Results]) -> str:
             f"{name}: grading: {n} x {error} (counted as wrong)"
             for error, n in sorted(errors.items())
         ]
-    # every set weighs the same, as in the paper; what one of them lacks has no mean
+    # all sets have equal weight, as in the paper; a column that one set lacks has no mean
     if len(files) > 1:
         rows.append(
             {
@@ -334,8 +332,8 @@ def results_table(files: list[Results]) -> str:
 
 
 def compare(a: Results, b: Results) -> str:
-    """B minus A on the same questions, in points of avg@k, and how often each is better. Raises
-    UserError that names the common questions if there are others."""
+    """B minus A on the same questions, in points of avg@k, and how often each is better. If the
+    questions differ, raises a UserError that names common ones."""
     one, two = a.questions(), b.questions()
     if one.keys() != two.keys():
         common = [plain(group[0].source) for question, group in one.items() if question in two]

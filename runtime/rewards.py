@@ -1,13 +1,13 @@
-r"""rewards.py: the reward of a run, one function that a fork can replace.
+r"""rewards.py: the reward of a run, a function that you can replace.
 
     --reward boxed              the last \boxed{...} after the last </think> (default)
     --reward number             the last number of the response, as in GSM8K
-    --reward boxed_or_number    the box where there is one, else the last number
+    --reward boxed_or_number    the box if there is one, else the last number
     --reward mymodule:myfunction      myfunction(response, answers) -> number
 
 The first three ask the grader of runtime/grading.py and give 1 for a right answer, else 0. A looser
-reward is easier to talk into: any number that stands at the end is an answer, also one that the
-model would not stand by. A model that never writes a box learns nothing from the first.
+reward is easier to exploit: any number at the end counts as the answer, even if the model did not
+mean it as one. A model that never writes a box learns nothing from the first.
 
     python -m pytest tests/runtime/test_rewards.py
 """
@@ -26,13 +26,13 @@ DEFAULT = ("boxed", "eval:grade")  # the second is its name in runs and commands
 GRADED = (*DEFAULT, "number", "boxed_or_number")
 # 1,234.5 or -7 or 3/4; not the 5 of x5
 NUMBER = re.compile(r"(?<![\w.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:/[0-9]+)?")
-# What the grader looks for in a response, also where it is a special token
+# The grader looks for these in a response, even if they are special tokens
 MARKS = ("<think>", "</think>")
 
 
 def response_texts(tokenizer, responses: list[list[int]]) -> list[str]:
-    """The texts of responses (token ids), without special tokens but with the marks of thinking:
-    the grader wants to know where the thinking ends, and some models make that a special token."""
+    """The texts of responses (token ids), without special tokens except the marks of thinking: the
+    grader must see where the thinking ends, and for some models that is a special token."""
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     special -= {tokenizer.get_vocab().get(mark) for mark in MARKS}
@@ -41,33 +41,33 @@ def response_texts(tokenizer, responses: list[list[int]]) -> list[str]:
 
 
 def number_in_a_box(response: str) -> str:
-    r"""The last number after the thinking, as the grader wants it: "so 1,200 in all." -> the text
-    \boxed{1,200}; "" where there is none."""
+    r"""The last number after the thinking, in a box for the grader: "so 1,200 in all." -> the text
+    \boxed{1,200}; "" if there is none."""
     found = NUMBER.findall(response.rpartition("</think>")[2])
     return rf"\boxed{{{found[-1]}}}" if found else ""
 
 
 class Reward:
-    """Grades (response, answers) pairs; counts in `counts` what a training log should show:
-    timeouts, deaths, no box. units: "loose" ignores them, "strict" wants the same on both sides."""
+    """Grades (response, answers) pairs. `counts`: timeouts, deaths and missing boxes, for the
+    training log. units: "loose" ignores them, "strict" needs the same units on both sides."""
 
     def __init__(self, spec: str = "boxed", workers: int = 2, units: str = "loose"):
         self.spec = spec
         self.counts: Counter[str] = Counter()
-        # of the latest call, per item: why it could not be graded ("": it could); was there an
-        # answer to grade, in a box or as a number?
+        # of the latest call, per item: why it could not be graded ("" if it could); whether there
+        # was an answer to grade, in a box or as a number
         self.errors: list[str] = []
         self.boxed: list[bool] = []
         self.grader: Grader | None = None
-        if spec in GRADED:  # these go to the pool as a whole: many answers at a time
+        if spec in GRADED:  # the pool grades many answers at a time
             self.grader = Grader(workers, units=units)
             atexit.register(self.grader.close)
         else:
             self.function = named_function(spec)
 
     def __call__(self, items: list[tuple[str, list[str]]]) -> list[float]:
-        """One finite number per item, in order; 0 or 1 by default. Raises UserError if a function
-        of yours gives another."""
+        """One finite number per item, in order; 0 or 1 by default. Raises UserError if a custom
+        function returns anything else."""
         if not self.grader:
             self.errors = [""] * len(items)
             self.boxed = [last_box(response) is not None for response, _ in items]
@@ -81,7 +81,7 @@ class Reward:
         return [float(v.correct) for v in verdicts]
 
     def answer(self, response: str) -> str:
-        """What the grader is shown of a response."""
+        """The text that the grader gets for a response."""
         if self.spec in DEFAULT:
             return response
         if self.spec == "boxed_or_number" and last_box(response) is not None:
@@ -89,7 +89,7 @@ class Reward:
         return number_in_a_box(response)
 
     def ask(self, response: str, answers: list[str]) -> float:
-        """Your function, which may do anything."""
+        """Call the custom function, which may raise or return anything."""
         try:
             reward = self.function(response, answers)
         except (Exception, SystemExit) as error:
@@ -98,7 +98,7 @@ class Reward:
                 f"--reward {self.spec}: raised {type(error).__name__} in"
                 f" {place.filename}:{place.lineno} ({first_line(error)})"
             ) from error
-        # false for NaN, too
+        # also catches NaN
         if not isinstance(reward, (bool, int, float)) or not abs(reward) <= sys.float_info.max:
             raise UserError(
                 f"--reward {self.spec}: returned {reward!r}; it must return a finite number"
@@ -107,7 +107,7 @@ class Reward:
 
 
 def named_function(spec: str):
-    """The function module:name. Raises UserError."""
+    """Import the function module:name. Raises UserError."""
     module, colon, name = spec.partition(":")
     if not colon:
         raise UserError(
@@ -116,7 +116,7 @@ def named_function(spec: str):
         )
     try:
         function = getattr(importlib.import_module(module), name)
-    # a module that is not there, or anything that it does wrong itself
+    # no such module, or any error when it is imported
     except Exception as error:
         raise UserError(
             f"--reward {spec}: cannot be imported as module:function ({first_line(error)})"

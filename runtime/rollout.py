@@ -1,26 +1,26 @@
 """rollout.py: engines turn requests (token ids in) into completions (token ids and their
 log-probabilities out).
 
-An engine is anything with the methods of `TransformersEngine`: `generate(requests)`, `sleep()`
-while the policy is updated, `sync_weights(weights)` after that, `close()`. Two of them:
+An engine has the methods of `TransformersEngine`: `generate(requests)`, `sleep()` while the policy
+is updated, `sync_weights(weights)` after that, `close()`. There are two:
 
-    TransformersEngine   the embedded default on plain transformers; samples with the policy itself,
-                         also on a laptop
+    TransformersEngine   the default: plain transformers; samples with the policy itself, even on a
+                         laptop
     VLLMEngine           vLLM inside the training process, one engine per rank: for real models
                          (vllm_engine.py)
 
-What the first takes care of, because sampling is most of the time of a training step:
-- a prefix shared by several requests is computed once: six samples of a problem, two continuations
-  of one branch point, a branch point whose prefix begins the prefix of a later one, and what all
-  prompts begin with (a few-shot preamble, a system prompt);
-- requests of similar length run together; rows that are finished leave the batch;
-- a request's tokens depend on its own seed only. The random number of its t-th token comes from
+Sampling takes most of the time of a training step. So TransformersEngine works like this:
+- A prefix shared by several requests is computed once: six samples of a problem, two continuations
+  of one branch point, a branch point whose prefix begins the prefix of a later one, and the common
+  beginning of all prompts (a few-shot preamble, a system prompt).
+- Requests of similar length run together; finished rows leave the batch.
+- A request's tokens depend only on its seed. The random number of its t-th token comes from
   (seed, t), never from a global generator, so neither the other requests nor their order matter (up
   to float rounding in the model).
 
 Log-probabilities are those of the distribution that was sampled: log_softmax(logits / temperature).
-An engine with weights of its own can silently sample from old ones: `engine_gap` (scoring.py) looks
-after every sync.
+An engine with a separate copy of the weights could silently sample from old ones: `engine_gap`
+(scoring.py) checks this after every sync.
 
 Left out: top-p and top-k (the paper samples from the full distribution), continuous refilling of a
 running batch.
@@ -40,7 +40,7 @@ from fci import scoring_mode
 from runtime.packing import common
 from runtime.scoring import output_head
 
-PREAMBLE = 16  # tokens that all prompts must share to be worth a pass of their own
+PREAMBLE = 16  # all prompts must share at least so many tokens to make a separate pass worthwhile
 
 
 @dataclass
@@ -55,8 +55,8 @@ class Request:
 
 @dataclass
 class Completion:
-    """Sampled tokens (an end token included) and their log-probs; finished: ended by itself, not by
-    `max_tokens`."""
+    """Sampled tokens (including an end token) and their log-probs; finished: it ended with an end
+    token, not at `max_tokens`."""
 
     tokens: list[int]
     logprobs: list[float]
@@ -77,8 +77,8 @@ def request_seed(*path: int) -> int:
 
 
 def probe_requests(requests: Sequence[Request], completions: list[Completion]) -> list[Request]:
-    """A few tokens more, from the middle of the first completions: prefixes that the engine has in
-    its cache."""
+    """Requests for a few more tokens from the middle of the first completions: the engine has these
+    prefixes in its cache."""
     probes = []
     for request, completion in zip(requests[:4], completions):
         half = len(completion.tokens) // 2
@@ -89,8 +89,8 @@ def probe_requests(requests: Sequence[Request], completions: list[Completion]) -
 
 
 def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
-    """(longest, rides): indices of the prompts that must be computed, and for each prompt the one
-    whose prefix it is.
+    """(longest, rides): indices of the prompts that must be computed, and for each prompt the
+    computed one that begins with it.
 
     >>> share_prefixes([[1, 2], [1, 2, 3], [4], [1, 2]])
     ([1, 2], [1, 1, 2, 1])
@@ -105,10 +105,10 @@ def share_prefixes(prompts: list[list[int]]) -> tuple[list[int], list[int]]:
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values (R, heads, P, D) with room for more: the parent class copies all
-    of them for every token."""
+    """One layer's keys and values (R, heads, P, D) with room for more tokens: the parent class
+    copies all of them for every token."""
 
-    # the tensors of which keys and values are the filled part; tokens that they grow by
+    # room: tensors whose filled part are keys and values; spare: tokens by which they grow
     room, spare = None, 64
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -141,15 +141,15 @@ class TransformersEngine:
         self.prefilled = 0
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """After an update. Weights that are the policy's own are new already; a copy takes them
-        over."""
+        """Take the new weights after an update. If the model is the policy itself it already has
+        them; a copy copies them."""
         own = self.model.state_dict()
         for name, value in weights:
             if own[name].data_ptr() != value.data_ptr():
                 own[name].copy_(value)
 
     def sleep(self) -> None:
-        """Nothing to give back: the KV cache lives during `generate` only."""
+        """Nothing to free: the KV cache exists only during `generate`."""
 
     def close(self) -> None:
         pass
@@ -173,11 +173,11 @@ class TransformersEngine:
         return completions
 
     def _preamble(self, prompts: list[list[int]]) -> Cache:
-        """A cache of one row with what all prompts begin with; empty if that is not worth it."""
+        """A cache of one row with the common beginning of all prompts; empty if it is too short."""
         preamble: Any = Cache(layer_class_to_replicate=DynamicLayer)
         longest, _ = share_prefixes(prompts)
         if len(longest) > 1:
-            # in alphabetical order all others are between these two; each keeps a last token
+            # in sorted order all others are between these two; every prompt keeps its last token
             length = common(min(prompts), max(prompts))
             length = min(length, min(map(len, prompts)) - 1)
             if length >= PREAMBLE:
@@ -187,7 +187,7 @@ class TransformersEngine:
         return preamble
 
     def _batches(self, requests: list[Request]) -> list[list[int]]:
-        """Indices grouped by length; requests that share a prefix stay together as long as they fit
+        """Indices grouped by length; requests that share a prefix stay together if they fit into
         the budget."""
         _, rides = share_prefixes([r.prompt_ids for r in requests])
         prompt = [len(requests[i].prompt_ids) for i in rides]
@@ -208,9 +208,9 @@ class TransformersEngine:
         """(cache, mask, hidden): prompts of all requests in the cache, right-aligned; mask (R, P);
         last states (R, d).
 
-        Only prompts that are no prefix of another are computed, and of these what follows the
-        preamble; the others take their part of that cache row. Aligned to the right, so that
-        distances between cache slots are distances between tokens (sliding windows stay right).
+        Only prompts that are not a prefix of another are computed, from the end of the preamble on;
+        the others take their part of that cache row. Right-aligned, so that distances between cache
+        slots are distances between tokens (this keeps sliding windows right).
         """
         device = self.model.device
         prompts = [r.prompt_ids for r in requests]
@@ -220,7 +220,7 @@ class TransformersEngine:
             [prompts[i][start:] + [0] * (width - len(prompts[i])) for i in longest], device=device
         )
         self.prefilled += sum(len(prompts[i]) - start for i in longest)
-        # keeps all tokens also for sliding-window layers
+        # this layer class keeps all tokens, even for sliding windows
         computed: Any = Cache(layer_class_to_replicate=DynamicLayer)
         for index, layer in enumerate(preamble.layers):
             every = len(longest), -1, -1, -1
@@ -275,7 +275,7 @@ class TransformersEngine:
                     done.append(position)
             if len(done) == len(rows):
                 break
-            # leaving copies the cache: worth it for an eighth of the rows at a time
+            # removing rows copies the cache: only worth it for at least an eighth of the rows
             if 8 * len(done) >= len(rows):
                 stay = torch.tensor(sorted(set(range(len(rows))) - set(done)), device=device)
                 rows = [rows[i] for i in stay.tolist()]
@@ -297,8 +297,8 @@ def sample_tokens(
     """Tokens (R,) and log-probs (R,) from logits (R, V): the inverse of the cumulative distribution
     at u in [0, 1).
 
-    One uniform number a token makes sampling reproducible per request. Temperature 0 takes the most
-    likely token.
+    With one uniform number per token, sampling is reproducible per request. Temperature 0 takes the
+    most likely token.
     """
     greedy = temperature == 0
     logprobs = (logits.float() / torch.where(greedy, 1.0, temperature)[:, None]).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""runlog.py: the folder of a run, what is written into it, and trackers.
+"""runlog.py: the folder of a run, the files in it, and trackers.
 
     config.json     the resolved configuration and the versions that ran it
     metrics.jsonl   one line per step; every key is explained in docs/runs.md
@@ -6,7 +6,7 @@
     samples.jsonl   a few problems of every step, whole trees: tokens, log-probs, entropies, FCI,
                     branch points, advantages
     curves.png      drawn at every evaluation; explorer.html at the end (tools/view.py)
-    step-N/         checkpoints, see checkpoint.py; the links last and best lead to two of them
+    step-N/         checkpoints, see checkpoint.py; the links last and best point to two of them
 
 Nothing here changes what is trained.
 
@@ -38,8 +38,8 @@ LOGS = ("metrics.jsonl", "batches.jsonl", "samples.jsonl")
 
 
 def open_tensorboard(folder: Path, config, first_step: int):
-    """(write metrics, write text, close) of TensorBoard events. What was logged from `first_step`
-    on is void."""
+    """(write metrics, write text, close) of TensorBoard events. Earlier logs from `first_step` on
+    are discarded."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
@@ -49,15 +49,15 @@ def open_tensorboard(folder: Path, config, first_step: int):
             writer.add_scalar(key, value, record["step"])
         writer.flush()
 
-    def tell(name: str, text: str, step: int) -> None:  # as a block of code: it is no markdown
+    def tell(name: str, text: str, step: int) -> None:  # as a block of code: it is not markdown
         writer.add_text(name, "    " + text.replace("\n", "\n    "), step)
 
     return track, tell, writer.close
 
 
 def open_wandb(folder: Path, config, first_step: int):
-    """The same for Weights & Biases, in project "attnrl", a run of its own each time it starts;
-    where it sends what is up to its own settings (WANDB_MODE=offline)."""
+    """The same for Weights & Biases, in project "attnrl". Every start is a new wandb run; wandb's
+    settings say where data is sent (WANDB_MODE=offline)."""
     import wandb
 
     run = wandb.init(project="attnrl", name=folder.name, dir=str(folder), config=asdict(config))
@@ -68,7 +68,7 @@ def open_wandb(folder: Path, config, first_step: int):
     return lambda record: run.log(record, step=record["step"]), tell, run.finish
 
 
-# module, its use
+# name -> (module, function that opens it)
 TRACKERS = {
     "tensorboard": ("torch.utils.tensorboard", open_tensorboard),
     "wandb": ("wandb", open_wandb),
@@ -76,8 +76,8 @@ TRACKERS = {
 
 
 def token_texts(tokenizer, tokens: list[int]) -> list[str]:
-    """The text of every token; joined they are the text of all. A character of several tokens
-    stands at the last of them."""
+    """The text of every token; joined, they are the whole text. A character of several tokens
+    belongs to the last of them."""
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     # tokens[start:done] are known: some tokenizers write a token differently at the beginning
     texts, start, done = [], 0, 0
@@ -92,7 +92,7 @@ def token_texts(tokenizer, tokens: list[int]) -> list[str]:
 
 
 def records_until(path: Path, step: int) -> list[str]:
-    """The lines of a log up to this step; none after the first that is not a record."""
+    """The lines of a log up to this step, and up to the first line that is not a record."""
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -103,7 +103,7 @@ def records_until(path: Path, step: int) -> list[str]:
 
 
 def check_folder(config) -> None:
-    """Raises UserError for an --out or --track that cannot be, before anything is loaded. Touches
+    """Raises UserError for an --out or --track that cannot work, before anything is loaded. Changes
     nothing."""
     if config.track in TRACKERS:
         try:
@@ -133,8 +133,8 @@ def check_folder(config) -> None:
 
 
 class RunFolder:
-    """A fresh folder; an existing run is never written over. Raises UserError if it cannot be made.
-    Only rank 0 writes; of the other ranks `path` is None."""
+    """The folder of a run. An existing run is never overwritten. Raises UserError if the folder
+    cannot be made. Only rank 0 writes; on the other ranks `path` is None."""
 
     def __init__(self, config, say=lambda text: None):
         self.path, self.config, self.tracker = None, config, None
@@ -148,7 +148,7 @@ class RunFolder:
             going_on = config.resume == "auto" and (self.path / "config.json").exists()
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             settings = asdict(config) | {"out": str(self.path), "versions": versions}
-            # "x": the first of two gets it
+            # "x": if two runs start at once, only the first gets the folder
             with (self.path / "config.json").open("w" if going_on else "x") as file:
                 file.write(json.dumps(settings, indent=2) + "\n")
             hold(self.path)
@@ -157,10 +157,10 @@ class RunFolder:
                 f"--out {self.path}: cannot be made a folder ({error.strerror})"
             ) from error
         if not going_on:
-            say(f"run folder: {self.path}")  # at once: a run that is killed has no last line
+            say(f"run folder: {self.path}")  # said now: a killed run prints nothing at its end
 
     def log(self, name: str, record: dict) -> None:
-        """One JSON line, on the disk before the next step begins."""
+        """Write one JSON line; it is on the disk before the next step begins."""
         if rank():
             return
         if name == "metrics.jsonl":
@@ -169,16 +169,16 @@ class RunFolder:
             with (self.path / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             flush(self.path / name)
-        # the disk is full, say; half a line is dropped when the run goes on
+        # e.g. the disk is full; a resumed run drops an incomplete line
         except OSError as error:
             raise UserError(
-                f"{self.path / name}: cannot be written ({error.strerror}); mend that, then the"
+                f"{self.path / name}: cannot be written ({error.strerror}); correct that, then the"
                 f" same command with --out {self.path} --resume auto goes on from the newest"
                 " checkpoint"
             ) from error
 
     def track(self, record: dict) -> None:
-        """The same line to TensorBoard or Weights & Biases, if --track asks for it."""
+        """Send the same metrics to TensorBoard or Weights & Biases, if --track asks for it."""
         if self.config.track in TRACKERS:
             if not self.tracker:
                 _, start = TRACKERS[self.config.track]
@@ -186,8 +186,8 @@ class RunFolder:
             self.tracker[0](record)
 
     def close(self, display) -> None:
-        """The last drawing. A tracker may have something left to send, and with several ranks the
-        way out is a short one (cli.leave)."""
+        """Draw the explorer and close the tracker: it may still have data to send, and with several
+        ranks the process ends at once (cli.leave)."""
         self.draw("explorer", display.say)
         if self.tracker:
             self.tracker[2]()
@@ -196,7 +196,7 @@ class RunFolder:
         display.close()
 
     def write_start(self, tested: dict, run) -> None:
-        """The evaluation before training: step 0."""
+        """Write the evaluation before training: step 0."""
         run.monitor.display.say(
             f"before training   test {100 * tested['test_accuracy']:.1f} %"
             f" (avg@{self.config.eval_samples}, {len(run.test_problems)} problems)"
@@ -207,7 +207,7 @@ class RunFolder:
         self.log("metrics.jsonl", record)
 
     def write_step(self, record: dict, result, display, tokenizer, leaves) -> None:
-        """One step, in files and on the terminal. result: attnrl.StepResult; leaves(group): the
+        """Write one step to files and terminal. result: attnrl.StepResult; leaves(group): the
         training sequences of a group."""
         step, groups = record["step"], result.groups
         self.log("metrics.jsonl", record)
@@ -226,8 +226,8 @@ class RunFolder:
                 display.say(f"            {line}", "warning")
 
     def write_batch(self, step: int, groups: list) -> None:
-        """Every problem of a step: its difficulty, whether and how often it was expanded, what came
-        of it."""
+        """Write every problem of a step: its difficulty, whether and how often it was expanded, and
+        the outcomes."""
         problems = []
         for g in groups:
             ends = [end for r in g.responses for end in (r, *r.continuations)]
@@ -250,7 +250,7 @@ class RunFolder:
         self.log("batches.jsonl", record)
 
     def write_sample(self, step: int, index: int, group, leaves: list, tokenizer) -> None:
-        """A problem with its whole tree. leaves: its training sequences, in tree.py's order."""
+        """Write a problem with its whole tree. leaves: its training sequences, in tree.py order."""
         if rank():
             return
         if self.tracker:
@@ -283,8 +283,8 @@ class RunFolder:
         )
 
     def forget_after(self, step: int) -> float:
-        """Drop what a run logged after the checkpoint that it goes on from (and half a line, where
-        it was killed). Returns the seconds that it had taken until then."""
+        """Drop what was logged after the checkpoint that is resumed (and an incomplete line of a
+        killed run). Returns the seconds that the run had taken until then."""
         spent = 0.0
         for name in LOGS if rank() == 0 else ():
             path = self.path / name
@@ -305,7 +305,7 @@ class RunFolder:
         return spent
 
     def draw(self, what: str, say) -> None:
-        """what: "curves" or "explorer". A drawing that fails, whatever the reason, must not end a
+        """Draw "curves" or the "explorer". A drawing that fails, for any reason, must not end a
         run."""
         if rank() == 0:
             try:
@@ -318,7 +318,7 @@ class RunFolder:
 
 
 def sampled_text(group, tokenizer) -> str:
-    """A problem with its initial responses, to be read in a tracker."""
+    """A problem with its initial responses, as text for a tracker."""
     texts = response_texts(tokenizer, [r.tokens for r in group.responses])
     parts = [f"problem {group.number}, answer {' or '.join(group.problem.answers)}"]
     parts.append(group.problem.text)
@@ -329,15 +329,15 @@ def sampled_text(group, tokenizer) -> str:
 
 
 def new_bounds(response, continuation, separators) -> list[int]:
-    """The steps of a continuation, in tokens of the whole path: where it begins, and the cuts
-    after that. Whether blank lines cut or single newlines is for the whole path to say."""
+    """The steps of a continuation, as tokens of the whole path: its beginning, and the cuts after
+    it. The whole path decides whether steps end at blank lines or at single newlines."""
     at, tokens = continuation.at, response.tokens[: continuation.at] + continuation.tokens
     return [at, *(cut for cut in split_steps(tokens, separators) if cut > at)]
 
 
 def ending(end, leaf, tokenizer) -> dict:
-    """How a response or a continuation ends, for samples.jsonl. leaf: its training sequence; a run
-    of equal advantages is [tokens, advantage]."""
+    """A response or a continuation, for samples.jsonl. leaf: its training sequence. Equal
+    advantages in a row are stored as [number of tokens, advantage]."""
     return {
         "tokens": token_texts(tokenizer, end.tokens),
         "logprobs": [round(x, 4) for x in end.logprobs],

@@ -1,12 +1,12 @@
 """scoring.py: log-probabilities, entropies and FCI of many sequences, batched by length.
 
-The scoring pass gives all that a step of training needs to know of its samples: the log-probs of
-their tokens at the sampling temperature (PPO's old, or behaviour, log-probs), the entropies, and,
-for initial responses, FCI from the same forward pass (fci.py). The update reads its log-probs from
-here too, so that both sides of PPO's ratio come from one piece of code.
+The scoring pass computes what a training step needs of its samples: the log-probs of their tokens
+at the sampling temperature (PPO's old, or behaviour, log-probs), the entropies, and, for initial
+responses, FCI from the same forward pass (fci.py). The update computes its log-probs here, too, so
+that both sides of PPO's ratio come from the same code.
 
-`engine_gap`, at the end, checks an engine that has weights of its own: after each weight sync a few
-tokens that it samples are scored here.
+`engine_gap`, at the end, checks an engine with a separate copy of the weights: after each weight
+sync, it scores a few tokens that the engine samples.
 
     python -m pytest tests/runtime/test_scoring.py
 """
@@ -24,9 +24,9 @@ from runtime.cli import UserError
 from runtime.dist import everyone, in_step
 from runtime.packing import alone, common, lay_out, tree_attention
 
-HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k words x 4 bytes = 0.6 GB
-LOGGED_STEPS = 64  # a picture of more steps has no room on a screen, and needs megabytes
-# Settings under which a model multiplies or squashes its logits, which we do not reproduce
+HEAD_CHUNK = 1024  # positions whose logits exist at once: 1024 x 150k tokens x 4 bytes = 0.6 GB
+LOGGED_STEPS = 64  # a picture of more steps does not fit on a screen, and needs megabytes
+# Settings of models that multiply or squash their logits, which we do not reproduce
 RESCALING = (
     "final_logit_softcapping",
     "logit_scale",
@@ -38,8 +38,8 @@ RESCALING = (
 
 @dataclass
 class Sequence:
-    """What is scored or trained: tokens after a prompt. `bounds` asks for FCI (None: no FCI);
-    `logged` for the attention between steps as well, which the explorer shows."""
+    """Tokens after a prompt, to be scored or trained. `bounds` asks for FCI (None: no FCI);
+    `logged` also asks for the attention between steps, which the explorer shows."""
 
     prompt_ids: list[int]
     tokens: list[int]
@@ -64,9 +64,7 @@ class Scores:
 def output_head(model):
     """The layer that turns hidden states into logits. Raises ValueError for models that rescale
     logits after it."""
-    config = (
-        model.config.get_text_config()
-    )  # of a model that also sees images, the part that writes
+    config = model.config.get_text_config()  # of a model that also reads images, the text part
     for name in RESCALING:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ValueError(
@@ -77,23 +75,23 @@ def output_head(model):
 
 
 class TokenLogprobs(torch.nn.Module):
-    """A causal model and what is wanted of its logits as ONE forward pass, which is what DDP and
-    FSDP2 wrap (runtime/dist.py).
+    """A causal model, from ids to log-probs and entropies, as ONE forward pass, so that DDP and
+    FSDP2 can wrap it (runtime/dist.py).
 
-    The output head runs on the predicting positions only and HEAD_CHUNK at a time (recomputed in
-    the backward pass), so the logits of a long batch over a large vocabulary never exist at once.
-    They are divided by the temperature, as they were sampled: training on untempered log-probs
-    would start with a ratio that is not 1.
+    The output head runs only on the predicting positions, HEAD_CHUNK at a time (recomputed in the
+    backward pass), so the logits of a long batch over a large vocabulary never exist at once. They
+    are divided by the sampling temperature: with untempered log-probs, PPO's ratio would not start
+    at 1.
     """
 
     def __init__(self, model):
         super().__init__()
         self.model, self.device = model, model.device
-        self.autocast = False  # True: products in bf16 over fp32 weights (bf16 on a CPU)
+        self.autocast = False  # True: matrix products in bf16 with fp32 weights (bf16 on a CPU)
 
     def forward(self, ids, ends, parents, nodes, temperature: float, with_entropy: bool):
-        """A pass of packing.lay_out: ids, ends (R, T) or None, parents, nodes (M,) -> log-probs and
-        entropies (M,) of the nodes (entropies: None unless asked for)."""
+        """A pass over rows of packing.lay_out: ids (R, T), ends (R, T) or None, parents, nodes (M,)
+        -> log-probs and entropies (M,) of the nodes (entropies: None unless asked for)."""
         ids, parents, nodes = (x.to(self.device) for x in (ids, parents, nodes))
         attention = tree_attention(ends if ends is None else ends.to(self.device))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -109,7 +107,7 @@ class TokenLogprobs(torch.nn.Module):
             logits = head(states).float() / temperature  # (n, V)
             normaliser = logits.logsumexp(-1)
             logprobs = logits.gather(-1, wanted[:, None])[:, 0] - normaliser
-            if not with_entropy:  # two more passes over (n, V), and again in the backward pass
+            if not with_entropy:  # saves two passes over (n, V), and two in the backward pass
                 return logprobs, None
             with torch.no_grad():
                 probabilities = (logits - normaliser[:, None]).exp()
@@ -129,14 +127,14 @@ def token_logprobs(model, rows: list[list], temperature: float, with_entropy: bo
     """Log-probability and entropy of every token of the sequences, flat: two (N,) tensors in the
     order of the rows and of the sequences in them (None for the entropies without `with_entropy`).
 
-    model: a causal model, or its TokenLogprobs as runtime/dist.py wrapped it. A row of several
-    sequences is packed. No rows at all (this rank has run out of work, the others have not): one
-    pass over a single token, (1,).
+    model: a causal model, or its TokenLogprobs as wrapped by runtime/dist.py. A row of several
+    sequences is packed. With no rows (this rank has no work left, but others have): one pass over a
+    single token, (1,).
     """
     forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
     *layout, leaves = lay_out(rows or [[Sequence([0], [0])]])
     found = forward(*layout, temperature, with_entropy)
-    # every leaf gathers its tokens' from what the row holds once
+    # a row has shared tokens only once: every leaf gathers the values of its tokens
     return tuple(x if x is None else x[leaves.to(x.device)] for x in found)
 
 
@@ -144,19 +142,19 @@ def token_logprobs(model, rows: list[list], temperature: float, with_entropy: bo
 # The scoring pass
 # --------------------------------------------------------------------------------------------------
 def width(row: list) -> int:
-    """The tokens of a row of sequences: of each what it does not share with the one before, which
-    is what `place` lays out."""
+    """The number of tokens in a row of sequences: of each sequence, those that it does not share
+    with the one before, as `packing.place` lays them out."""
     whole = [s.prompt_ids + s.tokens for s in row]
     return sum(map(len, whole)) - sum(map(common, whole, whole[1:]))
 
 
 def token_batches(rows: list[list], token_budget: int) -> list[list[int]]:
     """Indices of rows of sequences, grouped by similar width: rows x widest stays within the budget
-    (one row always fits), at most 5 % of it padding. Packed rows, which need a mask, and others
-    never meet.
+    (one row always fits), with at most 5 % padding. Packed rows, which need a mask, and other rows
+    are never mixed.
 
-    Passes that are filled to the budget would be a fifth padding for a rank of 8, which has few
-    rows of a mini-batch.
+    If passes were filled up to the budget, a fifth would be padding for one rank of 8, which has
+    few rows of a mini-batch.
     """
     widths = list(map(width, rows))
     batches: list[list[int]] = []
@@ -174,11 +172,11 @@ def token_batches(rows: list[list], token_budget: int) -> list[list[int]]:
 
 
 class LoggedAttention(StepAttention):
-    """FCI of all rows, and of some rows what the explorer draws: which steps look at which.
+    """FCI of all rows, and for some rows what the explorer draws: the attention between steps.
 
-    The attention of step j on step k is another one in every layer and head. Kept are the largest
-    (`most`), and for each step k that of the layer and head that decide Eq. 6 (`deciding`), so that
-    its sum over the steps j >= k + Delta is the FCI of step k. (R, J, K): one entry per such row.
+    The attention of step j on step k differs between layers and heads. Kept are the largest
+    (`most`), and for each step k that of the layer and head that decide Eq. 6 (`deciding`): its sum
+    over the steps j >= k + Delta is the FCI of step k. Both are (R, J, K) for R logged rows.
     """
 
     def __init__(self, rows: list[int], *batch):
@@ -207,8 +205,9 @@ class LoggedAttention(StepAttention):
 
     def of(self, row: int, steps: int) -> dict | None:
         """{"most", "deciding": rows j of the columns k <= j; "heads": [layer, head] of each step,
-        null where no later step counts}; None for a row that is not logged. Two digits are enough
-        for a picture, and not two decimals: attention on a step of 100 tokens is far below 0.01."""
+        null if no later step counts}; None for a row that is not logged. Numbers have two
+        significant digits, not two decimals: attention on a step of 100 tokens is far below
+        0.01."""
         found = (self.rows == row).nonzero()
         if not len(found):
             return None
@@ -222,7 +221,7 @@ class LoggedAttention(StepAttention):
 
 
 def collector_of(rows: list[Sequence], delta: int, device) -> StepAttention | None:
-    """What collects FCI in the pass over these rows; None if no row has steps."""
+    """The collector of FCI for a pass over these rows; None if no row has steps."""
     if not any(s.bounds and len(s.bounds) > 1 for s in rows):
         return None
     batch = (
@@ -248,10 +247,10 @@ def score(
 ) -> list[Scores]:
     """The scoring pass: one Scores per sequence, in order; FCI for those that have bounds.
 
-    model: a causal model, or its TokenLogprobs. Sequences of any lengths; they are batched by
-    length with at most `token_budget` padded tokens a forward pass. The result does not depend on
-    the batch (up to float rounding). packing: sequences to rows (runtime/packing.py), used
-    where none has bounds. With several ranks every rank must call it. Raises ValueError for an
+    model: a causal model, or its TokenLogprobs. Sequences may have any length; they are batched by
+    length, with at most `token_budget` padded tokens per forward pass. The result does not depend
+    on the batch (up to float rounding). packing: sequences to rows (runtime/packing.py), only used
+    if no sequence has bounds. With several ranks every rank must call it. Raises ValueError for an
     empty prompt or wrong bounds.
     """
     forward = TokenLogprobs(model) if hasattr(model, "base_model") else model
@@ -259,7 +258,7 @@ def score(
         if s.bounds is not None:
             check_bounds(s.bounds, len(s.tokens))
     if any(s.bounds is not None for s in sequences):
-        packing = alone  # FCI wants to see one response a row
+        packing = alone  # FCI needs one response per row
     results = [Scores([], []) for _ in sequences]
     numbers = packing(sequences)
     rows = [[sequences[i] for i in row] for row in numbers]
@@ -282,11 +281,11 @@ def score(
 
 def tis_weights(learner: list[float], engine: list[float], cap: float) -> list[float]:
     """Truncated importance sampling (Yao et al. 2025): w = min(exp(learner - engine), cap) for each
-    token, from both log-probs of it, both of the weights that sampled it.
+    token, from its log-probs in engine and learner, both with the weights that sampled it.
 
-    The engine computes in other kernels or another precision than the learner, so it samples from a
-    slightly other policy. Two tokens: equal; the engine found it far less likely, so its weight is
-    truncated:
+    The engine uses other kernels or another precision than the learner, so it samples from a
+    slightly different policy. Two tokens: one with equal log-probs; one that is far less likely in
+    the engine, so its weight is truncated:
     >>> tis_weights([-1.0, -1.0], [-1.0, -9.0], cap=2.0)
     [1.0, 2.0]
     """
@@ -297,12 +296,12 @@ def tis_weights(learner: list[float], engine: list[float], cap: float) -> list[f
 # Does the engine sample with the policy's weights?
 # --------------------------------------------------------------------------------------------------
 def engine_gap(engine, policy, requests: list, tolerance: float) -> float:
-    """Proof that the engine samples with the policy's weights: mean |log-prob difference| over a
-    few tokens that it samples now. Raises UserError with both log-probs above the tolerance. Every
-    rank must call it (`policy` may be sharded).
+    """Check that the engine samples with the policy's weights: mean |log-prob difference| over a
+    few tokens that it samples now. Above the tolerance, raises a UserError with both log-probs.
+    Every rank must call it (`policy` may be sharded).
 
-    requests: some whose prefixes the engine has seen with its OLD weights, so that a stale prefix
-    cache shows as well.
+    requests: with prefixes that the engine has seen with its OLD weights, so that a stale prefix
+    cache is found, too.
     """
     completions = engine.generate(requests) if requests else []
     scores = score(
@@ -314,9 +313,9 @@ def engine_gap(engine, policy, requests: list, tolerance: float) -> float:
     learnt = [lp for s in scores for lp in s.logprobs]
     gap = fmean(abs(a - b) for a, b in zip(sampled, learnt)) if sampled else 0.0
     means = (fmean(sampled), fmean(learnt)) if sampled else (0.0, 0.0)
-    # all stop or none: nobody waits for one that has left
+    # all ranks stop or none, so that no rank waits for one that has ended
     ranks = everyone([(gap, *means, len(sampled))])
-    if bad := [found for found in ranks if not found[0] <= tolerance]:  # NaN, too
+    if bad := [found for found in ranks if not found[0] <= tolerance]:  # also NaN
         gap, engine_mean, learner_mean, tokens = bad[0]
         raise UserError(
             f"engine and learner disagree after the weight sync: over {tokens} tokens the engine's"

@@ -1,7 +1,7 @@
-"""setup.py: build what a run is made of before its first step. No method in here.
+"""setup.py: build the parts of a run before its first step. Nothing of the method is here.
 
-Order matters on a GPU: vLLM checks the free memory, so the engine comes before the policy goes
-there; and the reference is read only when the policy has left host memory.
+The order matters on a GPU: vLLM checks the free memory, so the engine is built before the policy
+goes to the GPU; and the reference is read only when the policy has left host memory.
 """
 
 import copy
@@ -30,11 +30,11 @@ from runtime.vllm_engine import VLLMEngine
 
 @dataclass
 class Parts:
-    """What a run is made of. Each model in three forms: as transformers has it (policy), with its
-    output head as one forward pass (scorer), and that on all ranks (trained_policy)."""
+    """The parts of a run. The policy has three forms: the transformers model (policy), one forward
+    pass with its output head (scorer), and the scorer on all ranks (trained_policy)."""
 
     config: Config
-    checkpoint: Path | None  # that the run goes on from
+    checkpoint: Path | None  # the one that the run resumes from
     policy: Any
     tokenizer: Any
     eos_ids: list[int]
@@ -42,21 +42,21 @@ class Parts:
     problems: list[Problem]
     test_problems: list[Problem]
     engine: Any
-    copied: bool  # the engine has weights of its own
+    copied: bool  # does the engine have a separate copy of the weights?
     scorer: TokenLogprobs
     trained_policy: torch.nn.Module
     reference: TokenLogprobs | None
     frozen_reference: torch.nn.Module | None
     packing: Callable[[list], list]  # which sequences share a row
     reward: Reward
-    probes: list[Request]  # that the engine is asked after each weight sync
+    probes: list[Request]  # requests for the check after each weight sync
     monitor: Monitor
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What a resumed run must find unchanged besides its settings: the problems, in order, and
-        the initial weights. Read only where a checkpoint is written or resumed from: the weights
-        are gigabytes."""
+        """Hashes of what must not change when a run is resumed, besides its settings: the problems,
+        in order, and the initial weights. Computed only when a checkpoint is written or restored,
+        because the weights are gigabytes."""
         texts = json.dumps([[p.text, p.answers] for p in self.problems])
         problems = hashlib.sha256(texts.encode()).hexdigest()
         return {"problems": problems, "model": checkpoint.model_hash(self.config.model)}
@@ -64,8 +64,8 @@ class Parts:
     def score(
         self, model: TokenLogprobs, sequences: list[Sequence], only_logprobs: bool = False
     ) -> list[Scores]:
-        """A scoring pass; none (and empty Scores) where it would only give the policy's log-probs,
-        and PPO takes the engine's."""
+        """A scoring pass. Skipped (empty Scores) if only the policy's log-probs are needed and PPO
+        takes the engine's instead."""
         config = self.config
         if only_logprobs and config.behaviour == "engine":
             return [Scores([], []) for _ in sequences]
@@ -74,7 +74,7 @@ class Parts:
             return score(model, sequences, *settings, packing=self.packing)
 
     def grade(self, items: list[tuple[list[int], Problem]]) -> list[tuple[float, bool]]:
-        """Of each (response tokens, problem) its reward, and whether it has an answer to grade."""
+        """For each (response tokens, problem): the reward; and is there an answer to grade?"""
         with self.monitor.phase("grade"):
             texts = response_texts(self.tokenizer, [response for response, _ in items])
             rewards = self.reward([(text, p.answers) for text, (_, p) in zip(texts, items)])
@@ -83,16 +83,16 @@ class Parts:
     def old_logprobs(
         self, engine: list[float], learner: list[float]
     ) -> tuple[list[float], list[float]]:
-        """PPO's old (behaviour) log-probs of one response's tokens and, if asked for, their
-        importance weights, from what the engine and the learner say of them."""
+        """PPO's old (behaviour) log-probs of one response's tokens and, with --tis_cap, their
+        importance weights, from the log-probs of engine and learner."""
         self.monitor.compare(engine, learner)
         old = engine if self.config.behaviour == "engine" else learner
         cap = self.config.tis_cap
         return old, tis_weights(learner, engine, cap) if cap else []
 
     def sync_engine(self) -> None:
-        """The policy's weights to the engine; where that is a copy, a few tokens prove that they
-        arrived. Raises UserError above --sync_tolerance."""
+        """Give the policy's weights to the engine. If the engine has a copy, check with a few
+        tokens that they arrived. Raises UserError above --sync_tolerance."""
         with self.monitor.phase("sync"):
             self.engine.sync_weights(dist.full_weights(self.policy))
             if self.copied:
@@ -108,7 +108,7 @@ def build(config: Config, display: Display) -> Parts:
     newest = checkpoint.find(config)
     path = str(newest or config.model)
     if config.resume == "auto" and not newest:
-        display.say(f"--resume auto: no checkpoint in {config.out} yet, so the run starts anew")
+        display.say(f"--resume auto: no checkpoint in {config.out} yet: the run starts at step 0")
     # one date for the whole run: a chat template may write it into every prompt
     config.date = checked_day(
         config.date or (newest and checkpoint.setting_of(newest, "date") or "")
@@ -128,7 +128,7 @@ def build(config: Config, display: Display) -> Parts:
         reference = TokenLogprobs(model)
         frozen_reference = place(config, reference, device)
     probes = [Request(p.prompt_ids, 16, config.temperature, config.seed) for p in test_problems[:4]]
-    if copied:  # KV of the engine's first, random weights: a cache that is not reset shows at once
+    if copied:  # KV of the engine's first weights (vLLM: random): if it is kept, the check fails
         engine.generate(probes)
     return Parts(
         config=config,
@@ -181,7 +181,7 @@ def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem]
 
 
 def choose_packing(config: Config, policy, device: str, display: Display) -> Callable:
-    """Packed rows where they are wanted and exact, else every sequence in a row of its own."""
+    """Packed rows if they are enabled and exact, else one row per sequence."""
     if not config.packing:
         return alone
     if obstacle := packing_obstacle(policy):
@@ -194,15 +194,15 @@ def choose_packing(config: Config, policy, device: str, display: Display) -> Cal
 
 def longest_row(device: str, hidden: int) -> int:
     """Tokens of the longest packed row. On a CPU twice the hidden size: an update of the toy (128)
-    with rows of up to 256, 384, 512, 1,024 tokens was 1.73, 1.55, 1.48, 1.45 times as fast as one
-    without packing. On a GPU a mask takes the flash kernel away, so rows stay short; not
+    with rows of up to 256, 384, 512, 1,024 tokens was 1.73, 1.55, 1.48, 1.45 times as fast as
+    without packing. On a GPU the flash kernel cannot be used with a mask, so rows stay short; not
     measured."""
     return 2048 if device == "cuda" else min(1024, 2 * hidden)
 
 
 def start_engine(config: Config, policy, eos_ids, problems, test_problems, copied, device):
-    """vLLM, or the embedded engine: with the policy itself, or with a copy where it is cut up or
-    where sampling is in bf16."""
+    """vLLM, or the transformers engine: with the policy itself, or with a copy if the policy is
+    sharded or sampling is in bf16."""
     if config.engine == "vllm":
         lengths = [len(p.prompt_ids) + config.max_response for p in problems]
         lengths += [len(p.prompt_ids) + config.eval_max_response for p in test_problems]
@@ -222,7 +222,7 @@ def start_engine(config: Config, policy, eos_ids, problems, test_problems, copie
 
 
 def place(config: Config, forward: TokenLogprobs, device: str) -> torch.nn.Module:
-    """A model on all ranks, as the configuration says."""
+    """Put a model on all ranks, as configured."""
     return dist.spread(
         forward,
         device=device,

@@ -1,7 +1,7 @@
 """stream.py: the order in which problems are taken, for ever.
 
-The problem set is shuffled anew each epoch by (seed, epoch), also when it runs out in the middle of
-a batch. Two counters are the whole state, so a checkpoint holds just those.
+The problem set is shuffled again for each epoch by (seed, epoch), even if an epoch ends in the
+middle of a batch. Two counters are the whole state, so a checkpoint has only these.
 
     python -m pytest tests/runtime/test_stream.py
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass
 class ProblemStream:
-    """Indices 0..size-1 for ever, shuffled anew each epoch by (seed, epoch): two counters are its
+    """Indices 0..size-1 for ever, shuffled for each epoch by (seed, epoch). Two counters are the
     whole state."""
 
     size: int
@@ -23,7 +23,7 @@ class ProblemStream:
     def __post_init__(self):
         if self.size < 1:
             raise ValueError("the problem set is empty")
-        # resumed with a smaller set: take() would never reach its end
+        # if resumed with a smaller set, take() would never reach its end
         if not 0 <= self.position < self.size:
             raise ValueError(
                 f"position {self.position} is outside the set of {self.size}: another set than"
@@ -31,8 +31,8 @@ class ProblemStream:
             )
 
     def take(self, count: int) -> list[int]:
-        """The next `count` indices. An epoch that runs out in the middle of a batch is followed by
-        the next one."""
+        """The next `count` indices. If an epoch ends in the middle of a batch, the next epoch
+        follows."""
         taken: list[int] = []
         while len(taken) < count:
             order = list(range(self.size))

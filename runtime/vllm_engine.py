@@ -3,18 +3,16 @@ rollout.TransformersEngine.
 
     python attnrl.py --preset paper --model DIR ...         # or any run with --engine vllm
 
-What is done with care, each found out the hard way:
-- vLLM lives in the training process, one engine per rank, so that new weights are handed over
-  without a copy on the disk;
-- it starts with random weights and gets the policy's before the first rollout: one way for weights
-  to come, not two;
-- after new weights its prefix cache is emptied, else prefixes would be continued with the KV of the
-  old policy;
-- seeds are per request: two ranks with engine seeds would sample the same rollouts;
-- log-probs are "processed", of the distribution that is sampled; the raw ones ignore the
-  temperature.
-`engine_gap` (scoring.py) is for every engine with weights of its own: a few tokens prove that new
-weights arrived.
+Details that matter, each learnt from a failure:
+- vLLM runs in the training process, one engine per rank, so that it gets new weights without a copy
+  on the disk.
+- It starts with random weights and gets the policy's before the first rollout, so weights come in
+  only one way.
+- After new weights its prefix cache is emptied. Otherwise prefixes would be continued with the KV
+  of the old policy.
+- Seeds are per request: two ranks with engine seeds would sample the same rollouts.
+- Log-probs are "processed", those of the sampled distribution; the raw ones ignore the temperature.
+After each weight sync `engine_gap` (scoring.py) checks with a few tokens that new weights arrived.
 
     make test-vllm
 """
@@ -34,13 +32,12 @@ from runtime.rollout import Completion, Request
 
 
 class VLLMEngine:
-    """vLLM in this process, one engine per rank. `path`: a model directory, of which only the
-    configuration is read: the weights come from the trainer (`sync_weights` before the first
-    `generate`).
+    """vLLM in this process, one engine per rank. `path`: a model directory. Only its configuration
+    is read: the weights come from the trainer (`sync_weights` before the first `generate`).
 
     memory: share of the GPU for weights and KV cache. On the CPU the cache holds `token_budget`
-    tokens. Must be made after the process group and, on a GPU, before the policy goes there. Raises
-    UserError where vLLM is not installed.
+    tokens. Must be created after the process group and, on a GPU, before the policy goes there.
+    Raises UserError if vLLM is not installed.
     """
 
     def __init__(
@@ -53,12 +50,12 @@ class VLLMEngine:
         memory: float = 0.4,
         token_budget: int = 65536,
     ):
-        # in this process, so that weights need not travel
+        # in this process, so that weights are not sent to another one
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # its own affair
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # for vLLM to fix
         logging.getLogger("vllm").setLevel(logging.ERROR)
-        # else small kernels are compiled, which takes seconds and a C++ compiler
+        # otherwise small kernels are compiled, which needs seconds and a C++ compiler
         if not device.startswith("cuda"):
             os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         try:
@@ -90,8 +87,8 @@ class VLLMEngine:
                 * head
                 * DTYPES[dtype].itemsize
             )
-            # Prefixes are shared in whole blocks. Chunked prefill and per-request seeds do not go
-            # together on the CPU.
+            # Prefixes are shared in whole blocks. On the CPU, chunked prefill does not work with
+            # per-request seeds.
             settings = dict(
                 kv_cache_memory_bytes=one * max(token_budget, 2 * max_tokens),
                 block_size=32,
@@ -101,7 +98,7 @@ class VLLMEngine:
             )
         if world() > 1:  # the plain executor would put every rank's engine on the first GPU
             settings |= dict(distributed_executor_backend="external_launcher")
-        # vLLM disables the first and changes the second
+        # vLLM disables set_num_threads and changes the number of threads
         threads, count = torch.set_num_threads, torch.get_num_threads()
         self.llm = LLM(
             path,
@@ -120,8 +117,8 @@ class VLLMEngine:
         threads(count)
 
     def generate(self, requests: list[Request]) -> list[Completion]:
-        """One Completion per request, in order. Each request has its own seed: engine seeds are not
-        enough, two ranks would sample the same rollouts."""
+        """One Completion per request, in order. Each request has its own seed: with engine seeds,
+        two ranks would sample the same rollouts."""
         outputs = self.llm.generate(
             [{"prompt_token_ids": r.prompt_ids} for r in requests],
             [
@@ -145,16 +142,15 @@ class VLLMEngine:
         ]
 
     def sleep(self) -> None:
-        """Give the GPU's memory to the update: the KV cache and the weights are dropped (level
-        2)."""
+        """Free the GPU's memory for the update: drop the KV cache and the weights (level 2)."""
         if self.gpu:
             self.llm.sleep(level=2)
             torch.cuda.empty_cache()
             self.asleep = True
 
     def sync_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load new weights, and forget the KV cache of the old ones: prefixes would be continued as
-        if nothing had changed."""
+        """Load new weights and drop the KV cache of the old ones: otherwise prefixes would be
+        continued with it."""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})

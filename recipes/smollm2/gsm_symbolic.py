@@ -3,8 +3,8 @@
     pip install reasoning-gym
     python recipes/smollm2/gsm_symbolic.py gsm.jsonl --count 200
 
-Templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.05229): the benchmark
-that people know. Rows have "problem", "answer" and "solution", a worked one that ends in a box.
+Templates of GSM8K with other names and numbers (Mirzadeh et al., arXiv 2410.05229), a well-known
+benchmark. Rows have "problem", "answer" and "solution", a worked solution that ends in a box.
 """
 
 import sys
@@ -16,7 +16,7 @@ from runtime.cli import Parser, UserError, stop_on_user_error
 
 
 def problem_of(row: dict) -> dict:
-    """A row of ours: GSM8K's last line, "#### 288", becomes a box."""
+    """A row in our format: GSM8K's last line, "#### 288", becomes a box."""
     worked, _, _ = row["metadata"]["answer_cot"].rpartition("####")
     solution = f"{worked.strip()}\n\n\\boxed{{{row['answer']}}}"
     return {"problem": row["question"], "answer": row["answer"], "solution": solution}
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser = Parser("recipes/smollm2/gsm_symbolic.py", "Write GSM-Symbolic problems.", example)
     parser.add_argument("out", type=Path, help="the file to write")
     parser.add_argument("--count", type=int, default=200, help="problems")
-    parser.add_argument("--seed", type=int, default=1, help="another one gives other problems")
+    parser.add_argument("--seed", type=int, default=1, help="another seed gives other problems")
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")

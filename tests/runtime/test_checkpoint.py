@@ -388,7 +388,7 @@ def test_a_file_that_cannot_be_written_ends_the_run_and_the_old_checkpoint_stays
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(
-            UserError, match="run/step-000003: cannot be written .*; older checkpoints are whole"
+            UserError, match="run/step-000003: cannot be written .*; older checkpoints are complete"
         ):
             resume(run)
     finally:
@@ -863,7 +863,7 @@ def test_resume_auto_without_a_checkpoint_says_that_the_run_starts_anew(tmp_path
     folder = tmp_path / "misspelt"
     train(config_of(folder, "--resume", "auto", "--steps", 1), stop=lambda: True)
     said = capsys.readouterr().out
-    assert f"--resume auto: no checkpoint in {folder} yet, so the run starts anew" in said
+    assert f"--resume auto: no checkpoint in {folder} yet: the run starts at step 0" in said
     train(config_of(folder, "--resume", "auto", "--steps", 1))
     again = capsys.readouterr().out
-    assert "starts anew" not in again and "resumed from" in again
+    assert "starts at step 0" not in again and "resumed from" in again

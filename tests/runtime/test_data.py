@@ -377,7 +377,7 @@ def test_real_training_file_is_cleaned_and_counted(tokenizer, monkeypatch):
     monkeypatch.setattr(data, "SHOWN_PER_KIND", 10**6)
 
     def report(source, bad, drop, say):  # both ways it can end, after reading 25,000 rows once
-        with pytest.raises(UserError, match="mend them, or leave them out"):
+        with pytest.raises(UserError, match="correct them, or leave them out"):
             report_bad_rows(source, bad, False, leaks.append)
         report_bad_rows(source, bad, drop, say)
 

@@ -12,7 +12,7 @@ is a real one.
                                                           and value
     --reward is 0 for everything, 20 steps long           nothing is trained, the run says so and
                                                           goes on; it resumes
-    metrics.jsonl or samples.jsonl cannot be written      exit code 2, one line; mended and resumed:
+    metrics.jsonl or samples.jsonl cannot be written      exit code 2, one line; resumed later:
                                                           as if nothing had happened
     curves.png cannot be written                          the run says so and goes on
     a rank is killed                                      the run ends; resumed: as if nothing had
@@ -451,7 +451,7 @@ def test_a_log_that_cannot_grow_ends_the_run(name, whole, tmp_path, capsys, file
         0,
         stop=once(lambda: file_limit((run / name).stat().st_size + 50)),
     )
-    assert f"{run / name}: cannot be written (File too large); mend that" in error
+    assert f"{run / name}: cannot be written (File too large); correct that" in error
     assert not (run / name).read_text().endswith("\n"), "half a line was to be there"
     file_limit(resource.RLIM_INFINITY)
     newest(run, 1, whole)
@@ -476,7 +476,7 @@ def test_a_log_that_is_replaced_by_a_folder_ends_the_run(
         (run / name).mkdir()
 
     error = stopped(capsys, run, "--save_every", 0, stop=once(replace))
-    assert f"{run / name}: cannot be written (Is a directory); mend that" in error
+    assert f"{run / name}: cannot be written (Is a directory); correct that" in error
     newest(run, 1, whole)
     if still_there:
         assert f"{run / name}: cannot be " in stopped(capsys, run)

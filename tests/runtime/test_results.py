@@ -282,9 +282,9 @@ def test_resume_refuses_other_settings_other_files_and_lines_that_are_lacking(tm
     ):
         open_results(path, SETTINGS | {"model": "n", "k": 1, "seed": 3}, expected)
     settings = read_results(path).settings
-    with pytest.raises(UserError, match="r.jsonl, line 4: not the problem whose turn it is"):
+    with pytest.raises(UserError, match="r.jsonl, line 4: not the expected problem"):
         open_results(path, settings, expected[:2] + expected[4:])
-    with pytest.raises(UserError, match="r.jsonl, line 6: not the problem"):
+    with pytest.raises(UserError, match="r.jsonl, line 6: not the expected problem"):
         open_results(path, settings, expected[:4])
     assert path.read_bytes() == before
     other = tmp_path / "other.jsonl"  # somebody's text, without an end of line

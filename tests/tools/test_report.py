@@ -42,9 +42,9 @@ def test_the_command_prints_tables_and_comparisons(tmp_path, capsys):
         (2, sample_line(tokens=None), "line 2: the field 'tokens' is no int"),
         (2, sample_line(finished=1), "line 2: the field 'finished' is no bool"),
         (2, sample_line(problem=7), "line 2: the field 'problem' is no str"),
-        (3, sample_line(), r"line 3: sample 0, where sample 1 must stand (k = 2)"),
+        (3, sample_line(), r"line 3: sample 0, but sample 1 is expected here (k = 2)"),
         (3, sample_line(sample=1, problem="x"), "line 3: another problem"),
-        (4, sample_line(sample=2), "line 4: sample 2, where sample 0 must stand (k = 2)"),
+        (4, sample_line(sample=2), "line 4: sample 2, but sample 0 is expected here (k = 2)"),
     ],
     ids=lambda x: repr(x)[:40],
 )

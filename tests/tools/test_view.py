@@ -243,7 +243,7 @@ def test_a_run_that_cannot_be_shown_is_one_line(tmp_path, run):
             view.write_explorer(copy)
         (copy / f"{name}.jsonl").write_text(whole)
     (copy / "batches.jsonl").unlink()
-    with pytest.raises(UserError, match="batches.jsonl: not there"):
+    with pytest.raises(UserError, match="batches.jsonl: does not exist"):
         view.write_explorer(copy)
 
 
