@@ -279,7 +279,8 @@ def renew() -> None:
         "bench/scale.md": ("| model | responses,", ["bench/scale.py", "--model"]),
     }
     for name, (head, command) in tables.items():
-        old = re.search(rf"^{re.escape(head)}.*?(?=\n\n)", page(name), re.M | re.S)
+        # tables that follow one another are one output
+        old = re.search(rf"^{re.escape(head)}.*?(?=\n\n(?!\|))", page(name), re.M | re.S)
         new[name] = page(name).replace(old[0], output_of(*command).strip())
     for name, fresh in new.items():
         if fresh != page(name):

@@ -515,6 +515,11 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
         " ones first."
         in page.script(f"whyExpanded({json.dumps(row | dict(rate=0.5, filtered=False))})")[1]
     )
+    row |= dict(outcomes={"right": 6}, rate=0.0, filtered=False)
+    said = "All 6 leaves are right: every advantage is 0, and none of them is trained."
+    assert page.script(f"whyExpanded({json.dumps(row)})")[-1] == said
+    mixed = row | dict(outcomes={"right": 5}, reward=0.9)
+    assert "All 6" not in page.script(f"whyExpanded({json.dumps(mixed)})")[-1]
 
 
 def test_clicking_a_branch_shows_its_continuation(run, open_page):
