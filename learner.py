@@ -61,7 +61,7 @@ def k3_kl(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """Per-token estimate of KL(policy || reference): never negative, low variance (Schulman's k3).
     At most 10 (the authors' code): one token at e^15 would dominate the clipped gradient."""
     difference = (ref_logp - logp).clamp(-20, 20)
-    return (difference.exp() - difference - 1).clamp(max=10)
+    return (difference.exp() - difference - 1).clamp(max=10)  # KL, k3
 
 
 class Learner:

@@ -30,8 +30,9 @@ MARKERS = {f"AttnRL Eq. {n}": rf"# AttnRL Eq\. {n}\b" for n in range(1, 11)} | {
     "aggregation": r'# "aggregating" \(unnumbered\)',
     "GRPO": r"\S.*# GRPO$",
     "PRL": r"\S.*# PRL$",
+    "KL": r"\S.*# KL, k3$",
 }
-ROW = re.compile(r"^\| (AttnRL Eq\. \d+|aggregation|GRPO|PRL) \|.*\| `(.*)` \| `(.*)` \|$", re.M)
+ROW = re.compile(r"^\| (AttnRL Eq\. \d+|aggregation|GRPO|PRL|KL) \|.*\| `(.*)` \| `(.*)` \|$", re.M)
 COUNT = re.compile(r"^(\w+\.py)( +)(\d+)(?=   \S)", re.M)
 # options of pip, uv, torchrun and others that the pages name
 FOREIGN = (
@@ -120,7 +121,7 @@ def test_line_counts_are_right_and_the_reading_path_is_short():
     counts = {name: int(count) for name, _, count in COUNT.findall(README)}
     assert set(counts) == {path.name for path in ROOT.glob("*.py")} >= set(READING_PATH)
     assert counts == {name: line_count(name) for name in counts}
-    assert sum(counts[name] for name in READING_PATH) <= 1300
+    assert sum(counts[name] for name in READING_PATH) <= 1300, "CONTRIBUTING.md says what to do"
 
 
 def test_the_tree_of_files_names_all_of_runtime_and_tools():
