@@ -375,16 +375,16 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
     own = [
         n for n in ("model", "problems", "test_problems") if n in typed and is_own(config, n, toy)
     ]
-    for name in () if config.dry_run else ("problems", "test_problems"):
-        if name in own:
-            check_there(getattr(config, name))
+    unnamed = "problems" in own and not typed & {"test_problems", "test_fraction"}
+    if "problems" in own and not config.dry_run and (unnamed or "preset" not in typed):
+        check_there(config.problems)  # a wrong name is the first thing to say
     if own and "preset" not in typed:
         raise UserError(
             f"--{own[0]} {getattr(config, own[0])}: name the settings, the defaults are the"
             " toy's: --preset small (models of up to about 1B on one GPU or a CPU), --preset paper,"
             " or --preset toy to keep them"
         )
-    if "problems" in own and not typed & {"test_problems", "test_fraction"}:
+    if unnamed:
         raise UserError(
             f"--problems {config.problems}: name the test problems, too: --test_problems FILE, or"
             " --test_fraction 0.05 to hold a part of these back"
