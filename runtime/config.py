@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from runtime.cli import Parser, UserError
 from runtime.data import PROMPT_SUFFIX, is_toy
-from runtime.files import check_there
 from runtime.models import pick_device
 from tree import BRANCH_RULES
 
@@ -375,16 +374,13 @@ def check_own(config: Config, typed: set[str], presets: dict[str, dict]) -> None
     own = [
         n for n in ("model", "problems", "test_problems") if n in typed and is_own(config, n, toy)
     ]
-    unnamed = "problems" in own and not typed & {"test_problems", "test_fraction"}
-    if "problems" in own and not config.dry_run and (unnamed or "preset" not in typed):
-        check_there(config.problems)  # a wrong name is the first thing to say
     if own and "preset" not in typed:
         raise UserError(
             f"--{own[0]} {getattr(config, own[0])}: name the settings, the defaults are the"
             " toy's: --preset small (models of up to about 1B on one GPU or a CPU), --preset paper,"
             " or --preset toy to keep them"
         )
-    if unnamed:
+    if "problems" in own and not typed & {"test_problems", "test_fraction"}:
         raise UserError(
             f"--problems {config.problems}: name the test problems, too: --test_problems FILE, or"
             " --test_fraction 0.05 to hold a part of these back"
