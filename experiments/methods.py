@@ -3,7 +3,7 @@ intervals and figures.
 
     python experiments/methods.py --quick     # 3 methods x 3 seeds on one setting: 10 to 20 minutes
     python experiments/methods.py             # 7 methods x 5 seeds on two settings, 6 ablations on
-                                              # one: about 2 hours
+                                              # one: about 3 hours
     python experiments/methods.py --report    # tables and figures again, without running anything
 
 Why equal tokens: a step of GRPO samples twice as much as a step of AttnRL, so a comparison "after
