@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 from fixtures import ROOT, lines, typed
-from launch import run
 
 from runtime.cli import UserError
 from tree import Response
@@ -69,23 +68,26 @@ def test_classes_of_responses_of_unequal_length_by_hand():
         disruption.compare(rows[2:], samples=4)
 
 
-def test_a_killed_experiment_goes_on_and_reports(tmp_path):
+def test_a_killed_experiment_goes_on_and_reports(tmp_path, capsys):
     """Half a line at the end is a kill's; the same command ends with the same records."""
     options = typed("--problems toy:6:4:5 --group 2 --continuations 2 --name t --folder")
-    script = "experiments/disruption.py"
-    out, _ = run(script, *options, tmp_path / "a")
+
+    def said(*words) -> str:
+        disruption.main([*map(str, words)])
+        return capsys.readouterr().out
+
+    out = said(*options, tmp_path / "a")
     records = lines(tmp_path / "a" / "t.jsonl")
     assert "4 problems" in out and len(records) == 1 + 4 and "top 20 % FCI" in out
     (tmp_path / "b").mkdir()
     text = (tmp_path / "a" / "t.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b" / "t.jsonl").write_text("".join(text[:3]) + text[3][:20])
-    run(script, *options, tmp_path / "b")
+    said(*options, tmp_path / "b")
     assert lines(tmp_path / "b" / "t.jsonl") == records
-    again, _ = run(script, "--report", *typed("--name t --folder"), tmp_path / "a")
-    assert again == out
+    assert said("--report", "--name", "t", "--folder", tmp_path / "a") == out
     found = json.loads((tmp_path / "a" / "t.json").read_text(), parse_constant=pytest.fail)
     assert found["problems"] == 4 and (tmp_path / "a" / "t.png").stat().st_size > 10_000
-    _, error = run(script, *options, tmp_path / "a", "--seed", "3", code=2)
-    assert "another --seed" in error
-    _, error = run(script, "--report", *typed("--name none --folder"), tmp_path, code=2)
-    assert "nothing there yet" in error
+    with pytest.raises(UserError, match="another --seed"):
+        said(*options, tmp_path / "a", "--seed", 3)
+    with pytest.raises(UserError, match="nothing there yet"):
+        said("--report", "--name", "none", "--folder", tmp_path)
