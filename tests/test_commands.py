@@ -78,7 +78,7 @@ REDUCED = [  # in this order; what a command is replaced by
     (r"methods\.py --report", "methods.py --report --folder small"),
     (r"methods\.py  +#", "methods.py --report --folder small #"),
     (r"what_fci_finds\.py", "what_fci_finds.py --quick"),
-    (r"disruption\.py", "disruption.py --problems toy:6:4:5 --group 2 --folder small"),
+    (r"disruption\.py", "disruption.py --problems toy:6:4:5 --group 2 --folder smaller"),
     (r"forks\.py", "forks.py --problems toy:6:4:5 --group 2 --folder small"),
     (
         r"sparkle\.py(?: --models[^\n#]*)?",
