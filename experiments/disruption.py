@@ -35,7 +35,6 @@ from tqdm import tqdm
 from runtime.cli import Parser, UserError, stop_on_user_error
 from runtime.data import Problem
 from runtime.rewards import response_texts
-from runtime.rollout import request_seed
 from sampler import is_correct
 from tree import Response
 
@@ -52,17 +51,8 @@ def first_right(group: list[Response]) -> Response | None:
 
 def requests_of(args, number: int, prompt: list[int], r: Response) -> list[study.CutRequest]:
     """Requests in the order (steps, samples, [without, with]), flat."""
-    requests = []
-    for k in range(1, r.branchable - 1):
-        end = r.bounds[k + 1]
-        for j in range(args.continuations):
-            same = request_seed(args.seed, number, k, j)
-            for cut in ((0, 0), (len(prompt) + r.bounds[k], len(prompt) + end)):
-                left = max(1, args.max_response - end)
-                requests.append(
-                    study.CutRequest(prompt + r.tokens[:end], left, args.temperature, same, cut)
-                )
-    return requests
+    how = args.continuations, args.max_response, args.temperature, (args.seed, number)
+    return study.cut_requests(prompt, r, r.branchable - 2, *how)
 
 
 def disrupt(pool: forks.Pool, engine, number: int, problem: Problem) -> dict:
@@ -77,10 +67,8 @@ def disrupt(pool: forks.Pool, engine, number: int, problem: Problem) -> dict:
     texts = response_texts(pool.tokenizer, whole)
     right = [is_correct(x) for x in pool.reward([(text, problem.answers) for text in texts])]
     boxed = ["boxed" in text for text in texts]
-    shape = -1, pool.args.continuations, 2
-    hits = (
-        np.array([right, boxed]).reshape(2, *shape).sum(2)
-    )  # (right or boxed, steps, without/with)
+    # (right or boxed, steps, without or with)
+    hits = np.array([right, boxed]).reshape(2, -1, pool.args.continuations, 2).sum(2)
     inside = slice(1, r.branchable - 1)
     entropy = [float(np.mean(r.entropies[a:b])) for a, b in zip(r.bounds, r.bounds[1:])]
     return record | {
@@ -124,15 +112,7 @@ def report(records: list[dict], settings: dict, folder: Path, name: str) -> None
     print(f"{name}: {used} right responses of {tried} problems; {settings}")
     study.print_disruption(found)
     figure = Figure(figsize=(15, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    study.draw_classes(left, found["classes"])
-    left.set_title("without (hollow), with disruption (filled)")
-    study.draw_by_step(middle, found["by step"])
-    study.draw_matched(right, found["matched"], last=len(found["by step"]["the rest"]))
-    for axis in (left, middle, right):
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="lower right")
+    study.draw_panels(figure.subplots(1, 3), name, found)
     figure.suptitle(f"{name}: a step is hidden, {used} responses")
     figure.savefig(folder / f"{name}.png", dpi=110)
     text = json.dumps({"settings": settings, "responses": used, "problems": tried} | found)

@@ -442,17 +442,20 @@ class DisruptedEngine(TransformersEngine):
         return cache, mask, hidden
 
 
-def cut_requests(row: Row, seed: int, number: int) -> list[CutRequest]:
-    """(steps x SAMPLES x 2) requests: the response is kept up to the end of each step; the rest is
-    sampled without and with disruption, with the same random numbers."""
-    tokens, bounds, before = row.response.tokens, row.response.bounds, len(row.prompt_ids)
+def cut_requests(
+    prompt: list[int], r: Response, steps: int, samples: int, limit: int, heat: float, place: tuple
+) -> list[CutRequest]:
+    """(steps x samples x 2) requests: the response is kept up to the end of each of the steps
+    1 .. steps; the rest is sampled without and with disruption, with the same random numbers.
+    limit: tokens of a response; heat: temperature; place: (seed, number)."""
     requests = []
-    for k in range(1, len(bounds) - 2):
-        prefix, length = row.prompt_ids + tokens[: bounds[k + 1]], 16 * len(bounds) - bounds[k + 1]
-        for j in range(SAMPLES):
-            for cut in ((0, 0), (before + bounds[k], before + bounds[k + 1])):
-                same = request_seed(seed, number, k, j)
-                requests.append(CutRequest(prefix, length, 1.0, same, cut))
+    for k in range(1, steps + 1):
+        start, end = r.bounds[k], r.bounds[k + 1]
+        prefix, left = prompt + r.tokens[:end], max(1, limit - end)
+        for j in range(samples):
+            same = request_seed(*place, k, j)
+            for cut in ((0, 0), (len(prompt) + start, len(prompt) + end)):
+                requests.append(CutRequest(prefix, left, heat, same, cut))
     return requests
 
 
@@ -462,7 +465,9 @@ def disrupt(study: Study, rows: list[Row], problems: list[Problem], seed: int = 
     engine = DisruptedEngine(study.model, study.eos_ids)
     # one response at a time: its prefixes are computed once
     for number, row in enumerate(tqdm(rows, unit="response", disable=None)):
-        requests, before = cut_requests(row, seed, number), len(row.prompt_ids)
+        prompt, r, before = row.prompt_ids, row.response, len(row.prompt_ids)
+        steps, limit = len(r.bounds) - 3, 16 * len(r.bounds)  # not the first, not the box
+        requests = cut_requests(prompt, r, steps, SAMPLES, limit, 1.0, (seed, number))
         sampled = zip(requests, engine.generate(requests))
         tokens = [r.prompt_ids[before:] + c.tokens for r, c in sampled]
         texts, right = study.grade([problems[row.problem]] * len(tokens), tokens)
@@ -684,18 +689,24 @@ def draw_disruption(path: Path, studies: dict[str, dict]) -> None:
     """Accuracy by class; drop by class and step index; classes compared at equal index."""
     figure = Figure(figsize=(15, 4.4 * len(studies)), layout="constrained")
     axes = figure.subplots(len(studies), 3)
-    for (name, study), (left, middle, right) in zip(studies.items(), axes):
-        draw_classes(left, study["classes"])
-        left.set_title(f"{name}: without (hollow), with disruption (filled)")
-        draw_by_step(middle, study["by step"])
-        middle.set_title(f"{name}: by position")
-        draw_matched(right, study["matched"], last=len(study["by step"]["the rest"]))
-        right.set_title(f"{name}: at equal position")
-        for axis in (left, middle, right):
-            axis.grid(alpha=0.3)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=8, loc="lower right")
+    for (name, study), row in zip(studies.items(), axes):
+        draw_panels(row, name, study)
     figure.savefig(path, dpi=110)
+
+
+def draw_panels(axes, name: str, study: dict) -> None:
+    """The three panels of one study."""
+    left, middle, right = axes
+    draw_classes(left, study["classes"])
+    left.set_title(f"{name}: without (hollow), with disruption (filled)")
+    draw_by_step(middle, study["by step"])
+    middle.set_title(f"{name}: by position")
+    draw_matched(right, study["matched"], last=len(study["by step"]["the rest"]))
+    right.set_title(f"{name}: at equal position")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="lower right")
 
 
 def draw_classes(axis, classes: dict) -> None:
