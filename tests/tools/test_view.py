@@ -382,13 +382,19 @@ def number(text: str) -> float:
     return float(text.replace("−", "-"))
 
 
+def branches(response: dict) -> list[dict]:
+    """Its continuations in the order of the page: late branches first, so that no line of the tree
+    crosses a text."""
+    return sorted(response["continuations"], key=lambda c: -c["at"])
+
+
 def test_numbers_on_the_page_are_the_files(run, open_page):
     """For every logged problem: grade and advantage of every leaf, V and A of every node, FCI of
     every step."""
     samples, nodes = lines(run / "samples.jsonl"), 0
     for n, sample in enumerate(samples):
         page = open_page(run, f"#step={sample['step']}&problem={n % 3}&leaf=0")
-        ends = [e for r in sample["responses"] for e in (r, *r["continuations"])]
+        ends = [e for r in sample["responses"] for e in (r, *branches(r))]
         outcomes = page.text(".leaf .outcome")
         assert len(outcomes) == len(ends) and page.text("#question") == [sample["problem"]]
         for shown, end in zip(outcomes, ends):
@@ -527,7 +533,7 @@ def test_clicking_a_branch_shows_its_continuation(run, open_page):
     page = open_page(run)
     n = 0
     for r in sample["responses"]:
-        for end in [r, *r["continuations"]]:
+        for end in [r, *branches(r)]:
             page.click(f"#leaf-{n} .outcome")
             tokens = [*r["tokens"][: end.get("at", 0)], *end["tokens"]]
             assert "".join(page.text("#leaf .tokens")).replace("⏎", "\n").replace(
@@ -642,7 +648,7 @@ def test_every_method_can_be_seen(options, open_page, tmp_path):
     if options[-1] == "treerl":
         assert "entropy" in page.script("document.querySelector('.mark').title")
         sample = lines(run / "samples.jsonl")[0]
-        ends = [(r, c) for r in sample["responses"] for c in (None, *r["continuations"])]
+        ends = [(r, c) for r in sample["responses"] for c in (None, *branches(r))]
         for n, (r, c) in enumerate(ends):
             page.script(f"go({{leaf: {n}}})")
             points = [at for at in r["branch_points"] if c is None or at < c["at"]]
@@ -682,7 +688,7 @@ def check_page(open_page, run) -> None:
             f"go({{problem: step().samples.findIndex(s => s.number === {sample['number']})}})"
         )
         assert page.text("#question") == [sample["problem"]]
-        ends = [(r, e) for r in sample["responses"] for e in (r, *r["continuations"])]
+        ends = [(r, e) for r in sample["responses"] for e in (r, *branches(r))]
         assert len(page.text(".leaf .outcome")) == len(ends)
         for n, (r, end) in enumerate(ends):
             page.script(f"go({{leaf: {n}, all: true}})")
