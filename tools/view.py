@@ -33,13 +33,13 @@ PERCENT = (-3, 103)  # of axes: 0 to 100 %, and room for a line at either end
 SHORT_RUN = 12  # runs of at most so many steps get a mark per step
 TOKEN_UNITS = ((1e9, ", billions"), (1e6, ", millions"), (1e3, ", thousands"), (1, ""))
 TIME_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
-PHASES = {
-    "generate": BLUE,
-    "score": ORANGE,
-    "grade": PINK,
-    "exchange": GREY,
-    "train": GREEN,
-    "sync": "#56B4E9",
+PHASES = {  # of a step: colour, and what it is called in a picture
+    "generate": (BLUE, "generate"),
+    "score": (ORANGE, "score"),
+    "grade": (PINK, "grade"),
+    "exchange": (GREY, "exchange between ranks"),
+    "train": (GREEN, "train"),
+    "sync": ("#56B4E9", "new weights to the engine"),
 }
 
 
@@ -121,13 +121,13 @@ def draw_curves(run: Path) -> Path:
         plot(update, "train/kl", "KL to the initial policy (nats)", PINK, "-.")
     update.set(title="Update", ylim=(0, None))
     low = [0.0] * len(steps)
-    for name, colour in PHASES.items():
+    for name, (colour, label) in PHASES.items():
         spent = [m.get(f"seconds/{name}", 0.0) for m in steps]
         numbers, high = [m["step"] for m in steps], [a + b for a, b in zip(low, spent)]
         if short:  # an area with one step would have no width
-            seconds.bar(numbers, spent, 0.6, low, color=colour, label=name, alpha=0.8)
+            seconds.bar(numbers, spent, 0.6, low, color=colour, label=label, alpha=0.8)
         else:
-            seconds.fill_between(numbers, low, high, color=colour, label=name, alpha=0.8, lw=0)
+            seconds.fill_between(numbers, low, high, color=colour, label=label, alpha=0.8, lw=0)
         low = high
     seconds.set(title="Time per step", ylabel="seconds")
     for axis in axes.flat:
@@ -192,10 +192,10 @@ def draw_comparison(runs: list[Path], path: Path) -> list[Path]:
             axis.set_title(title, fontsize=11)
             axis.locator_params(axis="x", nbins=6)
         low, steps = 0.0, [m for m in records if "seconds/step" in m]
-        for phase, colour in PHASES.items():
+        for phase, (colour, label) in PHASES.items():
             seconds = fmean(m.get(f"seconds/{phase}", 0.0) for m in steps) if steps else 0.0
             split.bar(
-                n, seconds, bottom=low, color=colour, label=phase if n == 0 else None, width=0.6
+                n, seconds, bottom=low, color=colour, label=label if n == 0 else None, width=0.6
             )
             low += seconds
     split.set(ylabel="seconds")
