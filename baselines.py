@@ -25,7 +25,8 @@ from functools import partial
 import torch
 
 from fci import Separators, cut_at_newlines
-from tree import Node, Response, TrainingSequence, build_tree, leaf_ends
+from runtime.metrics import leaf_ends
+from tree import Node, Response, TrainingSequence, build_tree
 
 
 def flattening(config) -> Callable[..., list[TrainingSequence]]:

@@ -333,6 +333,9 @@ def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
     if not all(is_toy(source) for source, _ in args.sets.values()):
         args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
         print(plain(f"prompts end in {args.prompt_suffix!r} ({args.asked_by}; --prompt_suffix)"))
+    trained = setting_of(Path(args.model), "reward")
+    if trained not in (None, "eval:grade", args.reward):
+        print(plain(f"graded with --reward {args.reward}; in training it was {trained}"))
     work = [read_set(name, args, out, model, tokenizer) for name in args.sets]
     weights, reward = model_hash(args.model)[:16], Reward(args.reward, units=args.grade_units)
     make_folder(out, [w.path for w in work])
@@ -343,7 +346,7 @@ def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
     for results in found:
         append_samples(results, [])
     paths = " ".join(str(w.path) for w in work)
-    print(plain(f"results: {paths} (the same command with --out {out} goes on)"), flush=True)
+    print(plain(f"results: {paths} (killed? --out {out} and the same again goes on)"), flush=True)
     engine = start_engine(args, model, eos_ids, work)
     for results, w in zip(found, work):
         length = w.settings["max_response"]

@@ -295,15 +295,6 @@ def tree_sequences(prompt_ids: list[int], responses: list[Response]) -> list[Tra
     return sequences
 
 
-def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
-    """The end of each leaf, in the order of `tree_sequences`: each response, followed by its
-    continuations, those from the latest branch point first."""
-    ends: list[Response | Continuation] = []
-    for r in responses:
-        ends += [r, *sorted(r.continuations, key=lambda c: -c.at)]
-    return ends
-
-
 def drop_zero(sequences: list[TrainingSequence]) -> list[TrainingSequence]:
     """Leave out sequences whose advantages are all zero: their policy loss has no gradient and
     would only dilute the token mean."""

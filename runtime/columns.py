@@ -104,7 +104,7 @@ def fitting(
 
 
 def no_column(source: str, what: str, found: list[str]) -> str:
-    return f"{source}: no column for the {what}; name it with --{what}_column: {shown(found)}"
+    return f"{source}: no column for the {what}; --{what}_column NAME, one of: {shown(found)}"
 
 
 def shown(names: list[str]) -> str:

@@ -135,7 +135,13 @@ def read_csv(path: Path) -> Rows:
             elif len(cells) == len(names):
                 yield place, dict(zip(names, cells, strict=True))
             else:
-                yield place, ValueError(f"{len(cells)} cells where the header has {len(names)}")
+                yield (
+                    place,
+                    ValueError(
+                        f"{len(cells)} cells where the header has {len(names)} (a cell with a comma"
+                        " needs quotes)"
+                    ),
+                )
     except csv.Error as error:
         what = str(error).replace("\t", "\\t")
         raise UserError(

@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from runtime.cli import plain
+from runtime.data import is_toy
 from sampler import is_correct
+from tree import Continuation, Response
 
 FAULTS = ("timeout", "died", "error")  # of grading: the response then counts as wrong
 
@@ -34,6 +36,15 @@ def outcome_ratios(name: str, groups: list[list[float]]) -> dict[str, float]:
         f"{name}/valid": mean(any(row) and not all(row) for row in solved),
         f"{name}/spread": mean(math.sqrt(mean(row) * (1 - mean(row))) for row in solved),
     }
+
+
+def leaf_ends(responses: list[Response]) -> list[Response | Continuation]:
+    """The end of each leaf, in the order of `tree.tree_sequences`: each response, followed by its
+    continuations, those from the latest branch point first."""
+    ends: list[Response | Continuation] = []
+    for r in responses:
+        ends += [r, *sorted(r.continuations, key=lambda c: -c.at)]
+    return ends
 
 
 def batch_metrics(groups: list, sequences: list) -> dict[str, float]:
@@ -156,14 +167,16 @@ class Outcomes:
             " be graded"
         )
 
-    def advice(self, reward: str, length: str) -> list[str]:
+    def advice(self, reward: str, length: str, suffix: str) -> list[str]:
         """Options to change, for each fault that at least a tenth of the responses have. reward:
-        --reward; length: the option that limits a response."""
+        --reward; length: the option that limits a response; suffix: the end of every prompt."""
         found, tenth = [], max(1, self.total / 10)
         if self.unboxed >= tenth:
+            asked = r"\boxed" in suffix
+            told = "no box, although every prompt asks for one: warm the model up (recipes/sft.py)"
             looser = ", or grade the last number: --reward boxed_or_number"
             found.append(
-                "no box: ask for one with --prompt_suffix"
+                (told if asked else "no box: ask for one with --prompt_suffix")
                 + (looser if reward in ("boxed", "eval:grade") else "")
             )
         if self.unboxed_cut >= tenth:
@@ -181,14 +194,21 @@ class Outcomes:
 Example = tuple[str, list[str]] | None  # a response that is not right, and the right answers
 
 
-def outcome_lines(outcomes: Outcomes, example: Example, reward: str, length: str) -> list[str]:
+def outcome_lines(
+    outcomes: Outcomes, example: Example, reward: str, length: str, suffix: str = ""
+) -> list[str]:
     """Explain the reward: counts, a shortened response that is not right, options to change."""
     lines = [str(outcomes)]
     if example:
         text, answers = example
         right = shortened(" or ".join(answers), 40)
         lines.append(f"one that is not right: {shortened(text)} (right: {right})")
-    return lines + outcomes.advice(reward, length)
+    return lines + outcomes.advice(reward, length, suffix)
+
+
+def prompt_end(config) -> str:
+    """What every prompt of a run ends in: nothing on the toy."""
+    return "" if is_toy(config.problems) else config.prompt_suffix
 
 
 def shortened(text: str, width: int = 160) -> str:
@@ -275,7 +295,7 @@ def notices(
     if inert:
         found.append(
             "FCI is inert: every step scores 0, for no response has more than Delta + 1 steps;"
-            " lower --delta"
+            " lower --delta, or, at 1, take problems with longer solutions"
         )
     if spread is not None and spread < 0.05:
         found.append(
@@ -322,4 +342,5 @@ def empty_batch_lines(config, groups: list, text_of) -> list[str]:
         outcomes.add(response.reward, response.boxed, response.finished)
         if not example and not is_correct(response.reward):
             example = text_of(response.tokens), group.problem.answers
-    return outcome_lines(outcomes, example, config.reward, "max_response")
+    suffix = prompt_end(config)
+    return outcome_lines(outcomes, example, config.reward, "max_response", suffix)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from runtime import dist
 from runtime.cli import UserError, first_line
-from runtime.metrics import FAULTS, Example, Gap, Outcomes, outcome_lines
+from runtime.metrics import FAULTS, Example, Gap, Outcomes, outcome_lines, prompt_end
 
 LEVELS = ("debug", "info", "warning")
 
@@ -124,8 +124,8 @@ class Monitor:
 
     def tested(self, outcomes: Outcomes, example: Example, config) -> None:
         """Keep the `explanation` of the newest evaluation."""
-        length = "eval_max_response"
-        self.explanation = outcome_lines(outcomes, example, config.reward, length)
+        length, suffix = "eval_max_response", prompt_end(config)
+        self.explanation = outcome_lines(outcomes, example, config.reward, length, suffix)
 
     def compare(self, engine: list[float], learner: list[float]) -> None:
         """Add the log-probs of one response's tokens, from engine and learner. Raises UserError if

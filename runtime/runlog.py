@@ -16,6 +16,7 @@ Nothing here changes what is trained.
 import html
 import importlib
 import json
+import math
 import time
 from dataclasses import asdict
 from functools import partial
@@ -29,10 +30,9 @@ from fci import separator_tokens, split_steps
 from runtime.checkpoint import flush, hold, release
 from runtime.cli import UserError, first_line
 from runtime.dist import rank
-from runtime.metrics import Outcomes, batch_notices, empty_batch_lines, mean
+from runtime.metrics import Outcomes, batch_notices, empty_batch_lines, leaf_ends, mean
 from runtime.rewards import response_texts
 from sampler import problem_fci, solve_rate
-from tree import leaf_ends
 
 LOGS = ("metrics.jsonl", "batches.jsonl", "samples.jsonl")
 
@@ -203,6 +203,12 @@ class RunFolder:
         )
         for line in run.monitor.explanation:
             run.monitor.display.say(f"                  {line}")
+        if (count := len(run.test_problems)) < 30:  # 95 % of a difference of two shares, at most
+            points = min(100, round(196 * math.sqrt(0.5 / count)))
+            run.monitor.display.say(
+                f"                  {count} problems: a change of less than {points} points may be"
+                " chance"
+            )
         record = {"step": 0, "generated_tokens": 0, **tested, "seconds/total": 0.0}
         self.log("metrics.jsonl", record)
 

@@ -157,6 +157,7 @@ def read_problems(config: Config, policy, tokenizer, say) -> tuple[list[Problem]
     tested = [] if config.test_fraction else [config.test_problems]
     if not all(map(is_toy, [config.problems, *tested])):
         config.prompt_suffix = usable_suffix(tokenizer, config.prompt_suffix, say)
+        say(f"prompts end in {config.prompt_suffix!r} (--prompt_suffix)")
     load: dict[str, Any] = dict(
         max_prompt=config.max_prompt,
         suffix=config.prompt_suffix,

@@ -160,7 +160,10 @@ def test_the_reading_path_takes_twenty_minutes():
     texts = [MODULES[name].read_text(encoding="utf-8") for name in READING_PATH]
     lines = sum(len(text.splitlines()) for text in texts)
     assert lines <= LINES, "CONTRIBUTING.md says what to do in a fork"
-    assert sum(map(explained_lines, texts)) >= lines / 3
+    explained = sum(map(explained_lines, texts))
+    assert explained >= lines / 3, (
+        f"{explained} of {lines} lines are docstrings or have a comment; a third is wanted"
+    )
 
 
 def test_the_functions_of_outside_checks_keep_their_places_and_signatures():

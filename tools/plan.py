@@ -308,6 +308,11 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
     )
 
 
+def millions(tokens: float, digits: int = 1) -> str:
+    """A number of millions; small ones with three decimals."""
+    return f"{tokens:,.{digits}f}" if tokens >= 1 else f"{tokens:.3f}"
+
+
 def step_lines(config, ranks: int) -> list[str]:
     """What one training step samples and trains."""
     tree, samples = config.branches(), config.samples_per_problem()
@@ -326,7 +331,7 @@ def step_lines(config, ranks: int) -> list[str]:
         f" {continued:,} continuations",
         f"up to {leaves:,} leaves = training sequences{wanted} = {updates} updates of"
         f" {config.mini_batch}",
-        f"up to {tokens:,.1f} M tokens, {tokens / ranks:,.1f} M a GPU (if all are"
+        f"up to {millions(tokens)} M tokens, {millions(tokens / ranks)} M a GPU (if all are"
         f" {config.max_response:,} long)",
     ]
 
@@ -344,7 +349,7 @@ def run_line(config) -> str:
     if config.eval_every:
         evaluated |= set(range(0, config.steps + 1, config.eval_every))
     return (
-        f"{config.steps} steps, up to {tokens:,.0f} M tokens; {calls} generation calls and"
+        f"{config.steps} steps, up to {millions(tokens, 0)} M tokens; {calls} generation calls and"
         f" {len(evaluated)} evaluations ({config.eval_samples} samples a problem)"
     )
 

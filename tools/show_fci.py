@@ -380,8 +380,8 @@ def main(argv: list[str]) -> None:
     print(plain(became))
     if len(steps.fci) <= args.delta + 1:
         print(
-            f"{len(steps.fci)} steps with Delta = {args.delta}: all scores are 0 by definition;"
-            " try a smaller --delta"
+            f"{len(steps.fci)} steps with Delta = {args.delta}: all scores are 0 by definition"
+            + ("; try a smaller --delta" if args.delta > 1 else "")
         )
     if args.plot:
         plot_scores(args.plot, steps)

@@ -112,7 +112,7 @@ def draw_curves(run: Path) -> Path:
     plot(sampling, "initial/solve_all", "all right", GREEN, "--", 100)
     plot(sampling, "initial/solve_none", "all wrong", ORANGE, ":", 100)
     plot(sampling, "filtered_ratio", "filtered", PINK, "-.", 100)
-    plot(sampling, "valid_token_ratio", "valid tokens / tokens of all leaves", GREY, scale=100)
+    plot(sampling, "valid_token_ratio", "tokens with an advantage / of all leaves", GREY, scale=100)
     sampling.set(title="Sampling", ylabel="%", ylim=PERCENT)
     plot(update, "entropy", "entropy (nats)", BLUE)
     plot(update, "train/grad_norm", "gradient norm", ORANGE, "--")

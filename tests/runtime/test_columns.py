@@ -141,10 +141,10 @@ def test_where_no_column_fits_the_columns_and_the_option_are_said(tmp_path, toke
         load(tmp_path, tokenizer, row, row)
     names = r"task, answer, extra_info.index, x\ny\ud800"
     assert str(stop.value).endswith(
-        f"p.jsonl: no column for the problem; name it with --problem_column: {names}"
+        f"p.jsonl: no column for the problem; --problem_column NAME, one of: {names}"
     )
     with pytest.raises(
-        UserError, match="no column for the answer; .* --answer_column: problem, gold"
+        UserError, match="no column for the answer; --answer_column NAME, one of: problem, gold"
     ):
         load(tmp_path, tokenizer, {"problem": "1+1?", "gold": "2"})
     with pytest.raises(UserError) as stop:

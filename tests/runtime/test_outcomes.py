@@ -92,6 +92,8 @@ def test_the_option_that_would_change_it_is_named():
     assert "--max_response" in lines[3]
     assert len(outcome_lines(Outcomes(right=99, unboxed=1), None, "boxed", "max_response")) == 1
     assert "--reward" not in outcome_lines(Outcomes(unboxed=1), None, "number", "max_response")[1]
+    asked = outcome_lines(Outcomes(unboxed=1), None, "boxed", "max_response", r"in \boxed{}.")[1]
+    assert "although every prompt asks" in asked and "--reward boxed_or_number" in asked
 
 
 def test_a_model_that_solves_nothing_needs_a_warm_up():

@@ -526,6 +526,12 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
     assert page.script(f"whyExpanded({json.dumps(row)})")[-1] == said
     mixed = row | dict(outcomes={"right": 5}, reward=0.9)
     assert "All 6" not in page.script(f"whyExpanded({json.dumps(mixed)})")[-1]
+    few = row | dict(trees=2)  # Eq. 9 wants 6
+    assert "2 of them could be" in page.script(f"whyExpanded({json.dumps(few)})")[1]
+    assert "could be" not in page.script(f"whyExpanded({json.dumps(row | dict(trees=6))})")[1]
+    assert page.script("[fixed(97.25, 1), fixed(-0.5, 2)]") == [f"{97.25:.1f}", "−0.50"]
+    rule = "(() => { config.branch = 'mine'; return whyBranch({}, 3); })()"
+    assert page.script(rule) == "chosen by --branch mine"
 
 
 def test_clicking_a_branch_shows_its_continuation(run, open_page):
