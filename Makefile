@@ -32,16 +32,16 @@ smollm2: .venv/ready
 	.venv/$(PIP) '.[gguf]'
 	.venv/bin/python recipes/smollm2/fetch.py $(SMOLLM2)/model
 	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/warm.jsonl --count 2000 --people 4-8
-	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/train.jsonl --count 2000 --people 4-10 --seed 2
-	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/test.jsonl --count 100 --people 4-10 --test
+	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/train.jsonl --count 2000 --people 4-10 --seed 2 --part train
+	.venv/bin/python recipes/word_problems.py $(SMOLLM2)/test.jsonl --count 100 --people 4-10 --part test
 	test -f $(SMOLLM2)/warm/tokenizer_config.json || .venv/bin/python recipes/sft.py \
 		--model $(SMOLLM2)/model --problems $(SMOLLM2)/warm.jsonl --out $(SMOLLM2)/warm \
 		--steps 140 --dtype bf16
 	.venv/bin/python attnrl.py --preset small --model $(SMOLLM2)/warm --out $(SMOLLM2)/attnrl \
 		--problems $(SMOLLM2)/train.jsonl --test_problems $(SMOLLM2)/test.jsonl \
-		--steps 24 --batch_size 6 --mini_batch 64 --lr 2e-5 --kl_coef 0 --max_response 300 \
-		--dtype bf16 --token_budget 4096 --eval_every 8 --eval_temperature 1 --save_every 2 \
-		--resume auto
+		--steps 24 --batch_size 6 --mini_batch 64 --lr 3e-5 --kl_coef 0 --max_response 300 \
+		--dtype bf16 --token_budget 4096 --eval_every 8 --eval_temperature 1 --log_samples 1 \
+		--save_every 2 --resume auto
 	.venv/bin/python eval.py --model $(SMOLLM2)/warm --problems $(SMOLLM2)/test.jsonl \
 		--k 4 --temperature 1 --max_response 300 --out $(SMOLLM2)/before
 	.venv/bin/python eval.py --model $(SMOLLM2)/attnrl/last --problems $(SMOLLM2)/test.jsonl \

@@ -83,7 +83,7 @@ def read_worked(source: str) -> list[Worked]:
         parts = source.split(":")
         if len(parts) != 4 or not all(p.isdigit() for p in parts[2:]) or not int(parts[2]):
             raise UserError(f"--problems {source}: write {FORM}")
-        rows = word_problems(parts[1], int(parts[2]), int(parts[3]), test=True)
+        rows = word_problems(parts[1], int(parts[2]), int(parts[3]), "test")
         return [worked(row, f"{source}, problem {i}") for i, row in enumerate(rows, 1)]
     try:
         rows = list(read_rows(source))

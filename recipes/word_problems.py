@@ -1,7 +1,7 @@
 r"""word_problems.py: word problems whose steps depend on each other in a known way.
 
-    python recipes/word_problems.py train.jsonl --count 2000 --people 5-10
-    python recipes/word_problems.py test.jsonl --count 200 --people 5-10 --test
+    python recipes/word_problems.py train.jsonl --count 2000 --people 5-10 --part train
+    python recipes/word_problems.py test.jsonl --count 200 --people 5-10 --part test
 
 A problem of four people, its statements shuffled:
 
@@ -21,8 +21,8 @@ paragraphs without the box) and "depends" (for each step, the earlier steps that
 the later people depend on one person, the hub, than on others, so steps at the same place can
 differ in influence. All numbers are from 2 to 50.
 
---test takes other names, other things, and other structures (who depends on whom, and how): a fifth
-of all structures is only used for the test.
+--part: `warm` for supervised learning, `train` for RL, `test`. Each has its own names. The test has
+its own things and structures (who depends on whom, and how), too: a fifth of all structures.
 
     python -m pytest tests/test_word_problems.py
 """
@@ -39,8 +39,11 @@ from runtime.cli import Parser, UserError, reason, stop_on_user_error
 
 MOST = 20  # people of a problem
 SMALLEST, LARGEST = 2, 50  # 1 would be "1 coins"
-NAMES = {  # of training (with few names, a model would memorise them, not copy), of the test
-    False: """
+PARTS = ("warm", "train", "test")
+# With few names a model would learn them by heart, not copy. After the warm-up it still puts the
+# warm-up's names in the place of new ones; so RL trains on names as new to it as those of the test.
+NAMES = {
+    "warm": """
     Abigail Adam Adrian Agnes Albert Alfred Amanda Amir Amy Andrea Andrew Angela Anita Anna
     Anton Arthur Astrid Audrey Barbara Beatrice Bella Ben Bernard Bianca Brandon Brenda Brian
     Camila Carl Carla Carmen Caroline Cecilia Charles Charlotte Chloe Chris Christina Claire
@@ -61,7 +64,27 @@ NAMES = {  # of training (with few names, a model would memorise them, not copy)
     Thelma Thomas Tina Toby Todd Tracy Trevor Tristan Ursula Valerie Victor Vincent Viola Violet
     Vivian Wade Wallace Walter Wanda Wayne Wendy Wesley Wilma Yusuf Yvonne Zach Zara
     """,
-    True: """
+    "train": """
+    Aaron Alan Alec Alexis Alfie Allison Alma Alvin Amelia Amos Angus Annie April Ariel Arnold
+    Asher Ashley Barry Basil Becky Belinda Benny Bert Beth Betty Billy Blake Bob Bonnie Boris
+    Brad Brent Brett Bridget Bryce Byron Caleb Calvin Candice Carol Casey Cathy Cedric Celia
+    Chad Chester Cindy Clark Clay Cliff Clive Cody Cole Cora Craig Curtis Cynthia Dale Damian
+    Dana Darren Dave Dawn Debbie Della Denise Dexter Dinah Dolly Doris Doug Drew Duncan Dustin
+    Dwight Earl Eddie Edna Edwin Elaine Eleanor Ella Elias Elmer Eloise Erin Ernie Estelle
+    Eugene Eunice Fay Fern Fletcher Floyd Frances Franklin Freya Gail Garry Gavin Gene Gerard
+    Gemma Georgia Ginger Glen Gwen Hank Hans Harriet Hazel Heidi Hope Hubert Imogen Irma Irving
+    Jackie Jake Jared Jay Jed Jenny Jeremy Jesse Jim Jimmy Joanna Jodie Joe Jordan Josie Joshua
+    Joy Juan Judy Julian Juliet Kara Kathy Katie Kay Ken Kenneth Kent Kirk Kyle Lana Lance Lara
+    Larry Lauren Lawrence Lena Leonard Leslie Levi Lewis Libby Lionel Liz Lloyd Lois Lola Lorna
+    Lou Luke Luther Lynn Mandy Marcus Margot Marvin Maureen Mavis Melanie Melvin Mickey Mitchell
+    Mona Muriel Myra Nancy Natalie Ned Nick Nicole Nigel Nolan Norma Oleg Olive Oswald Pablo
+    Paige Pam Patsy Patty Pedro Peggy Perry Phil Phyllis Polly Preston Ramona Randy Raymond
+    Reggie Rex Rhoda Ricardo Richard Rick Robin Rodney Ron Roy Rufus Russell Sabrina Sadie Sarah
+    Saul Scott Serena Seth Shane Shannon Sharon Shawn Sidney Sonia Sophie Spencer Stacy Stefan
+    Stuart Sue Sybil Ted Teresa Tiffany Timothy Tony Trudy Tyler Vanessa Vernon Vicky Virginia
+    Warren Wilbur Willa Winston Xavier Yvette
+    """,
+    "test": """
     Laura Mark Nina Petra Sofia Tom Vera Will Alice Bruno Clara Daniel Elena Frank Gina Hugo
     Julia Karl Linda Mike Nora Otto Pia Robert Sara Theo Uma Zoe Rosie Peter
     """,
@@ -74,10 +97,11 @@ THINGS = {
 }
 
 
-def word_problem(people: int, rng: random.Random, test: bool = False) -> dict:
-    """One problem as a row (see above)."""
+def word_problem(people: int, rng: random.Random, part: str = "warm") -> dict:
+    """One problem as a row (see above). part: one of PARTS."""
+    test = part == "test"
     while True:
-        names = rng.sample(NAMES[test].split(), people)
+        names = rng.sample(NAMES[part].split(), people)
         thing = rng.choice(THINGS[test].split())
         said, steps, values, depends = statements(names, thing, rng, test)
         if all(SMALLEST <= value <= LARGEST for value in values):
@@ -149,12 +173,12 @@ def relation(kind: str, thing: str, others: list, rng) -> tuple[str, str, int]:
     return text, f": {known} {sign} {number} = {value}", value
 
 
-def word_problems(people: str, count: int, seed: int, test: bool = False) -> Iterator[dict]:
-    """`count` different rows; people: "10" or "5-10", drawn uniformly."""
+def word_problems(people: str, count: int, seed: int, part: str = "warm") -> Iterator[dict]:
+    """`count` different rows; people: "10" or "5-10", drawn uniformly; part: one of PARTS."""
     low, high = bounds_of(people)
-    rng, seen = random.Random(f"{people}:{seed}:{test}"), set()
+    rng, seen = random.Random(f"{people}:{seed}:{part == 'test'}"), set()
     while len(seen) < count:
-        row = word_problem(rng.randint(low, high), rng, test)
+        row = word_problem(rng.randint(low, high), rng, part)
         if row["problem"] not in seen:
             seen.add(row["problem"])
             yield row
@@ -192,11 +216,12 @@ def main(argv: list[str]) -> None:
     add("--count", type=int, default=1000, help="problems")
     add("--people", default="5-10", help="people per problem: 10, or 5-10")
     add("--seed", type=int, default=1, help="another seed gives other problems")
-    add("--test", action="store_true", help="use names, things and structures of the test")
+    what = "other names in each; test: other things and structures, too"
+    add("--part", choices=PARTS, default="warm", help=what)
     args = parser.parse_args(argv)
     if args.count < 1:
         raise UserError(f"--count {args.count}: must be at least 1")
-    rows = word_problems(args.people, args.count, args.seed, args.test)
+    rows = word_problems(args.people, args.count, args.seed, args.part)
     write_rows(args.out, rows)
     print(f"{args.count} problems of {args.people} people: {args.out}")
 

@@ -11,7 +11,7 @@ import pytest
 from fixtures import bpe_tokenizer
 from launch import run
 
-from recipes.word_problems import MOST, word_problem, word_problems
+from recipes.word_problems import MOST, NAMES, PARTS, word_problem, word_problems
 from runtime.cli import UserError
 from runtime.data import load_problems
 
@@ -52,9 +52,11 @@ def read(row: dict) -> tuple[dict[str, int], dict[str, set[str]], dict[str, str]
     return values, named, kinds
 
 
-@pytest.mark.parametrize("people, test", [("4-10", False), ("4-10", True), (f"{MOST}", False)])
-def test_texts_steps_and_dependencies_say_the_same(people, test):
-    for row in word_problems(people, 60, seed=5, test=test):
+@pytest.mark.parametrize(
+    "people, part", [("4-10", "warm"), ("4-10", "train"), ("4-10", "test"), (f"{MOST}", "warm")]
+)
+def test_texts_steps_and_dependencies_say_the_same(people, part):
+    for row in word_problems(people, 60, seed=5, part=part):
         values, named, _ = read(row)
         names = [step.split()[0] for step in row["steps"]]
         assert sorted(names) == sorted(values)
@@ -72,9 +74,9 @@ def test_texts_steps_and_dependencies_say_the_same(people, test):
 
 
 def test_training_and_test_share_no_name_no_thing_and_no_structure():
-    def traits(test: bool) -> tuple[set, set, set]:
+    def traits(part: str) -> tuple[set, set, set]:
         names, things, structures = set(), set(), set()
-        for row in word_problems("3-6", 400, seed=0, test=test):
+        for row in word_problems("3-6", 400, seed=0, part=part):
             values, named, kinds = read(row)
             order = [step.split()[0] for step in row["steps"]]
             names |= values.keys()
@@ -84,8 +86,11 @@ def test_training_and_test_share_no_name_no_thing_and_no_structure():
             )
         return names, things, structures
 
-    train, test = traits(False), traits(True)
+    warm, train, test = map(traits, PARTS)
     assert [a & b for a, b in zip(train, test)] == [set(), set(), set()]
+    assert [a & b for a, b in zip(warm, test)] == [set(), set(), set()]
+    assert not warm[0] & train[0]  # RL learns to copy names that are new
+    assert all(len(set(n.split())) == len(n.split()) for n in NAMES.values())
     assert min(map(len, train[:2] + test[:2])) >= 6 and min(len(train[2]), len(test[2])) > 30
 
 
@@ -114,7 +119,7 @@ def test_people_that_cannot_be(people):
 
 def test_the_command_writes_a_file_that_training_reads(tmp_path):
     file, said = tmp_path / "words.jsonl", []
-    run("recipes/word_problems.py", file, "--count", "30", "--people", "4-6", "--test")
+    run("recipes/word_problems.py", file, "--count", "30", "--people", "4-6", "--part", "test")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     problems = load_problems(str(file), bpe_tokenizer(), max_prompt=2000, say=said.append)
     assert [(p.text, p.answers) for p in problems] == [(r["problem"], [r["answer"]]) for r in rows]
