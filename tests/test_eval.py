@@ -320,33 +320,13 @@ def test_a_model_is_evaluated_with_the_prompts_of_its_training(tmp_path):
     said, _ = run("attnrl.py", "--preset", "toy", *where, *options, "--prompt_suffix", " Box it.")
     assert "prompts end in ' Box it.' (--prompt_suffix)" in said
     assert "2 problems: a change of less than 98 points may be chance" in said
-    text, _ = run(
-        "eval.py",
-        "--model",
-        tmp_path / "r/last",
-        "--problems",
-        problems,
-        "--k",
-        1,
-        "--max_response",
-        8,
-        "--out",
-        tmp_path / "e",
-    )
+    evaluate = ["eval.py", "--model", tmp_path / "r/last", "--problems", problems]
+    evaluate += typed("--k 1 --max_response 8")
+    text, _ = run(*evaluate, "--out", tmp_path / "e")
     assert "prompts end in ' Box it.' (as the model was trained; --prompt_suffix)" in text
     assert "graded with" not in text
     assert lines(tmp_path / "e/p.jsonl")[0]["settings"]["prompt_suffix"] == " Box it."
-    again = typed("--k 1 --max_response 8 --reward number")
-    text, _ = run(
-        "eval.py",
-        "--model",
-        tmp_path / "r/last",
-        "--problems",
-        problems,
-        *again,
-        "--out",
-        tmp_path / "n",
-    )
+    text, _ = run(*evaluate, "--reward", "number", "--out", tmp_path / "n")
     assert "graded with --reward number; in training it was boxed" in text
 
 

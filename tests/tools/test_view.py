@@ -530,7 +530,9 @@ def test_the_batch_its_filter_and_the_formulas(run, open_page):
     assert "2 of them could be" in page.script(f"whyExpanded({json.dumps(few)})")[1]
     assert "could be" not in page.script(f"whyExpanded({json.dumps(row | dict(trees=6))})")[1]
     assert page.script("[fixed(97.25, 1), fixed(-0.5, 2)]") == [f"{97.25:.1f}", "−0.50"]
-    rule = "(() => { config.branch = 'mine'; return whyBranch({}, 3); })()"
+    rule = (
+        "(() => { config.branch = 'mine'; return whyBranch({bounds: [0, 3], fci: [0, 1]}, 3); })()"
+    )
     assert page.script(rule) == "chosen by --branch mine"
 
 
