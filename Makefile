@@ -73,6 +73,7 @@ bench-trl: .venv-trl/ready
 	.venv-trl/bin/python bench/against_trl.py
 
 .venv/ready: requirements.txt pyproject.toml
+	@echo "installing requirements.txt into .venv: takes a few minutes, shows nothing"
 	$(PYTHON) -m venv .venv
 	.venv/$(PIP) -r requirements.txt
 	touch .venv/ready

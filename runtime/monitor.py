@@ -21,12 +21,13 @@ from runtime.cli import UserError, first_line
 from runtime.metrics import FAULTS, Example, Gap, Outcomes, outcome_lines, prompt_end
 
 LEVELS = ("debug", "info", "warning")
+SLOW = 10.0  # seconds: a phase that a log file shows before the first step's line
 
 
 class Display:
     """The terminal: a bar with the current phase and the time left, and one line per step; if the
-    output is piped, only lines. Only rank 0 writes. Lines below `level` are not shown; quiet: no
-    bar, only warnings."""
+    output is piped, only lines, and the slow phases of the first step. Only rank 0 writes. Lines
+    below `level` are not shown; quiet: no bar, only warnings."""
 
     def __init__(self, steps: int, level: str = "info", quiet: bool = False):
         self.steps, self.quiet, self.done = steps, quiet, 0  # done: steps before resuming
@@ -34,6 +35,7 @@ class Display:
         self.tested = ""  # the newest test accuracy, always shown
         # created at the first phase, so that the bar does not mix with earlier errors
         self.bar: tqdm | None = None
+        self.silent = True  # no step has been shown yet
 
     def phase(self, name: str) -> None:
         if dist.rank():
@@ -49,11 +51,17 @@ class Display:
             )
         self.bar.set_description_str(name)
 
+    def phase_done(self, name: str, seconds: float) -> None:
+        """Without a bar, nothing shows that a slow model's first step goes on, but this."""
+        if self.silent and seconds > SLOW and self.bar is not None and self.bar.disable:
+            self.say(f"    {name} took {seconds:.0f} s")
+
     def say(self, text: str, level: str = "info") -> None:
         if dist.rank() == 0 and LEVELS.index(level) >= LEVELS.index(self.level):
             tqdm.write(text)
 
     def step(self, m: dict) -> None:
+        self.silent = False
         test = ""
         if "test_accuracy" in m:
             test = f"   test {100 * m['test_accuracy']:5.1f} %"
@@ -120,7 +128,9 @@ class Monitor:
         started = time.perf_counter()
         with say_out_of_memory(name):
             yield
-        self.seconds[name] += time.perf_counter() - started
+        took = time.perf_counter() - started
+        self.seconds[name] += took
+        self.display.phase_done(name, took)
 
     def tested(self, outcomes: Outcomes, example: Example, config) -> None:
         """Keep the `explanation` of the newest evaluation."""

@@ -39,7 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from fci import indicator_width
 from runtime.cli import Parser, UserError, first_line, stop_on_user_error
-from runtime.data import is_toy
+from runtime.data import file_rows, is_toy
 from runtime.dist import DTYPES, decoder_layers
 from runtime.scoring import HEAD_CHUNK
 
@@ -354,16 +354,23 @@ def run_line(config) -> str:
     )
 
 
-def data_line(config) -> str:
-    """Where the problems are; nothing is read."""
+def data_lines(config) -> list[str]:
+    """Where the problems are. Of files that are here, rows are counted and columns chosen, as
+    training would; hub sets are not fetched. Raises UserError if training could not read a file."""
+    lines = []
 
     def named(source: str) -> str:
-        known = is_toy(source) or source.startswith("hf:") or os.path.exists(source)
-        return source if known else f"{source} (no such file here)"
+        if is_toy(source) or source.startswith("hf:"):
+            return source
+        if not os.path.exists(source):
+            return f"{source} (no such file here)"
+        columns = config.problem_column, config.answer_column
+        rows, _ = file_rows(source, *columns, lines.append)
+        return f"{source} ({len(rows):,} row{'s' * (len(rows) != 1)})"
 
     held_back = f"{100 * config.test_fraction:g} % of them, held back"
     tested = named(config.test_problems) if config.test_problems else held_back
-    return f"{named(config.problems)}, evaluated on {tested} (not read by a plan)"
+    return [f"{named(config.problems)}, evaluated on {tested}", *lines]
 
 
 def cpu_line(config, shape: Shape) -> str:
@@ -383,11 +390,12 @@ def cpu_line(config, shape: Shape) -> str:
 
 
 def machine_line(config, ranks: int, gpu_gib: float) -> str:
+    gpus = "GPU" if ranks == 1 else "GPUs"
     checkpointing = "on" if config.activation_checkpointing else "off"
     offload = ", cpu offload" if config.cpu_offload else ""
     return (
-        f"{ranks} x {gpu_gib:g} GiB, {config.parallel} {config.dtype}, activation checkpointing"
-        f" {checkpointing}{offload}"
+        f"{ranks} {gpus} of {gpu_gib:g} GiB (--gpus, --gpu_gib), {config.parallel} {config.dtype},"
+        f" activation checkpointing {checkpointing}{offload}"
     )
 
 
@@ -431,9 +439,9 @@ def describe(config, ranks: int, gpu_gib: float = 80.0, argv: list[str] | tuple 
         "model": [config.model, sizes],
         "machine": [machine_line(config, ranks, gpu_gib)],
         "engine": [engine_line(config, shape, gpu_gib)],
-        "data": [data_line(config)],
+        "data": data_lines(config),
         "a step": step_lines(config, ranks),
-        "the run": [run_line(config)],
+        "the run": [run_line(config), "how long: not planned; the first step tells"],
         "memory": memory_lines(config, shape, ranks, gpu_gib),
         "host": [host_line(config, shape, ranks)],
         "disk": [disk_line(config, shape)],

@@ -4,6 +4,8 @@ python -m pytest tests/runtime/test_monitor.py
 """
 
 from fixtures import typed
+
+from runtime import monitor
 from toy_runs import train_tiny
 
 
@@ -30,3 +32,15 @@ def test_levels_of_the_display(tmp_path, capsys):
         set(shown["quiet"]) <= set(shown["info"]) and len(shown["debug"]) == len(shown["info"]) + 1
     )
     assert any(line.strip().startswith("generate ") and "train " in line for line in shown["debug"])
+
+
+def test_a_log_file_shows_the_slow_phases_of_the_first_step(tmp_path, capsys, monkeypatch):
+    """It has no bar. Here every phase counts as slow."""
+    monkeypatch.setattr(monitor, "SLOW", 0.0)
+    train_tiny(tmp_path, *typed("--steps 2 --batch_size 1 --eval_every 0"))
+    before, after = capsys.readouterr().out.split("step    1   reward")
+    for phase in ("evaluate", "generate", "score", "train"):
+        assert f"\n    {phase} took " in before
+    assert " took " not in after
+    train_tiny(tmp_path, *typed("--steps 1 --batch_size 1 --quiet"), name="quiet")
+    assert " took " not in capsys.readouterr().out

@@ -222,12 +222,27 @@ def test_a_machine_without_a_gpu_is_told_whether_its_own_memory_is_enough(tmp_pa
 
 
 def test_a_plan_says_which_files_are_not_here():
-    """It does not read them: they may be on the machine that is planned for."""
+    """They may be on the machine that is planned for."""
     config = settings(problems="no.jsonl", test_problems="", test_fraction=0.1)
-    said = "no.jsonl (no such file here), evaluated on 10 % of them, held back (not read by a plan)"
-    assert plan.data_line(config) == said
-    config = settings(problems="toy:8:2:1", test_problems=__file__)
-    assert plan.data_line(config) == f"toy:8:2:1, evaluated on {__file__} (not read by a plan)"
+    said = "no.jsonl (no such file here), evaluated on 10 % of them, held back"
+    assert plan.data_lines(config) == [said]
+    config = settings(problems="toy:8:2:1", test_problems="hf:some/set")
+    assert plan.data_lines(config) == ["toy:8:2:1, evaluated on hf:some/set"]
+
+
+def test_a_plan_reads_the_columns_of_the_files_that_are_here(tmp_path):
+    """So a wrong name is found before a run waits for its machine."""
+    mine = tmp_path / "mine.jsonl"
+    row = '{"question": "1 + 1?", "reply": "2", "solution": "It is 2."}\n'
+    mine.write_text(2 * row)
+    config = settings(problems=str(mine), test_problems="toy:8:2:1", answer_column="reply")
+    assert plan.data_lines(config) == [f"{mine} (2 rows), evaluated on toy:8:2:1"]
+    with pytest.raises(UserError, match=f"{mine}: --answer_column answr: no such column in"):
+        plan.data_lines(replace(config, answer_column="answr"))
+    mine.write_text('{"question": "1 + 1?", "answer": "2", "solution": "It is 2."}\n')
+    said = f"{mine}: the problem is read from question, the answer from answer, nothing from"
+    first, second = plan.data_lines(replace(config, answer_column=""))
+    assert first.startswith(f"{mine} (1 row), ") and second == f"{said} solution"
 
 
 @pytest.mark.parametrize(
@@ -563,7 +578,7 @@ def test_the_plan_says_what_will_happen(tmp_path):
     text = plan.describe(config, 8, 80.0, argv)
     for said in (
         "1,777,088,000 parameters",
-        "8 x 80 GiB, fsdp bf16, activation checkpointing on",
+        "8 GPUs of 80 GiB (--gpus, --gpu_gib), fsdp bf16, activation checkpointing on",
         "vLLM, 40% of a GPU",
         "deepscaler.json",
         "64 problems (16 to 256 later) x 6 responses = 384",
