@@ -334,7 +334,7 @@ def evaluate_sets(args, model, tokenizer, eos_ids: list[int]) -> list[Results]:
         args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
         print(plain(f"prompts end in {args.prompt_suffix!r} ({args.asked_by}; --prompt_suffix)"))
     trained = setting_of(Path(args.model), "reward")
-    if trained not in (None, "eval:grade", args.reward):
+    if trained not in (None, args.reward):
         print(plain(f"graded with --reward {args.reward}; in training it was {trained}"))
     work = [read_set(name, args, out, model, tokenizer) for name in args.sets]
     weights, reward = model_hash(args.model)[:16], Reward(args.reward, units=args.grade_units)

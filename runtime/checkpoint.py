@@ -71,6 +71,7 @@ FREE = {
 # Values for settings that runs of version 1 do not have
 DEFAULTS = {"grade_units": "loose", "test_fraction": 0.0, "problem_column": "", "answer_column": ""}
 DEFAULTS |= {"ads_drop": True, "loss": "ppo", "mask_cut_off": False, "scale_rewards": "std"}
+REWARDS = {"eval:grade": "boxed"}  # and their names of rewards
 # What training.pt must hold
 STATE = {
     "moments",
@@ -276,7 +277,7 @@ def setting_of(path: Path, name: str) -> str | None:
     try:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         found = saved["config"].get(name)
-        return found if isinstance(found, str) else None
+        return REWARDS.get(found, found) if isinstance(found, str) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -288,7 +289,7 @@ def check_unchanged(path: Path, run) -> set[str]:
         saved = json.loads((path / "run.json").read_text(encoding="utf-8"))
         old, new = saved["config"], asdict(run.config)
         old = DEFAULTS | {"date": new["date"]} | old
-        old["reward"] = {"eval:grade": "boxed"}.get(old["reward"], old["reward"])
+        old["reward"] = REWARDS.get(old["reward"], old["reward"])
         changed = {
             name: f"--{name} {old.get(name)} is now {new[name]}"
             for name in new

@@ -203,6 +203,7 @@ def test_a_checkpoint_of_version_1_goes_on(whole, tmp_path):
     settings["config"]["reward"] = "eval:grade"
     torch.save(state, folder / "training.pt")
     (folder / "run.json").write_text(json.dumps(settings))
+    assert checkpoint.setting_of(folder, "reward") == "boxed"  # eval.py asks
     resume(run, stop=lambda: True)
     same_checkpoint(run / "step-000003", whole / "step-000003")
 
