@@ -3,7 +3,7 @@
 # make test-vllm  the tests of the vLLM engine, with the real vLLM CPU build, in .venv-vllm
 # make test-full  everything, also with vLLM
 # make lint       ruff and mypy
-# make bench      timings and memory against the alternatives; bench/results.json (about 40 minutes)
+# make bench      timings and memory against the alternatives; bench/results.json (over an hour)
 # make bench-trl  a GRPO step here and in TRL's GRPOTrainer, in .venv-trl
 # make smollm2    a real model learns: SmolLM2-135M on word problems, about three hours on 2 cores
 # Each sets up its environment first. For a GPU:
