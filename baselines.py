@@ -6,8 +6,8 @@
            log [pi_old(u) / pi_ref(u)]    (arXiv 2601.10201)
     FRPO   PRL with steps of one token and eta = 100 (the second version of that paper)
     DATPO  A(block) = r + V(its end) - V(its start), with r only for the last block of a leaf; every
-           block is trained once; 1 - V(root) scales the number of forking points, and of branches
-           per point    (arXiv 2609.08650)
+           block is trained once; 1 - z (z: share of right initial responses) scales the number
+           of forking points, and of branches per point    (arXiv 2609.08650)
 
 TreeRL needs nothing here: it is the tree of tree.py with another branching rule. To add a method,
 write a function from (prompt, responses) to training sequences, like those below. Left out of

@@ -209,7 +209,7 @@ def add_sampling_options(group) -> None:
     add("k", int, None, "samples per problem; default 8, or the suite's")
     add("temperature", float, 0.6, "0: always the most likely token")
     add("max_prompt", int, 1024, "tokens; longer problems are bad rows")
-    add("max_response", int, None, "tokens; default 1024, or what the model has room for")
+    add("max_response", int, None, "tokens; default: the suite's, else at most 1024")
     suffix = "added to every problem that does not end in it; default: the suite's, else the"
     add("prompt_suffix", str, None, f"{suffix} one the model was trained with, else the paper's")
     add("problem_column", str, "", "column of the problem (a.b: inside a); default: usual names")

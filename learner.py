@@ -2,13 +2,13 @@
 
 Behaviour log-probs are per token and may come from different policies (a continuation's prefix is
 one update older than its suffix). PPO's ratio compares with the policy that really sampled each
-token. There is no other off-policy correction.
+token. The only other off-policy correction is --tis_cap (below).
 
 Equations (AttnRL Eq. 1 is the objective; Clip-Higher of DAPO, dual clip, k3 of Schulman):
 
     ratio   r = exp(logp - old_logp)
     loss    -min(r A, clip(r, 1 - 0.2, 1 + 0.28) A); for A < 0 never more than -3 A (dual clip)
-    kl      exp(ref - logp) - (ref - logp) - 1, per token, weight 0.001
+    kl      exp(ref - logp) - (ref - logp) - 1, at most 10 per token, weight 0.001
 
 The mean is over ALL response tokens of the mini-batch. So the gradient does not depend on how the
 mini-batch is packed into rows, cut into micro-batches and split over ranks, and the weight of a

@@ -106,7 +106,7 @@ def by_ranks(steps: int, sizes: list[int]) -> None:
 PEAK, BANDWIDTH = 989e12, 3.35e12
 TRAIN_SHARE, SCORE_SHARE, DECODE_SHARE = 0.4, 0.5, 0.6  # of these that is reached: assumptions
 DECODE_FLOOR = 0.006  # seconds of one decoding step whatever it computes: assumption
-FCI_COST = 1.18  # a scoring pass with FCI against one without: bench/fci.py, T = 8192, 200 steps
+FCI_COST = 1.19  # a scoring pass with FCI against one without: bench/fci.py, T = 8192, 200 steps
 PROMPT, GPUS = 150, 8
 
 

@@ -4,8 +4,9 @@
     RunSettings       model, problems, length, evaluation, output
     MachineSettings   engine, devices, precision, memory
 
-`Config` is all three at once, so `config.delta` is `--delta`. Defaults are the paper's. A preset
-and a method change some of them (attnrl.py), and options on the command line override both.
+`Config` is all three at once, so `config.delta` is `--delta`. Defaults of the method are the
+paper's. A preset and a method change some (attnrl.py), and options on the command line override
+both.
 
     python attnrl.py --help              # ten options to begin with; --preset NAME: its values
     python attnrl.py --help_all          # all of them
@@ -38,7 +39,7 @@ class RunSettings:
 
     preset: str = option("toy", "settings to start from", "what is run")
     method: str = option(
-        "attnrl", "AttnRL, a baseline, or AttnRL with one part changed (see METHODS)"
+        "attnrl", "AttnRL, a baseline, or AttnRL with one part changed (docs/methods.md)"
     )
     model: str = option(
         "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
@@ -124,7 +125,7 @@ class MethodSettings:
     branch: str = option("fci", "how branch points are chosen", "branching")  # tree.BRANCH_RULES
     delta: int = option(4, "FCI counts attention from steps at least this many steps later")
     rho: float = option(0.2, "branch points are among the top rho of FCI")
-    min_branch_gap: int = option(0, "least number of tokens between branch points")
+    min_branch_gap: int = option(0, "least tokens between branch points, and before the first")
     ads_filter: Literal["fci", "easy", "none"] = option(
         "fci",
         "which easy problems are not expanded: those of low FCI (Eq. 8), all, or none",
@@ -191,8 +192,9 @@ class MethodSettings:
 
 @dataclass
 class MachineSettings:
-    """Where it runs, and how much memory it may take. Results do not depend on these (up to
-    rounding)."""
+    """Where it runs, and how much memory it may take. They do not belong to the method: most change
+    results only by rounding; another engine samples other responses from the same seed, and bf16
+    rounds more."""
 
     engine: Literal["transformers", "vllm"] = option("transformers", "rollout engine", "machine")
     rollout_tokens: int = option(65536, "tokens in the KV cache at once")

@@ -8,11 +8,12 @@ Grading is the reward: if the grader accepts something wrong, the policy learns 
 2. There may be several gold answers; matching any of them is enough. An empty one matches nothing.
 3. Both sides are rewritten: DRESS (different spellings of the same thing in LaTeX and by models),
    units, a name in front ("x =", "m+n ="). Equal strings and equal plain numbers are correct.
-4. VETOES refuse what math-verify accepts wrongly, such as 205=204 for 204 or west for east.
+4. What math-verify would accept wrongly is refused: VETOES ((1,2) for {1,2}), opposite words (west
+   for east), and every value of a chain must be right (205=204 is not 204).
 5. math-verify (sympy) decides the rest, in a worker process. If the worker needs more than 3
    seconds, dies or raises, the answer counts as wrong, and the verdict says why: training logs it.
 
-String rules say "correct". They say "wrong" only for a veto, other units ("strict"), no box, an
+String rules say "correct". They say "wrong" only for item 4, other units ("strict"), no box, an
 over-long box, an empty gold, or two plain numbers that differ. Most answers of a training run are
 plain numbers. docs/grading.md lists what is ignored, and how many errors remain.
 

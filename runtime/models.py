@@ -70,8 +70,9 @@ def check_path(path: str) -> None:
     if path.endswith(".gguf") and os.path.isfile(path):
         raise UserError(
             f"--model {path}: is a GGUF file; save it as a directory first: pip install gguf"
-            " accelerate, then AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), set"
-            " config.quantization_config aside, save_pretrained(DIR); the same for the tokenizer"
+            " accelerate, then AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME), del"
+            " model.config.quantization_config, model.hf_quantizer = None, save_pretrained(DIR);"
+            " the tokenizer in the same way (docs/data-and-models.md)"
         )
     # not a hub name (OWNER/NAME) either, so the hub need not be asked
     if os.path.isfile(path) or not (

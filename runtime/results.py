@@ -49,7 +49,7 @@ class Sample:
     reward: float
     tokens: int
     finished: bool  # False: cut off at the length limit
-    boxed: bool  # there is a closed \boxed{...} after the last </think>
+    boxed: bool  # an answer to grade: a closed box (--reward number: a number)
     error: str  # "", or why grading failed (it then counts as wrong): "timeout", "died", "error"
     response: str
 

@@ -9,7 +9,7 @@ is updated, `sync_weights(weights)` after that, `close()`. There are two:
     VLLMEngine           vLLM inside the training process, one engine per rank: for real models
                          (vllm_engine.py)
 
-Sampling takes most of the time of a training step. So TransformersEngine works like this:
+Sampling takes a quarter to two thirds of a training step. So TransformersEngine works like this:
 - A prefix shared by several requests is computed once: six samples of a problem, two continuations
   of one branch point, a branch point whose prefix begins the prefix of a later one, and the common
   beginning of all prompts (a few-shot preamble, a system prompt).

@@ -5,8 +5,8 @@ Runs on any CPU in seconds: the model is built from its config on the "meta" dev
 numbers), so parameters are counted, not guessed. The rest is arithmetic on shapes; the tests
 compare it with what PyTorch allocates on the CPU.
 
-The memory of one GPU, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides the first
-line by the number of ranks:
+The memory of one GPU, in bytes (P parameters; b = 2 for bf16, 4 for fp32). FSDP2 divides all that
+is 4 P or 8 P here by the number of ranks:
     always     4 P weights, 8 P Adam's moments, 4 P reference (with a KL term, or PRL)
     sampling   the engine: vLLM's share, or a KV cache (and, next to FSDP2, a copy of the weights of
                b P)
@@ -369,7 +369,7 @@ def data_lines(config) -> list[str]:
         return f"{source} ({len(rows):,} row{'s' * (len(rows) != 1)})"
 
     held_back = f"{100 * config.test_fraction:g} % of them, held back"
-    tested = named(config.test_problems) if config.test_problems else held_back
+    tested = held_back if config.test_fraction else named(config.test_problems)
     return [f"{named(config.problems)}, evaluated on {tested}", *lines]
 
 

@@ -4,9 +4,9 @@ python -m pytest tests/runtime/test_monitor.py
 """
 
 from fixtures import typed
+from toy_runs import train_tiny
 
 from runtime import monitor
-from toy_runs import train_tiny
 
 
 def test_levels_of_the_display(tmp_path, capsys):

@@ -226,6 +226,8 @@ def test_a_plan_says_which_files_are_not_here():
     config = settings(problems="no.jsonl", test_problems="", test_fraction=0.1)
     said = "no.jsonl (no such file here), evaluated on 10 % of them, held back"
     assert plan.data_lines(config) == [said]
+    both = replace(config, test_problems="x.jsonl")  # a preset's; training holds back, too
+    assert plan.data_lines(both) == [said]
     config = settings(problems="toy:8:2:1", test_problems="hf:some/set")
     assert plan.data_lines(config) == ["toy:8:2:1, evaluated on hf:some/set"]
 
