@@ -44,6 +44,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from fci import separator_tokens, split_steps, without_answer
+from runtime.checkpoint import model_hash
 from runtime.cli import Parser, UserError, reason, stop_on_user_error
 from runtime.data import PROMPT_SUFFIX, Problem, is_toy, load_problems, usable_suffix
 from runtime.models import check_context, load_model
@@ -265,7 +266,8 @@ def table(values: np.ndarray, rules: list[str], name: str) -> str:
 
 def report(records: list[dict], settings: dict, folder: Path, name: str) -> str:
     """All problems, then by difficulty; in %, forks as numbers."""
-    rules = list(BRANCH_RULES)
+    # results may be older than a rule
+    rules = [rule for rule in BRANCH_RULES if all(rule in one["points"] for one in records)]
     values, rates = compare(records, rules)
     about = ", ".join(f"{key} {value}" for key, value in settings.items())
     parts = [f"{name}: {about}", table(values, rules, "all problems")]
@@ -350,13 +352,15 @@ def settings_of(args) -> dict:
     for name in ("model", "problems"):  # the name, not the path
         if not is_toy(str(values[name])):
             values[name] = Path(values[name]).name
-    return values
+    return values | {"weights": model_hash(args.model)[:16]}
 
 
 def read_records(path: Path) -> tuple[dict, list[dict]]:
     """(settings, records) of a results file; drops an incomplete last line. Raises UserError."""
     try:
         *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        if not lines:  # killed while it wrote the first one
+            return {}, []
         head, *records = map(json.loads, lines)
         return head["settings"], records
     except FileNotFoundError:
@@ -369,12 +373,15 @@ def start(args, path: Path) -> list[dict]:
     """The existing records of this experiment. Raises UserError if it had other settings."""
     settings, records = read_records(path)
     if settings and settings != settings_of(args):
-        other = [k for k, v in settings_of(args).items() if settings.get(k) != v]
-        raise UserError(f"{path}: was made with another --{other[0]}; give another --name")
+        other = next(k for k, v in settings_of(args).items() if settings.get(k) != v)
+        option = "model (its weights differ)" if other == "weights" else other
+        raise UserError(f"{path}: was made with another --{option}; give another --name")
     lines = [{"settings": settings_of(args)}, *records]
+    fresh = path.with_suffix(".new")  # a full disk loses nothing of the old one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        fresh.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({reason(error)})") from error
     return records
@@ -389,6 +396,10 @@ def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]
     problems = load_problems(args.problems, tokenizer, **how)[: args.count or None]
     check_context(model, problems, args.max_response)
     records = start(args, path)
+    for record in records:  # another file of this name, or another --max_prompt: other numbers
+        known = {p.text for p in problems[record["number"] : record["number"] + 1]}
+        if known and record.get("problem") not in {*known, None}:
+            raise UserError(f"{path}: was made with other --problems; give another --name")
     done = {record["number"] for record in records}
     left = [(n, p) for n, p in enumerate(problems) if n not in done]
     engine = TransformersEngine(model, eos_ids)

@@ -826,6 +826,8 @@ def study_toy(args, out: Path) -> tuple[dict, list[str]]:
     """Both studies, on the toy and on the decoys."""
     study = load_study(args.model)
     toy = load_problems(args.problems, study.tokenizer, max_prompt=1024)
+    if len({p.text.count(";") for p in toy}) > 1:
+        raise UserError(f"--problems {args.problems}: only programs of one length, as toy:8:240:3")
     sets = {"toy": toy, "decoy": decoys(len(toy), toy[0].text.count(";"), study.tokenizer)}
     results = {}
     for name, problems in sets.items():

@@ -21,13 +21,15 @@ from toy_runs import TINY, metrics, set_up, tiny, train, train_tiny, trained_seq
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attnrl
+import baselines
 from attnrl import METHODS, Config, parse_config
 from fci import separator_tokens, split_steps
 from runtime.cli import UserError, stop_on_user_error
-from runtime.data import load_problems
+from runtime.data import Problem, load_problems
 from runtime.metrics import batch_metrics
 from runtime.rollout import Request, TransformersEngine, request_seed
 from runtime.scoring import Sequence, score
+from sampler import solve_rate, tree_count
 from tree import Response, choose_branch_points, tree_sequences
 
 
@@ -341,6 +343,58 @@ def test_easy_problems_are_all_expanded_or_none(choice, expanded, tmp_path, monk
         record["filtered_ratio"] == (0 if expanded else 1)
         and (record["leaves"] > 4 * 6) == expanded
     )
+
+
+def test_eq9_is_what_a_run_expands(tmp_path):
+    """As many trees as Eq. 9 says, none where all are right, the rarer outcome first."""
+    run = set_up(*tiny(tmp_path), "--batch_size", "8", "--ads_filter", "easy")
+    batch = attnrl.new_batch(run, 1)
+    attnrl.sample(run, None, batch)
+    for group in batch.groups:
+        rewards = [r.reward for r in group.responses]
+        z = solve_rate(rewards)
+        wanted = 0 if z == 1 else tree_count(z, 6)
+        assert group.filtered == (z == 1) and group.trees() == wanted
+        if wanted:
+            rare, grown = float(z < 0.5), [r.reward for r in group.responses if r.branch_points]
+            assert grown.count(rare) == min(len(grown), rewards.count(rare))
+    assert len({group.trees() for group in batch.groups}) > 2
+
+
+@pytest.mark.parametrize(
+    "options, fci, points",
+    [
+        ("--branch_points 1 --min_branch_gap 25", [0, 0.9, 0.9, 0.9, 0.9, 0.9, 0, 0], [30]),
+        (
+            "--branch_points 3 --rho 0.3",
+            [0, 0.1, 0.5, 0.2, 0.9, 0.8, 0, 0, 0, 0],
+            [20, 40, 50],
+        ),
+    ],
+)
+def test_eq7_settings_reach_the_branch_points(options, fci, points):
+    n = len(fci)  # steps of ten tokens
+    r = Response([1] * 10 * n, [0.0] * 10 * n, bounds=list(range(0, 10 * n + 1, 10)), fci=fci)
+    r.branchable = n
+    config = parse_config([*typed(options), *typed("--group_size 1 --ads_expansion false")])
+    attnrl.choose_expansions(config, attnrl.Group(0, 0, None, [r]), 0.0, random.Random(0))
+    assert r.branch_points == points
+
+
+def test_options_of_the_baselines_reach_them(tmp_path):
+    """PRL by hand, eta 2: 0.5 - 1/2 (0 + 1) and 0.5 - 0; CISPO at log-ratio 0.5: the weight 1.28
+    times the log-prob 0.5."""
+    r = Response([1, 2], [-1.0, -1.0], 1.0, bounds=[0, 1, 2], finished=False)
+    r.ref_logprobs = [-2.0, -1.0]
+    prl = parse_config(typed("--method prl --prl_eta 2 --scale_rewards none"))
+    first, _ = baselines.flattening(prl)([9], [r, dataclasses.replace(r, reward=0.0)])
+    assert first.advantages == [0.0, 0.5]
+    group = attnrl.Group(0, 0, Problem("?", ["1"], "", [9]), [r])
+    assert attnrl.leaves(parse_config([]), group)[0].trained == 2
+    assert attnrl.leaves(parse_config(typed("--mask_cut_off true")), group)[0].trained == 0
+    loss = set_up(*tiny(tmp_path), "--loss", "cispo").learner.loss
+    value, _ = loss(torch.tensor([0.5]), torch.zeros(1), torch.ones(1), [1])
+    assert value.item() == pytest.approx(-1.28 * 0.5)
 
 
 def test_inert_fci_is_named(tmp_path, capsys):

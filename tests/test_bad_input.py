@@ -676,6 +676,7 @@ CASES = [
     ("recipes/word_problems.py", "{w}/file/o", "{w}/file/o: cannot be written (Not a directory)"),
     ("recipes/smollm2/fetch.py", "{w}/file", "{w}/file: cannot be made a new directory"),
     ("recipes/smollm2/fetch.py", "{w}/file/o", "{w}/file/o: cannot be made a new directory"),
+    ("recipes/smollm2/fetch.py", ".", ".: cannot be made a new directory"),
     ("recipes/smollm2/gsm_symbolic.py", "{w}/o --count 0", "--count 0: must be at least 1"),
     ("toy/build.py", "--steps x", "--steps: invalid int value: 'x'"),
     ("toy/build.py", "--steps -1", "--steps -1: must be between 0 and"),

@@ -269,3 +269,9 @@ def test_prl_steps(ends, bounds):
         assert prl_steps(tokens, separators, ends, length=4) == expected
     assert prl_steps([], separators, ends) == [0]
     assert prl_steps([5], separators, ends) == [0, 1]
+
+
+def test_gspo_has_a_finite_gradient_where_exp_overflows():
+    logp = torch.tensor([200.0], requires_grad=True)
+    gspo_loss(logp, torch.zeros(1), torch.ones(1), [1])[0].sum().backward()
+    assert logp.grad.item() == 0

@@ -9,10 +9,14 @@ import json
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from fixtures import ROOT, lines, typed
+from fixtures import ROOT, TOY_MODEL, lines, typed
 
+from fci import fci_scores, separator_tokens, split_steps
 from runtime.cli import UserError
+from runtime.data import encode_prompt
+from runtime.models import load_model
 from tree import Response
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -91,3 +95,23 @@ def test_a_killed_experiment_goes_on_and_reports(tmp_path, capsys):
         said(*options, tmp_path / "a", "--seed", 3)
     with pytest.raises(UserError, match="nothing there yet"):
         said("--report", "--name", "none", "--folder", tmp_path)
+
+
+def test_a_record_is_of_the_steps_that_were_hidden(tmp_path):
+    """FCI of the record is that of these steps, computed anew; hiding a step of the toy costs."""
+    options = typed("--problems toy:6:6:5 --group 2 --continuations 4 --name t --folder")
+    disruption.main([*options, str(tmp_path)])
+    model, tokenizer, _ = load_model(str(TOY_MODEL), "cpu")
+    _, *records = lines(tmp_path / "t.jsonl")
+    rows = [one for one in records if "fci" in one]
+    for one in rows:
+        tokens = tokenizer(one["response"], add_special_tokens=False)["input_ids"]
+        tokens.append(tokenizer.eos_token_id)
+        bounds = split_steps(tokens, separator_tokens(tokenizer))
+        prompt = encode_prompt(tokenizer, [{"role": "user", "content": one["problem"]}])
+        fci = fci_scores(model, prompt, tokens, bounds, 1)
+        assert one["fci"] == pytest.approx(fci[1 : 1 + len(one["fci"])], abs=2e-5)
+        assert len(one["right without, with"]) == len(one["fci"]) == len(bounds) - 3
+    assert len(rows) >= 3
+    without, hidden = np.concatenate([one["right without, with"] for one in rows]).sum(0)
+    assert without > 2 * hidden

@@ -59,8 +59,7 @@ EAGER = {kind: eager_twin(model) for kind, model in MODELS.items()}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("delta", [1, 4])
 def test_eq4_eq5_eq6_equal_eager_attention(kind, delta):
-    """Batches of different lengths and segmentations, windows, up to 40 steps (head dimension 8:
-    five blocks)."""
+    """Batches of different lengths and segmentations, windows, up to 40 steps."""
     rng = random.Random(f"{kind} {delta}")
     sequences = [random_sequence(rng) for _ in range(6)]
     tokens = random_tokens(rng, 50)
@@ -75,6 +74,18 @@ def test_eq4_eq5_eq6_equal_eager_attention(kind, delta):
     for sequence, want in zip(sequences, wanted):
         got = fci_scores(MODELS[kind], sequence.prompt_ids, sequence.tokens, sequence.bounds, delta)
         np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_eq4_eq5_eq6_of_300_steps_of_unequal_length():
+    """More steps than one kernel call takes (256)."""
+    rng = random.Random(5)
+    sequence = Sequence([1], random_tokens(rng, 600), random_bounds(rng, 600, 300))
+    want = fci_by_definition(eager_attention(EAGER["qwen2"], sequence), sequence, 4)
+    got = fci_scores(MODELS["qwen2"], [1], sequence.tokens, sequence.bounds, 4)
+    assert (
+        len(want) > 256 and len({b - a for a, b in zip(sequence.bounds, sequence.bounds[1:])}) > 2
+    )
+    np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -6,11 +6,15 @@ python -m pytest tests/test_forks.py
 import importlib.util
 import json
 import math
+import shutil
 
 import pytest
 from fixtures import ROOT, TOY_MODEL, lines
+from safetensors.torch import load_file, save_file
 
 from runtime.cli import UserError
+from runtime.rollout import TransformersEngine
+from toy.programs import toy_set
 from tree import BRANCH_RULES
 
 
@@ -140,3 +144,102 @@ def test_bad_input_is_one_line(forks, tmp_path):
         with pytest.raises(UserError, match=said):
             forks.main([*options, "--model", str(TOY_MODEL), *more])
     assert json.loads(json.dumps((tmp_path / "small.jsonl").read_text())) == "no json\n"
+
+
+def test_the_budget_is_what_the_cheapest_rule_needs(forks):
+    """23 and 9 tokens: 9 pay both late forks, and less than two early ones."""
+    points = {"fci": [[4], [4]], "late": [[8], [8]]}
+    values, _ = forks.compare([record(points)], ["fci", "late"])
+    n = forks.MEASURES.index("forks")
+    assert values[0, 1, n] == 2 and values[0, 0, n] < 1
+    row = forks.table(values, ["fci", "late"], "x").splitlines()[-1]
+    assert row.startswith("| late - fci |") and row.split(" | ")[1 + n].startswith("+")
+
+
+def test_solved_and_disagree_by_a_continuation(forks):
+    wrong = record({}, rewards=(0.0, 0.0))
+    assert forks.measures(wrong, bought("1,8"))["solved"] == 1
+    assert forks.measures(wrong, bought("1,4"))["disagree"] == 0
+    assert forks.measures(record({}), bought("0,4", "1,4"))["disagree"] == 0.5
+
+
+def test_difficulty_is_that_of_the_initial_responses(forks, tmp_path):
+    points = {rule: [[8], [8]] for rule in BRANCH_RULES}
+    rewards = [(0.0, 0.0)] + 2 * [(1.0, 0.0)] + 3 * [(1.0, 1.0)]
+    records = [record(points, n, rewards=pair) for n, pair in enumerate(rewards)]
+    text = forks.report(records, {}, tmp_path, "x")
+    for kind, count in (("no initial response is right", 1), ("some are", 2), ("all are", 3)):
+        assert f"**{kind}**: {count} problems" in text
+
+
+class Asked(TransformersEngine):
+    """The real engine, which remembers the requests."""
+
+    requests: list = []
+
+    def generate(self, requests, *more):
+        self.requests.extend(requests)
+        return super().generate(requests, *more)
+
+
+def test_every_step_has_its_own_samples_and_the_options_reach_them(forks, tmp_path, monkeypatch):
+    monkeypatch.setattr(forks, "TransformersEngine", Asked)
+    Asked.requests.clear()
+    options = [*SMALL, "--folder", str(tmp_path), "--temperature", "0.7", "--count", "3"]
+    forks.main(options)
+    assert len({q.seed for q in Asked.requests}) == len(Asked.requests)
+    assert {q.temperature for q in Asked.requests} == {0.7}
+    _, *records = lines(tmp_path / "small.jsonl")
+    assert len(records) == 3
+    for one in records:
+        for i, (_, _, steps) in enumerate(one["responses"]):
+            assert sum(place.startswith(f"{i},") for place in one["pool"]) >= steps - 1
+
+
+def test_another_model_or_problem_file_of_the_same_name_is_refused(forks, tmp_path):
+    for run in "ab":
+        shutil.copytree(TOY_MODEL, tmp_path / run / "best")
+        problems = toy_set(f"toy:6:2:{ord(run)}")
+        rows = [json.dumps({"problem": text, "answer": answer}) for text, answer in problems]
+        (tmp_path / run / "test.jsonl").write_text("\n".join(rows))
+    weights = tmp_path / "b" / "best" / "model.safetensors"
+    save_file({k: 1.01 * v for k, v in load_file(weights).items()}, weights, {"format": "pt"})
+    options = [*SMALL, "--prompt_suffix", "", "--folder", str(tmp_path)]
+
+    def command(model: str, problems: str) -> None:
+        where = ["--model", tmp_path / model / "best", "--problems", tmp_path / problems]
+        forks.main([*options, *map(str, where)])
+
+    command("a", "a/test.jsonl")
+    with pytest.raises(UserError, match="another --model .its weights differ"):
+        command("b", "a/test.jsonl")
+    with pytest.raises(UserError, match="other --problems"):
+        command("a", "b/test.jsonl")
+    command("a", "a/test.jsonl")
+
+
+@pytest.mark.parametrize("left", ["", '{"settings": {"mod'])
+def test_killed_before_its_first_line_it_starts_again(left, forks, tmp_path):
+    (tmp_path / "small.jsonl").write_text(left)
+    forks.main([*SMALL, "--count", "2", "--folder", str(tmp_path)])
+    assert len(lines(tmp_path / "small.jsonl")) == 3
+
+
+def test_a_folder_that_is_read_only_loses_no_record(forks, tmp_path):
+    """A new file takes the place of the old one only when it is whole."""
+    options = [*SMALL, "--count", "2", "--folder", str(tmp_path)]
+    forks.main(options)
+    whole = (tmp_path / "small.jsonl").read_text()
+    (tmp_path / "small.new").mkdir()  # nobody can write a file of this name
+    with pytest.raises(UserError, match="cannot be written"):
+        forks.main(options)
+    assert (tmp_path / "small.jsonl").read_text() == whole
+
+
+def test_results_older_than_a_rule_can_be_reported(forks, tmp_path, monkeypatch, capsys):
+    options = [*SMALL, "--count", "3", "--folder", str(tmp_path)]
+    forks.main(options)
+    monkeypatch.setitem(forks.BRANCH_RULES, "new", forks.BRANCH_RULES["fci"])
+    forks.main(["--report", *options])
+    said = capsys.readouterr().out
+    assert "| new " not in said and "| earliest - fci |" in said

@@ -209,6 +209,12 @@ def test_k3_kl_is_at_most_10_and_has_no_gradient_there():
     assert logp.grad.tolist() == pytest.approx([1 - math.exp(2.5), 0.0, 0.0])
 
 
+def test_k3_kl_has_a_finite_gradient_where_exp_overflows():
+    logp = torch.tensor([-200.0], requires_grad=True)
+    k3_kl(logp, torch.zeros(1)).sum().backward()
+    assert logp.grad.item() == 0
+
+
 def test_tokens_of_weight_0_leave_the_mean_the_kl_and_the_counts():
     """A mini-batch with masked tokens has the gradient and the numbers of the one without them."""
     policy, reference = tiny_model("qwen2"), tiny_model("qwen2", seed=1)
@@ -279,6 +285,7 @@ def test_stats_by_hand():
     assert stats.loss == pytest.approx(stats.policy_loss + 0.5 * kl, abs=1e-5)
     assert stats.clip_fraction == 0.5 and stats.ratio == pytest.approx((1.5 + 0.9) / 2, abs=1e-5)
     assert (stats.tokens, stats.updates, stats.skipped_updates) == (2, 1, 0)
+    assert stats.ratio_squared == pytest.approx((1.5**2 + 0.9**2) / 2, abs=1e-5)
 
 
 def test_clip_settings_reach_the_loss():

@@ -13,7 +13,11 @@ import pytest
 from fixtures import ROOT
 from launch import run
 
+import eval as evaluation
 from attnrl import parse_config
+from recipes import sft
+from recipes.smollm2.gsm_symbolic import problem_of
+from recipes.word_problems import bounds_of
 
 PAGE = (ROOT / "recipes" / "smollm2" / "README.md").read_text(encoding="utf-8")
 
@@ -45,6 +49,17 @@ def test_the_training_command_is_one_that_attnrl_takes():
     assert (config.dtype, config.steps, config.delta, config.kl_coef) == ("bf16", 24, 1, 0.0)
 
 
+def test_the_other_commands_are_ones_that_their_scripts_take():
+    taken = {"recipes/sft.py": sft.parse, "eval.py": evaluation.parse}
+    for line in commands():
+        _, script, *words = line.split()
+        if script in taken:
+            taken[script](words)
+        if script == "recipes/word_problems.py":
+            few, many = bounds_of(words[words.index("--people") + 1])
+            assert 4 == few < many and int(words[words.index("--count") + 1]) >= 100
+
+
 def test_a_directory_that_is_there_is_not_fetched_again(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     out, _ = run("recipes/smollm2/fetch.py", tmp_path)
@@ -61,3 +76,9 @@ def test_gsm_symbolic_says_what_it_needs_or_writes_rows(tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 3 and all(row["problem"] and row["solution"] for row in rows)
     assert all(str(row["answer"]) in row["solution"] for row in rows)
+
+
+def test_rows_of_gsm_symbolic_become_ours():
+    row = {"question": "q", "answer": "288", "metadata": {"answer_cot": "6 * 48 = 288.\n#### 288"}}
+    solution = "6 * 48 = 288.\n\n\\boxed{288}"
+    assert problem_of(row) == {"problem": "q", "answer": "288", "solution": solution}

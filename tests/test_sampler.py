@@ -62,6 +62,13 @@ def test_eq8_current_batch_enters_the_mean_before_the_comparison():
     assert easy.keep([1.0, 1.0], [0.2, 0.9]) == [False, True]
 
 
+def test_eq8_a_score_that_is_not_finite_stays_out_of_the_mean():
+    """Else all later easy problems would be filtered."""
+    easy = EasyFilter()
+    assert easy.keep([1.0, 1.0], [math.nan, 0.2]) == [False, True]
+    assert (easy.count, easy.mean) == (1, 0.2) and easy.keep([1.0], [0.3]) == [True]
+
+
 def test_eq8_no_easy_problem_leaves_the_state_alone():
     easy = EasyFilter()
     assert easy.keep([0.0, 0.5], [0.1, 0.2]) == [True, True]

@@ -29,6 +29,11 @@ def test_every_example_comes_once_before_one_comes_again(count, size, seed):
     args = SimpleNamespace(batch_size=size, seed=seed)
     steps = 3 * count
     drawn = [x for step in range(steps) for x in sft.batch_of(step, list(range(count)), args)]
+    one, two = (
+        sft.batch_of(0, list(range(50)), SimpleNamespace(batch_size=50, seed=s))
+        for s in (seed, seed + 1)
+    )
+    assert one != two and list(range(50)) not in (one, two)
     assert len(drawn) == steps * size
     for first in range(0, len(drawn) - count + 1, count):
         assert sorted(drawn[first : first + count]) == list(range(count))
@@ -135,3 +140,22 @@ def test_one_command_teaches_a_model_and_refuses_a_full_folder(tmp_path):
     assert "holds something else" in error
     _, error = run("recipes/sft.py", *where, "--lr", "7", code=2)
     assert "--lr" in error
+
+
+def test_the_learning_rate_rises_and_falls_and_other_settings_are_refused(tmp_path, monkeypatch):
+    """40 steps: two rise to 0.1, then it falls in a line, half way at step 22. Stopped after 25."""
+    model, problems, rates = save_real_model(tmp_path / "m"), write_problems(tmp_path), []
+
+    def update(_, optimizer, batch):
+        if len(rates) == 25:
+            raise KeyboardInterrupt
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 1.0
+
+    monkeypatch.setattr(sft, "update", update)
+    where = ["--model", model, "--problems", problems, "--out", tmp_path / "o", "--steps", "40"]
+    with pytest.raises(KeyboardInterrupt):
+        sft.main([*map(str, where), "--lr", "0.1"])
+    assert rates[:3] == pytest.approx([0.05, 0.1, 0.1]) and rates[21] == pytest.approx(0.05)
+    with pytest.raises(UserError, match="begun with another --lr"):
+        sft.main([*map(str, where), "--lr", "0.2"])

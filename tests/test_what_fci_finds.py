@@ -20,6 +20,7 @@ import what_fci_finds as study  # noqa: E402
 
 from runtime.cli import UserError  # noqa: E402
 from runtime.rollout import Request, TransformersEngine  # noqa: E402
+from tree import Response  # noqa: E402
 
 PROGRAM = "a=4;b=a-2;c=b+b;d=7;e=d+c;f=d-e;g=d*d;h=g+d;?h"
 
@@ -266,3 +267,19 @@ def test_a_response_may_have_any_number_of_steps():
     assert mixed["within"][0] == pytest.approx(means)
     assert mixed["partial"][0] == pytest.approx(apart[0]["partial"][0])
     assert apart[1]["partial"] is None
+
+
+def test_programs_of_unequal_length_are_refused_at_once():
+    with pytest.raises(UserError, match="--problems toy:6-7:4:3: only programs of one length"):
+        study.main(["--quick", "--problems", "toy:6-7:4:3"])
+
+
+def test_scores_and_branch_points_by_hand():
+    r = Response([1] * 9, [0.0] * 9, entropies=[0.0] * 9, bounds=[0, 2, 3, 6, 9], branchable=4)
+    fci = {d: np.array([0, 0.1, 0.9, 0]) for d in (1, 2, 4)}
+    one = study.Scored(r, fci, np.full(4, 7.0), None, np.array([0, 5.0, 1, 0]))
+    found = dict(zip(study.MEASURES, one.measures(np.random.default_rng(0)).tolist()))
+    assert found["shortness"] == [-2, -1, -3, -3] and found["position (early)"] == [0, -1, -2, -3]
+    assert found["mean entropy"] == [0, 5, 1, 0] and found["FCI, result only"] == [7] * 4
+    steps = one.branch_steps(0)
+    assert list(steps["FCI, Delta 1"]) == [1, 2] == list(steps["two steps of highest mean entropy"])

@@ -300,7 +300,8 @@ def launch(argv: list[str] | tuple, ranks: int) -> str:
     words, skipping = [], False
     for word in argv:
         if word.startswith("--"):
-            skipping = word.partition("=")[0] in ("--dry_run", "--gpus", "--gpu_gib")
+            name = word[2:].partition("=")[0].replace("-", "_")
+            skipping = name in ("dry_run", "gpus", "gpu_gib")
         words += [] if skipping else [word]
     return shlex.join(
         (["torchrun", "--nproc_per_node", str(ranks)] if ranks > 1 else ["python"])

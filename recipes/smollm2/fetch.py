@@ -65,14 +65,14 @@ def main(argv: list[str]) -> None:
     if (out / "config.json").exists():
         print(f"{out}: there already")
         return
-    fresh = out.with_name(out.name + ".new")  # after a kill, no half of a model has its name
     try:
+        fresh = out.with_name(out.name + ".new")  # after a kill, no half of a model has its name
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists():
             out.rmdir()  # an empty one only
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: "." has no name
         raise UserError(f"{out}: cannot be made a new directory ({reason(error)})") from error
     found = from_hub()
     model, tokenizer = found or from_package()

@@ -9,8 +9,19 @@ import pytest
 import torch
 from helpers import tiny_model
 
+import attnrl
 from fci import fci_scores
-from runtime.metrics import fci_spread, notices, uniform_fci
+from runtime.data import Problem
+from runtime.metrics import (
+    TrainStats,
+    batch_notices,
+    empty_batch_lines,
+    fci_spread,
+    notices,
+    outcome_ratios,
+    uniform_fci,
+)
+from tree import Response
 
 
 def test_fci_spread_by_hand():
@@ -72,3 +83,23 @@ def test_notices_name_each_failure():
     (agreeing,) = notices(64, 50, 0, spread=0.4, dropped=False)
     assert agreeing.startswith("empty batch") and "nothing to learn" in agreeing
     assert len(notices(64, 0, 0, spread=0.0)) == 3
+
+
+def test_outcomes_and_effective_sample_size_by_hand():
+    """Spread: the means of 0, 0, 1/2 and the deviation sqrt(3)/4 of 1 0 0 0. Ess: 1.5^2 / 2.5."""
+    rows = [[1, 1], [0, 0], [1, 0], [1, 0, 0, 0], []]
+    wanted = {"reward": 0.4, "solve_all": 0.25, "solve_none": 0.25, "valid": 0.5}
+    wanted["spread"] = (0.5 + 3**0.5 / 4) / 4
+    assert outcome_ratios("x", rows) == pytest.approx({f"x/{k}": v for k, v in wanted.items()})
+    assert TrainStats(ratio=1.5, ratio_squared=2.5).logged()["train/ess"] == pytest.approx(0.9)
+
+
+def test_a_batch_of_even_attention_and_no_answer_is_named():
+    bounds, prompt = [0, 4, 9, 15, 20, 27, 33, 40], [1] * 12
+    fci = uniform_fci(12, bounds, 1)
+    r = Response([1] * 40, [0.0] * 40, 0.0, bounds=bounds, fci=fci, boxed=False)
+    group = attnrl.Group(0, 0, Problem("?", ["7"], "x", prompt), [r])
+    config = attnrl.parse_config([])  # Delta 1
+    assert any("attention collapse" in line for line in batch_notices(config, [group], []))
+    said = empty_batch_lines(config, [group], lambda tokens: "well")
+    assert "1 without an answer" in said[0] and said[1] == "one that is not right: well (right: 7)"

@@ -609,6 +609,11 @@ def test_the_plan_says_what_will_happen(tmp_path):
             assert row.split()[column] == f"{size:.1f}", (phase, name)
 
 
+def test_the_command_of_a_plan_is_not_a_plan_whatever_the_spelling():
+    words = ["--dry-run", "--steps", "2", "--gpu-gib=40", "--gpus", "8"]
+    assert plan.launch(words, 1) == "python attnrl.py --steps 2"
+
+
 def test_a_plan_that_does_not_fit_says_what_to_change(tmp_path):
     model = config_only(tmp_path, "7B")
     text = plan.describe(settings(model=model), 8)

@@ -118,6 +118,22 @@ def test_a_picture_shows_the_scores_and_the_attention_that_a_pass_gives(toy):
     assert [k for k, colour in enumerate(colours) if colour == show_fci.ORANGE] == chosen
 
 
+def test_rho_and_the_staircase_of_delta(toy):
+    """With rho 1 the earliest steps are chosen, with 0.2 the constant of step 3, too. The line: Eq. 5 sums the cells below it, those at
+    least Delta steps later."""
+    model, tokenizer = toy
+    text = toy_solution(PROGRAM)
+
+    def chosen(rho: float) -> list:
+        figure = show(model, tokenizer, PROGRAM, text, delta=1, rho=rho)
+        return list(figure.axes[0].lines[1].get_xdata())
+
+    assert chosen(1.0) == [1, 2] and chosen(0.2) == [1, 3]
+    for delta in (1, 3):
+        line = show(model, tokenizer, PROGRAM, text, delta=delta).axes[1].lines[0]
+        assert (line.get_xdata()[0], line.get_ydata()[0]) == (-0.5, delta - 0.5)
+
+
 def test_tokens_and_their_text_give_the_same_picture(toy):
     model, tokenizer = toy
     tokens = tokenizer(toy_solution(PROGRAM), add_special_tokens=False)["input_ids"]

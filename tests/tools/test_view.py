@@ -256,6 +256,20 @@ def test_steps_that_a_run_lacks_are_refused_with_those_it_has_and_what_was_drawn
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "curves.png")
 
 
+def test_the_table_of_runs_by_hand(tmp_path):
+    for name, tested in (("a", (0.5, 0.9, 0.8)), ("b", (0.6, 0.6, 0.7))):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": i, "generated_tokens": 10**6 * i, "test_accuracy": x, "seconds/total": 60 * i}
+            for i, x in enumerate(tested)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    table = view.runs_table([tmp_path / "a", tmp_path / "b"]).splitlines()
+    assert table[2] == "| a | 50.0 | 90.0 | 80.0 | 30.0 | -10.0 | 2.00 | 2.0 |"
+    assert table[4] == "| mean | 55.0 | 80.0 | 75.0 | 20.0 | -5.0 | 2.00 | 2.0 |"
+
+
 def test_runs_are_compared_in_one_figure(run, tmp_path, capsys):
     folder = made_up(tmp_path / "other", big(leaves=5, length=40), steps=3)
     view.main(["--plots", str(folder), str(run), f"{folder}/"])  # given twice, shown once
