@@ -119,8 +119,8 @@ def test_a_picture_shows_the_scores_and_the_attention_that_a_pass_gives(toy):
 
 
 def test_rho_and_the_staircase_of_delta(toy):
-    """With rho 1 the earliest steps are chosen, with 0.2 the constant of step 3, too. The line: Eq. 5 sums the cells below it, those at
-    least Delta steps later."""
+    """With rho 1 the earliest steps are chosen, with 0.2 the constant of step 3, too. The line:
+    Eq. 5 sums the cells below it, those at least Delta steps later."""
     model, tokenizer = toy
     text = toy_solution(PROGRAM)
 
