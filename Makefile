@@ -5,7 +5,7 @@
 # make lint       ruff and mypy
 # make bench      timings and memory against the alternatives; bench/results.json (over an hour)
 # make bench-trl  a GRPO step here and in TRL's GRPOTrainer, in .venv-trl
-# make smollm2    a real model learns: SmolLM2-135M on word problems, about three hours on 2 cores
+# make smollm2    a real model learns: SmolLM2-135M on word problems, about four hours on 2 cores
 # Each sets up its environment first. For a GPU:
 #     python -m venv .venv && .venv/bin/pip install -r requirements-gpu.txt && touch .venv/ready
 
