@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 import pytest
-from fixtures import ROOT
+from fixtures import ROOT, lines
 from launch import run
 
 import eval as evaluation
@@ -18,6 +18,7 @@ from attnrl import parse_config
 from recipes import sft
 from recipes.smollm2.gsm_symbolic import problem_of
 from recipes.word_problems import bounds_of
+from runtime.results import compare, read_results
 
 PAGE = (ROOT / "recipes" / "smollm2" / "README.md").read_text(encoding="utf-8")
 
@@ -76,6 +77,25 @@ def test_gsm_symbolic_says_what_it_needs_or_writes_rows(tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 3 and all(row["problem"] and row["solution"] for row in rows)
     assert all(str(row["answer"]) in row["solution"] for row in rows)
+
+
+def test_the_pages_say_what_the_results_say():
+    """Every percentage of the table of test problems, and the lines of the run in the README."""
+    results = ROOT / "recipes" / "smollm2" / "results"
+    files = (results / "before.jsonl", results / "after.jsonl")
+    before, after, gap = compare(*map(read_results, files)).splitlines()[2:5]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.split("|")[3:5]] for line in (before, after, gap)]
+    for found, _ in cells:
+        assert found in PAGE
+    assert cells[2][0] == "17.5 [11.8, 23.5]" and cells[2][0] in readme
+    assert [cell for _, cell in cells] == ["10 better", "47 better", "43 equal"]
+    rows = lines(results / "attnrl" / "metrics.jsonl")
+    tested = [f"{100 * m['test_accuracy']:.1f}" for m in rows if "test_accuracy" in m]
+    assert f"{', '.join(tested[:-1])} and {tested[-1]} %" in PAGE
+    shown = readme.split("## Your own model and data")[1].split("## ")[0]
+    assert re.findall(r"test +([\d.]+) %", shown) == [tested[0], tested[-1]]
+    assert f"{rows[-1]['seconds/step']:.1f} s" in shown and len(rows) == 1 + 24
 
 
 def test_rows_of_gsm_symbolic_become_ours():
