@@ -358,7 +358,7 @@ def run_line(config) -> str:
 def data_lines(config) -> list[str]:
     """Where the problems are. Of files that are here, rows are counted and columns chosen, as
     training would; hub sets are not fetched. Raises UserError if training could not read a file."""
-    lines = []
+    lines: list[str] = []
 
     def named(source: str) -> str:
         if is_toy(source) or source.startswith("hf:"):
