@@ -131,23 +131,22 @@ def parse(argv: list[str]):
     return forks.parse_options(parser, argv, "disruption", group=4, continuations=4)
 
 
-def run(args, path: Path) -> list[dict]:
+def run(args, path: Path) -> None:
     """Sample the problems that are missing; a killed run is resumed."""
-    pool, left, records = forks.begin(args, path)
+    pool, left = forks.begin(args, path)
     engine = study.DisruptedEngine(pool.model, pool.engine.eos_ids)
     with path.open("a", encoding="utf-8") as file:
         for number, problem in tqdm(left, unit="problem", disable=None):
-            records.append(disrupt(pool, engine, number, problem))
-            file.write(json.dumps(records[-1]) + "\n")
+            file.write(json.dumps(disrupt(pool, engine, number, problem)) + "\n")
             file.flush()
-    return records
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     path = args.folder / f"{args.name}.jsonl"
-    found = forks.read_records(path) if args.report else None
-    settings, records = found or (forks.settings_of(args), run(args, path))
+    if not args.report:
+        run(args, path)
+    settings, records = forks.read_records(path)
     if not records:
         raise UserError(f"{path}: nothing there yet; the same command without --report")
     report(records, settings, args.folder, args.name)

@@ -372,11 +372,12 @@ def read_records(path: Path) -> tuple[dict, list[dict]]:
 def start(args, path: Path) -> list[dict]:
     """The existing records of this experiment. Raises UserError if it had other settings."""
     settings, records = read_records(path)
-    if settings and settings != settings_of(args):
-        other = next(k for k, v in settings_of(args).items() if settings.get(k) != v)
+    asked = settings_of(args)
+    if settings and settings != asked:
+        other = next(k for k, v in asked.items() if settings.get(k) != v)
         option = "model (its weights differ)" if other == "weights" else other
         raise UserError(f"{path}: was made with another --{option}; give another --name")
-    lines = [{"settings": settings_of(args)}, *records]
+    lines = [{"settings": asked}, *records]
     fresh = path.with_suffix(".new")  # a full disk loses nothing of the old one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -387,8 +388,8 @@ def start(args, path: Path) -> list[dict]:
     return records
 
 
-def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]]:
-    """The pool, the (number, problem) pairs that are left, and the existing records."""
+def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]]]:
+    """The pool, and the (number, problem) pairs that are left."""
     model, tokenizer, eos_ids = load_model(args.model, "cpu")
     if not is_toy(args.problems):
         args.prompt_suffix = usable_suffix(tokenizer, args.prompt_suffix)
@@ -397,33 +398,33 @@ def begin(args, path: Path) -> tuple[Pool, list[tuple[int, Problem]], list[dict]
     check_context(model, problems, args.max_response)
     records = start(args, path)
     for record in records:  # another file of this name, or another --max_prompt: other numbers
-        known = {p.text for p in problems[record["number"] : record["number"] + 1]}
-        if known and record.get("problem") not in {*known, None}:
+        number, text = record["number"], record.get("problem")
+        if text and number < len(problems) and text != problems[number].text:
             raise UserError(f"{path}: was made with other --problems; give another --name")
     done = {record["number"] for record in records}
     left = [(n, p) for n, p in enumerate(problems) if n not in done]
     engine = TransformersEngine(model, eos_ids)
-    return Pool(model, tokenizer, engine, Reward(args.reward), args), left, records
+    return Pool(model, tokenizer, engine, Reward(args.reward), args), left
 
 
-def run(args, path: Path) -> list[dict]:
+def run(args, path: Path) -> None:
     """Sample the problems that are missing; a killed run is resumed."""
-    pool, left, records = begin(args, path)
+    pool, left = begin(args, path)
     bar = tqdm(total=len(left), unit="problem", disable=None)
     with bar, path.open("a", encoding="utf-8") as file:
         for a in range(0, len(left), CHUNK):
             fresh = sample_forks(pool, left[a : a + CHUNK])
             file.write("".join(json.dumps(record) + "\n" for record in fresh))
             file.flush()
-            records += fresh
             bar.update(len(fresh))
-    return records
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     path = args.folder / f"{args.name}.jsonl"
-    settings, records = read_records(path) if args.report else (settings_of(args), run(args, path))
+    if not args.report:
+        run(args, path)
+    settings, records = read_records(path)
     if not records:
         raise UserError(f"{path}: nothing there yet; the same command without --report")
     text = report(records, settings, args.folder, args.name)

@@ -82,9 +82,8 @@ def test_eq4_eq5_eq6_of_300_steps_of_unequal_length():
     sequence = Sequence([1], random_tokens(rng, 600), random_bounds(rng, 600, 300))
     want = fci_by_definition(eager_attention(EAGER["qwen2"], sequence), sequence, 4)
     got = fci_scores(MODELS["qwen2"], [1], sequence.tokens, sequence.bounds, 4)
-    assert (
-        len(want) > 256 and len({b - a for a, b in zip(sequence.bounds, sequence.bounds[1:])}) > 2
-    )
+    lengths = {b - a for a, b in zip(sequence.bounds, sequence.bounds[1:])}
+    assert len(want) > 256 and len(lengths) > 2
     np.testing.assert_allclose(got, want, rtol=2e-6, atol=1e-5)
 
 

@@ -11,14 +11,7 @@ import pytest
 from fixtures import bpe_tokenizer
 from launch import run
 
-from recipes.word_problems import (
-    MOST,
-    NAMES,
-    PARTS,
-    structure,
-    word_problem,
-    word_problems,
-)
+from recipes.word_problems import MOST, NAMES, PARTS, structure, word_problem, word_problems
 from runtime.cli import UserError
 from runtime.data import load_problems
 
